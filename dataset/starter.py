@@ -1,0 +1,271 @@
+"""The built-in bilingual starter corpus: pretraining text, conversations and a held-out scoreboard, made in seconds.
+
+    python dataset/starter.py [--size 1.0] [--seed 0] [--out DIR]
+
+A tiny regular world (fact tables in starter/*.tsv) that a model of a few million parameters learns in minutes. Held-out
+questions share no (question, answer) pair with training: unseen are, by skill, the wording of a fact, the pair of
+operands, the list, the sentence, the system message with this question. is_held_out() decides by a hash of its key.
+"""
+
+import argparse
+import hashlib
+import json
+import random
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `python dataset/starter.py` finds the package
+
+from dataset import starter_chat as chat
+from dataset import starter_lists as lists
+from dataset import starter_skills as skills
+from dataset import starter_stories as stories
+from dataset import starter_words as words
+from dataset.starter_facts import LIFE, NATURE, WORLD
+from dataset.starter_skills import NAMES, Item, is_held_out
+
+HERE = Path(__file__).resolve().parent
+DEFAULT = HERE / "starter_data"
+LANGUAGES = ("zh", "en")
+FILES = ("pretrain.jsonl", "pretrain_val.jsonl", "sft.jsonl", "sft_val.jsonl", "heldout.jsonl")
+STAMP = "stamp.json"
+
+SFT_ROWS = 60_000  # at size 1.0
+SFT_VAL_ROWS = 300
+PRETRAIN_BYTES = 5_000_000  # at size 1.0
+PRETRAIN_VAL_BYTES = 100_000
+HELD_OUT_PER_SKILL = 30
+
+Skill = Callable[[random.Random, str, bool], Item]
+
+# Share of the conversations, in percent, and the function that makes one.
+SKILLS: dict[str, tuple[float, Skill]] = {
+    "identity": (2.5, chat.identity),
+    "greeting": (3.0, chat.greeting),
+    WORLD: (9.0, skills.facts_of(WORLD)),
+    NATURE: (8.0, skills.facts_of(NATURE)),
+    LIFE: (6.0, skills.facts_of(LIFE)),
+    "arithmetic": (12.0, skills.arithmetic),
+    "times_table": (3.0, skills.times_table),
+    "comparing": (6.0, skills.comparing),
+    "sorting": (7.0, lists.sorting),
+    "counting": (7.0, lists.counting),
+    "opposites": (5.0, words.opposites),
+    "translation": (7.0, words.translation),
+    "units_dates": (5.5, words.units_dates),
+    "category": (7.5, lists.category),
+    "rewriting": (7.0, lists.rewriting),
+    "story": (2.0, chat.story),
+    "system_prompt": (5.0, chat.system_prompt),
+    "multi_turn": (5.0, chat.multi_turn),
+    "unknown": (2.0, chat.unknown),
+}
+TALK = ("identity", "greeting", "story", "system_prompt", "unknown")  # left out of plain-text dialogues
+WORKED = {"arithmetic": 7, "times_table": 1, "comparing": 2, "units_dates": 1, "opposites": 0.5}  # true on their own
+
+# Share of the pretraining bytes, in percent.
+TEXTS = {"story": 16, "description": 17, "facts": 17, "dialogue": 30, "worked": 18, "translation": 8}
+
+
+def draw(rng: random.Random, name: str, lang: str, held: bool = False) -> Item:
+    """An Item of the skill that lies on the wanted side of the split."""
+    while True:
+        item = SKILLS[name][1](rng, lang, held)
+        if is_held_out(item.key) == held:
+            return item
+
+
+def text_document(rng: random.Random, kind: str, lang: str) -> str:
+    """One pretraining text."""
+    if kind == "story":
+        return stories.story_text(rng, lang)
+    if kind == "description":
+        return stories.description_text(rng, lang)
+    if kind == "facts":
+        return stories.facts_text(rng, lang)
+    if kind == "translation":
+        return stories.translation_text(rng, words.word_pairs(), trainable_sentence)
+    weights = WORKED if kind == "worked" else {name: share for name, (share, _) in SKILLS.items() if name not in TALK}
+    some = rng.choices(list(weights), list(weights.values()), k=2)  # a text keeps to one or two subjects
+
+    def any_item(rng: random.Random, lang: str) -> Item:
+        return draw(rng, rng.choice(some), lang)
+
+    def impersonal(rng: random.Random, lang: str) -> Item:  # 'so Tom is older' says nothing by itself
+        while any(name in (item := any_item(rng, lang)).answer for name in NAMES[lang]):
+            pass
+        return item
+
+    if kind == "worked":
+        return stories.plain_text(rng, lang, impersonal)
+    return stories.dialogue_text(rng, lang, any_item, NAMES[lang])
+
+
+def trainable_sentence(rng: random.Random) -> tuple[str, str]:
+    while True:
+        pair = words.sentence_pair(rng)
+        if not is_held_out(f"sentence|{pair[0]}"):
+            return pair
+
+
+def make_pretrain(rng: random.Random, limit: int, seen: set[str]) -> list[str]:
+    """Distinct texts of about `limit` bytes, each kind and language with its share; none is in `seen`, which grows."""
+    texts = []
+    for kind, share in TEXTS.items():
+        for lang in LANGUAGES:
+            left = limit * share / sum(TEXTS.values()) / len(LANGUAGES)
+            while left > 0:
+                text = text_document(rng, kind, lang)
+                if text in seen and rng.random() < 0.99:  # a world this small repeats itself now and then
+                    continue
+                seen.add(text)
+                texts.append(text)
+                left -= len(text.encode()) + 1
+    rng.shuffle(texts)
+    return texts
+
+
+def to_messages(item: Item, with_answer: bool = True) -> list[dict[str, str]]:
+    messages = [{"role": "system", "content": item.system}] if item.system else []
+    for question, answer in item.history:
+        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    messages.append({"role": "user", "content": item.question})
+    return messages + [{"role": "assistant", "content": item.answer}] * with_answer
+
+
+def make_conversation(rng: random.Random, name: str, lang: str) -> list[dict[str, str]]:
+    """A conversation of the skill; now and then two exchanges follow one another, or an idle system message opens."""
+    item = draw(rng, name, lang)
+    messages = to_messages(item)
+    if not item.system and not item.history and rng.random() < 0.1:
+        before = draw(rng, rng.choice(["greeting", "identity", WORLD, NATURE, "arithmetic"]), lang)
+        messages = to_messages(before) + messages
+    if not item.system and rng.random() < 0.025:
+        idle = {"zh": "你是一个友好的小助手。", "en": "You are a friendly assistant."}[lang]
+        messages.insert(0, {"role": "system", "content": idle})
+    return messages
+
+
+def make_sft(rng: random.Random, rows: int, exclude: frozenset[str] = frozenset()) -> tuple[list[list], Counter]:
+    """Conversations in the shares of SKILLS, half of each in either language; rows in `exclude` are drawn again."""
+    names, total = list(SKILLS), sum(share for share, _ in SKILLS.values())
+    conversations, counts = [], Counter()
+    for name in names:
+        for i in range(max(2, round(rows * SKILLS[name][0] / total))):
+            messages = make_conversation(rng, name, LANGUAGES[i % 2])
+            for _ in range(50):  # the few small-talk rows may all be taken
+                if json.dumps(messages, ensure_ascii=False) not in exclude:
+                    break
+                messages = make_conversation(rng, name, LANGUAGES[i % 2])
+            else:
+                continue
+            conversations.append(messages)
+            counts[name] += 1
+    rng.shuffle(conversations)
+    return conversations, counts
+
+
+def make_heldout(rng: random.Random) -> list[dict]:
+    """The scoreboard: for each skill, half Chinese and half English questions, all different."""
+    rows = []
+    for name in SKILLS:
+        for lang in LANGUAGES:
+            asked: set[str] = set()
+            for _ in range(100 * HELD_OUT_PER_SKILL):
+                item = draw(rng, name, lang, held=True)
+                messages = to_messages(item, with_answer=False)
+                shown = json.dumps(messages, ensure_ascii=False)
+                if shown.lower() in asked:
+                    continue
+                asked.add(shown.lower())
+                row = {"skill": name, "conversations": messages}
+                if item.must_contain:
+                    row["must_contain"] = item.must_contain
+                else:
+                    row["answers"] = list(dict.fromkeys([item.answer, *item.accepted]))
+                rows.append(row)
+                if len(asked) == HELD_OUT_PER_SKILL // len(LANGUAGES):
+                    break
+    return rows
+
+
+def write_jsonl(path: Path, rows: list[dict]) -> None:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
+def write_starter(out_dir: str | Path = DEFAULT, size: float = 1.0, seed: int = 0) -> dict[str, Counter]:
+    """Writes the five files and the stamp into out_dir; returns the number of rows by file and by skill."""
+    out_dir = Path(out_dir)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    (out_dir / STAMP).unlink(missing_ok=True)  # an interrupted run must not look finished
+
+    def rng_for(part: str) -> random.Random:
+        return random.Random(f"{seed}/{part}")  # a string seeds by SHA-512: the same in every process
+
+    seen: set[str] = set()
+    pretrain = make_pretrain(rng_for("pretrain"), int(PRETRAIN_BYTES * size), seen)
+    known = set(pretrain)
+    val_bytes = int(PRETRAIN_VAL_BYTES * min(1, size))
+    pretrain_val = [text for text in make_pretrain(rng_for("pretrain_val"), val_bytes, seen) if text not in known]
+    sft, counts = make_sft(rng_for("sft"), int(SFT_ROWS * size))
+    trained = frozenset(json.dumps(messages, ensure_ascii=False) for messages in sft)
+    sft_val, _ = make_sft(rng_for("sft_val"), SFT_VAL_ROWS, trained)
+    heldout = make_heldout(rng_for("heldout"))
+
+    write_jsonl(out_dir / "pretrain.jsonl", [{"text": text} for text in pretrain])
+    write_jsonl(out_dir / "pretrain_val.jsonl", [{"text": text} for text in pretrain_val])
+    write_jsonl(out_dir / "sft.jsonl", [{"conversations": messages} for messages in sft])
+    write_jsonl(out_dir / "sft_val.jsonl", [{"conversations": messages} for messages in sft_val])
+    write_jsonl(out_dir / "heldout.jsonl", heldout)
+    (out_dir / STAMP).write_text(json.dumps(stamp(size, seed)), encoding="utf-8")
+    return {"sft": counts, "heldout": Counter(row["skill"] for row in heldout)}
+
+
+def stamp(size: float, seed: int) -> dict:
+    """What the files depend on: the generator's sources, the tables, the arguments."""
+    digest = hashlib.sha256()
+    for path in sorted([*HERE.glob("starter*.py"), *(HERE / "starter").glob("*.*")]):
+        digest.update(path.name.encode() + path.read_bytes())
+    return {"sources": digest.hexdigest(), "size": size, "seed": seed}
+
+
+def ensure_starter(out_dir: str | Path = DEFAULT, size: float = 1.0, seed: int = 0) -> Path:
+    """The folder with the corpus; generated when absent, incomplete or made by another version or other arguments."""
+    out_dir = Path(out_dir)
+    try:
+        current = json.loads((out_dir / STAMP).read_text(encoding="utf-8")) == stamp(size, seed)
+    except (OSError, ValueError):
+        current = False
+    if not current or not all((out_dir / name).is_file() for name in FILES):
+        write_starter(out_dir, size, seed)
+    return out_dir
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Write the starter corpus.")
+    parser.add_argument("--size", type=float, default=1.0, help="1.0 = 3 MB of text and 26,000 conversations")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=DEFAULT, help="folder for the files")
+    args = parser.parse_args()
+    if not 0 < args.size <= 100:
+        parser.error(f"--size {args.size}: give a number above 0 and at most 100")
+    start = time.perf_counter()
+    try:
+        counts = write_starter(args.out, args.size, args.seed)
+    except OSError as error:
+        sys.exit(f"error: --out {args.out}: {error.strerror}; choose a folder that can be written to")
+    print(f"{'file':<20}{'rows':>8}{'bytes':>12}")
+    for name in FILES:
+        data = (args.out / name).read_bytes()
+        print(f"{name:<20}{data.count(10):>8}{len(data):>12}")
+    print(f"\n{'skill':<20}{'sft':>8}{'heldout':>12}")
+    for name in SKILLS:
+        print(f"{name:<20}{counts['sft'][name]:>8}{counts['heldout'][name]:>12}")
+    print(f"\nwritten to {args.out} in {time.perf_counter() - start:.1f} s")
+
+
+if __name__ == "__main__":
+    main()

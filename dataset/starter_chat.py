@@ -1,0 +1,281 @@
+"""The starter corpus' talk: who it is, greetings, "I don't know", system prompts, several turns, stories on request.
+
+Same contract as starter_skills.py: one function a skill, (rng, lang, held) -> Item.
+"""
+
+import random
+
+from dataset.starter_facts import NEW_WORDINGS, RELATIONS, cap, load_json
+from dataset.starter_lists import UPPER_WORDS
+from dataset.starter_skills import (
+    NAMES,
+    Item,
+    ask_fact,
+    fact_item,
+    pick_wording,
+    spoken,
+    trainable,
+)
+from dataset.starter_stories import STORIES, requested_story
+from dataset.starter_words import opposites
+
+TALK = load_json("talk")  # intents with their wordings (the last two are never trained on), jokes, system messages
+IDENTITY, GREETINGS, SYSTEMS = TALK["identity"], TALK["small_talk"], TALK["systems"]
+
+
+def identity(rng: random.Random, lang: str, held: bool) -> Item:
+    """Who it is, who made it, what it can do."""
+    intent = rng.choices(IDENTITY[lang], [4, 2, 1, 1, 1, 1, 1, 1])[0]
+    wording, key = pick_wording(rng, intent["questions"], held)
+    return Item(
+        spoken(rng, wording, lang), intent["answers"][0], f"{key}|identity|{wording}" if key.startswith("new") else ""
+    )
+
+
+def greeting(rng: random.Random, lang: str, held: bool) -> Item:
+    """Small talk; jokes are only trained on."""
+    if not held and rng.random() < 0.2:
+        return Item(rng.choice(TALK["joke_requests"][lang]), rng.choice(TALK["jokes"][lang]))
+    intent = rng.choice(GREETINGS[lang])
+    wording, key = pick_wording(rng, intent["questions"], held)
+    return Item(
+        wording,
+        rng.choice(intent["answers"]),
+        f"{key}|greeting|{wording}" if key.startswith("new") else "",
+        accepted=intent["answers"],
+    )
+
+
+# --- I don't know ----------------------------------------------------------------------------------------------------
+
+DONT_KNOW = {"zh": "对不起，我不知道。", "en": "Sorry, I don't know."}
+DONT_KNOW_TOO = {"zh": ["我不知道。", "对不起，这个我不知道。"], "en": ["I don't know.", "I'm sorry, I don't know."]}
+SYLLABLES = {
+    "zh": (
+        ["布", "多", "卡", "米", "索", "塔", "维", "佐", "拉", "古"],
+        ["鲁", "贝", "兰", "多", "比", "加", "洛", "姆"],
+        ["国", "亚", "尼亚", "斯坦"],
+    ),
+    "en": (
+        ["Zor", "Blen", "Krol", "Vam", "Dri", "Quan", "Mip", "Fro", "Tul", "Gor"],
+        ["ba", "do", "li", "mu", "ze", "vo"],
+        ["nia", "land", "stan", "ria"],
+    ),
+}
+UNKNOWN_TABLES = {"countries", "animals", "elements"}
+UNKNOWN_RELATIONS = [r for r in RELATIONS if r.table in UNKNOWN_TABLES and r.name not in ("capital_of", "young")]
+
+
+def unknown(rng: random.Random, lang: str, held: bool) -> Item:
+    """Made-up countries, animals and elements, and private matters that nobody told the model."""
+    if rng.random() < 0.4:
+        private = TALK["private"][lang]
+        question = rng.choice(private["questions"]).format(rng.choice(private["people"]))
+        key = f"private|{question}"
+    else:
+        relation = rng.choice(UNKNOWN_RELATIONS)
+        first, middle, last = (rng.choice(part) for part in SYLLABLES[lang])
+        name = first + middle
+        if relation.table == "countries":
+            name += last
+        elif lang == "zh":
+            name += "兽" if relation.table == "animals" else "素"
+        else:
+            name = name.lower() + ("k" if relation.table == "animals" else "xium")
+        wording = rng.choice(relation.questions[lang][:-NEW_WORDINGS])
+        question = cap(wording.format(k=name, ak="a " + name, v="", av="", verb=""))
+        key = f"madeup|{name}"
+    return Item(spoken(rng, question, lang), DONT_KNOW[lang], key, accepted=DONT_KNOW_TOO[lang])
+
+
+# --- system prompts --------------------------------------------------------------------------------------------------
+
+ASSISTANT_NAMES = {
+    "zh": ["阿福", "小星", "豆包子", "小云", "团团", "小鱼", "米米", "小风"],
+    "en": ["Robo", "Luna", "Max", "Nova", "Pixel", "Sunny", "Coco", "Bobo"],
+}
+EASY_FACTS = [
+    relation for relation in RELATIONS if relation.name in ("capital", "language", "class", "legs", "food", "date")
+]
+
+
+def other_language(rng: random.Random, lang: str) -> tuple[str, str, str]:
+    """A fact asked in `lang` and answered in the other language: (question, answer, key)."""
+    relation = rng.choice([r for r in EASY_FACTS if r.name in ("capital", "class", "legs", "language")])
+    i = rng.randrange(min(len(rows) for rows in relation.rows.values()))
+    other = "en" if lang == "zh" else "zh"
+    question = relation.fill(relation.questions[lang][0], relation.rows[lang][i])
+    return question, relation.fill(relation.answer[other], relation.rows[other][i]), f"{relation.name}|{lang}|{i}"
+
+
+def system_prompt(rng: random.Random, lang: str, held: bool) -> Item:
+    """A system message that changes the answer; unseen when held out: this system message with this question."""
+    kinds = (
+        ["meow_zh", "boss_zh", "english", "name_zh"]
+        if lang == "zh"
+        else ["meow_en", "captain", "chinese", "name_en", "upper"]
+    )
+    kind = rng.choice(kinds)
+    index = rng.randrange(len(SYSTEMS[kind]))
+    system = SYSTEMS[kind][index]
+    if kind in ("english", "chinese"):
+        question, answer, key = other_language(rng, lang)
+    elif kind in ("name_zh", "name_en"):
+        name = rng.choice(ASSISTANT_NAMES[lang])
+        system = system.format(name)
+        question = rng.choice(IDENTITY[lang][0]["questions"][: 4 if lang == "zh" else 3])
+        answer, key = (f"我叫{name}。" if lang == "zh" else f"My name is {name}."), f"{name}|{question}"
+    elif kind == "upper":
+        text = " ".join(rng.sample(UPPER_WORDS, rng.randint(2, 3)))
+        question, answer, key = f"Say: {text}", text.upper(), text
+    else:
+        item = trainable(fact_item, rng, lang, False, EASY_FACTS)
+        question, answer = item.question, item.answer
+        key = item.key
+        if kind.startswith("meow"):
+            answer += "喵" if lang == "zh" else " Meow."
+        else:
+            first, rest = answer.split(" ", 1) if lang == "en" else ("", answer)
+            first = first.lower() + " " if first in ("A", "An", "The", "People") else first + " " * bool(first)
+            answer = f"Captain, {first}{rest}" if lang == "en" else f"队长，{answer}"
+    return Item(question, answer, f"system|{kind}{index}|{key}", system=system)
+
+
+# --- several turns ---------------------------------------------------------------------------------------------------
+
+FOLLOW_UPS = {  # (same country, other relation)
+    "zh": {
+        "capital": ["那首都呢？", "它的首都呢？"],
+        "language": ["那里的人说什么语言？", "那语言呢？"],
+        "currency": ["那里用什么货币？", "那货币呢？"],
+        "continent": ["它在哪个洲？", "那它在哪个洲呢？"],
+        "population": ["那人口呢？", "它的人口是多少？"],
+    },
+    "en": {
+        "capital": ["And its capital?", "What is its capital?"],
+        "language": ["And its language?", "What do people speak there?"],
+        "currency": ["And its currency?", "What money do they use?"],
+        "continent": ["And its continent?", "Which continent is it in?"],
+        "population": ["And its population?", "How many people live there?"],
+    },
+}
+ANOTHER = {"zh": ["那{}呢？", "{}呢？", "换成{}呢？"], "en": ["What about {}?", "And {}?", "How about {}?"]}
+TOLD = {  # what the user says about themselves, the reply, the later question, the answer
+    "zh": [
+        (
+            "我叫{}。",
+            "你好，{}！",
+            ["我叫什么名字？", "你还记得我的名字吗？"],
+            "你叫{}。",
+            NAMES["zh"] + ["小强", "婷婷", "阿宝"],
+        ),
+        (
+            "我最喜欢的水果是{}。",
+            "{}很好吃！",
+            ["我最喜欢什么水果？", "我喜欢吃什么水果？"],
+            "你最喜欢{}。",
+            ["苹果", "香蕉", "西瓜", "草莓", "桃子", "葡萄"],
+        ),
+        (
+            "我养了一只{}。",
+            "{}真可爱！",
+            ["我养了什么？", "我养的是什么动物？"],
+            "你养了一只{}。",
+            ["猫", "狗", "兔子", "乌龟", "鸭子"],
+        ),
+    ],
+    "en": [
+        (
+            "My name is {}.",
+            "Nice to meet you, {}!",
+            ["What is my name?", "Do you remember my name?"],
+            "Your name is {}.",
+            NAMES["en"] + ["Jack", "Rose", "Nick"],
+        ),
+        (
+            "My favourite colour is {}.",
+            "{} is a nice colour!",
+            ["What is my favourite colour?", "Which colour do I like?"],
+            "Your favourite colour is {}.",
+            ["red", "blue", "green", "yellow", "purple", "pink"],
+        ),
+        (
+            "I have a {}.",
+            "A {} is a fine friend!",
+            ["What animal do I have?", "Which pet do I have?"],
+            "You have a {}.",
+            ["cat", "dog", "rabbit", "turtle", "duck"],
+        ),
+    ],
+}
+
+
+# 'And what about {}?' needs a thing in the question, not a description of one
+ABOUT_THINGS = [
+    relation for relation in RELATIONS if relation.name not in ("who_does", "feature", "feature_of", "made")
+]
+
+
+def multi_turn(rng: random.Random, lang: str, held: bool) -> Item:
+    """The last question can only be understood with what was said before."""
+    kind = rng.random()
+    if kind < 0.2:
+        said, reply, questions, answer, things = rng.choice(TOLD[lang])
+        thing, question = rng.choice(things), rng.choice(questions)
+        history = [(said.format(thing), cap(reply.format(thing)))]
+        if rng.random() < 0.5:
+            between = trainable(opposites, rng, lang, False)
+            history.append((between.question, between.answer))
+        return Item(question, answer.format(thing), f"told|{history}|{question}", history=history)
+    countries = {relation.name: relation for relation in RELATIONS if relation.name in FOLLOW_UPS[lang]}
+    if kind < 0.65:  # the same relation of another thing
+        relation = rng.choice(ABOUT_THINGS if kind < 0.35 else list(countries.values()))
+        if lang not in relation.rows:
+            return multi_turn(rng, lang, held)
+        first, second = rng.sample(relation.rows[lang], 2)
+        index = rng.randrange(3)
+        shown = second["ak"] if "{ak}" in relation.answer["en"] else second["k"]
+        question, answer = ANOTHER[lang][index].format(shown), relation.fill(relation.answer[lang], second)
+        key = f"another|{lang}|{relation.name}|{first['k']}|{second['k']}"
+    else:  # another relation of the same country
+        relation, other = rng.sample(list(countries.values()), 2)
+        first = rng.choice(relation.rows[lang])
+        found = [row for row in other.rows[lang] if row["k"] == first["k"]]
+        if not found:
+            return multi_turn(rng, lang, held)
+        question = rng.choice(FOLLOW_UPS[lang][other.name])
+        answer = other.fill(other.answer[lang], found[0])
+        key = f"follow|{lang}|{relation.name}|{other.name}|{first['k']}"
+    opening = trainable(ask_fact, rng, lang, False, relation, first)
+    return Item(question, answer, key, history=[(opening.question, opening.answer)])
+
+
+# --- stories ---------------------------------------------------------------------------------------------------------
+
+STORY_REQUESTS = {
+    "zh": [
+        "讲一个{}和{}的故事。",
+        "给我讲个关于{}和{}的小故事。",
+        "写一个短故事，里面有{}和{}。",
+        "我想听{}和{}的故事。",
+    ],
+    "en": [
+        "Tell me a story about {} and {}.",
+        "Write a short story about {} and {}.",
+        "A short story with {} and {}, please.",
+        "I want a story about {} and {}.",
+    ],
+}
+
+
+def story(rng: random.Random, lang: str, held: bool) -> Item:
+    """A story about a hero and a thing; unseen when held out: this hero with this thing."""
+    hero, thing = rng.choice(STORIES["heroes"][lang]), rng.choice(STORIES["things"][lang])
+    text = requested_story(rng, lang, hero, thing)
+    thing, shown = (thing[0], thing[0]) if lang == "zh" else (thing, "a " + thing)
+    return Item(
+        rng.choice(STORY_REQUESTS[lang]).format(hero, shown),
+        text,
+        f"story|{hero}|{thing}",
+        must_contain=[hero.removeprefix("a "), thing],
+    )

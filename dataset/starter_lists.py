@@ -1,0 +1,249 @@
+"""The starter corpus' skills on lists: sorting, counting aloud, picking by category, rewriting.
+
+Same contract as starter_skills.py: one function a skill, (rng, lang, held) -> Item.
+"""
+
+import random
+
+from dataset.starter_facts import an, load_table
+from dataset.starter_skills import Item, spoken
+from dataset.starter_words import WEEKDAYS
+
+# Difficulty, as in starter_skills.py.
+SORT_MAX = 30  # numbers to sort
+SORT_LENGTHS = (3, 4)
+REVERSE_LENGTHS = (3, 4)
+COUNT_LENGTHS = (3, 5)  # items in a list to be counted
+PICK_LENGTH = 3  # items to pick a category from
+
+LIST_WORDS = {
+    "zh": [
+        "猫",
+        "狗",
+        "鸟",
+        "鱼",
+        "牛",
+        "羊",
+        "花",
+        "树",
+        "山",
+        "水",
+        "火",
+        "雨",
+        "书",
+        "笔",
+        "茶",
+        "球",
+        "灯",
+        "门",
+        "车",
+        "船",
+    ],
+    "en": [
+        "cat",
+        "dog",
+        "bird",
+        "fish",
+        "cow",
+        "tree",
+        "sun",
+        "moon",
+        "book",
+        "pen",
+        "tea",
+        "ball",
+        "hat",
+        "cup",
+        "car",
+        "box",
+        "milk",
+        "king",
+        "rain",
+        "egg",
+    ],
+}
+ALPHABET = [
+    "apple",
+    "ball",
+    "cat",
+    "dog",
+    "egg",
+    "fish",
+    "girl",
+    "hat",
+    "ink",
+    "jam",
+    "king",
+    "lion",
+    "moon",
+    "nose",
+    "owl",
+    "pen",
+    "queen",
+    "rain",
+    "sun",
+    "tree",
+    "umbrella",
+    "van",
+    "water",
+    "zebra",
+]
+JOIN = {"zh": "、", "en": ", "}
+
+
+def sorting(rng: random.Random, lang: str, held: bool) -> Item:
+    """Numbers up or down, words by the alphabet (English) or weekdays in order (Chinese)."""
+    size, kind = rng.randint(*SORT_LENGTHS), rng.random()
+    join = JOIN["en"]
+    if kind < 0.75:
+        items = rng.sample(range(1, SORT_MAX + 1), size)
+        down = kind < 0.25
+        answer = join.join(str(n) for n in sorted(items, reverse=down))
+        listed = join.join(str(n) for n in items)
+        if lang == "zh":
+            question = rng.choice(
+                ["把这些数从大到小排列：{}", "从大到小排序：{}"]
+                if down
+                else ["把这些数从小到大排列：{}", "从小到大排序：{}"]
+            )
+        else:
+            question = rng.choice(
+                ["Sort from large to small: {}", "Sort these numbers from high to low: {}"]
+                if down
+                else ["Sort from small to large: {}", "Sort these numbers: {}", "Put in order: {}"]
+            )
+        return Item(question.format(listed), answer, f"sort|{down}|{listed}")
+    order = WEEKDAYS["zh"] if lang == "zh" else ALPHABET
+    items = rng.sample(order, 3)
+    listed, answer = (JOIN[lang].join(words) for words in (items, sorted(items, key=order.index)))
+    if lang == "zh":
+        question = rng.choice(["把这几天按先后排好：{}", "按星期的顺序排列：{}"])
+    else:
+        question = rng.choice(["Sort by the alphabet: {}", "Put these words in alphabetical order: {}"])
+    return Item(question.format(listed), answer, f"sort|{listed}")
+
+
+def counting(rng: random.Random, lang: str, held: bool) -> Item:
+    """Counts aloud: all items of a list, one sort of item in a list, or the letters of a spelled word."""
+    size, kind = rng.randint(*COUNT_LENGTHS), rng.random()
+    words, join = LIST_WORDS[lang], JOIN[lang]
+    if kind < 0.4:
+        items = [rng.choice(words) for _ in range(size)]
+        aloud = join.join(f"{i} {word}" for i, word in enumerate(items, 1))
+        listed = join.join(items)
+        if lang == "zh":
+            question = rng.choice(["数一数有几个词：{}", "这里有几个词：{}"])
+            return Item(question.format(listed), f"{aloud}。一共 {size} 个。", f"count|{listed}")
+        question = rng.choice(["How many words are here: {}", "Count the words: {}"])
+        return Item(question.format(listed), f"{aloud}. That makes {size}.", f"count|{listed}")
+    if kind < 0.75:
+        one, other = rng.sample(words, 2)
+        items = [one if rng.random() < 0.6 else other for _ in range(size)]
+        listed, total = join.join(items), items.count(one)
+        seen, aloud = 0, []
+        for item in items:
+            seen += item == one
+            aloud.append(f"{item} {seen}" if item == one else item)
+        if lang == "zh":
+            question = rng.choice(["数一数有几个“{}”：{}", "这里有几个“{}”：{}"])
+            return Item(question.format(one, listed), f"{join.join(aloud)}。一共 {total} 个。", f"count|{one}|{listed}")
+        question = rng.choice(['How many times does "{}" come: {}', 'Count the word "{}": {}'])
+        return Item(question.format(one, listed), f"{join.join(aloud)}. That makes {total}.", f"count|{one}|{listed}")
+    letters = [rng.choice("abcdefghijklmnopqrstuvwxyz") for _ in range(size)]
+    listed, aloud = " ".join(letters), ", ".join(f"{i} {letter}" for i, letter in enumerate(letters, 1))
+    if lang == "zh":
+        question = rng.choice(["这里有几个字母：{}", "数一数字母：{}"])
+        return Item(question.format(listed), f"{aloud}。一共 {size} 个。", f"count|{listed}")
+    question = rng.choice(["How many letters are here: {}", "Count the letters: {}"])
+    return Item(question.format(listed), f"{aloud}. That makes {size}.", f"count|{listed}")
+
+
+def members(category: str, lang: str) -> list[str]:
+    """The words of a category; animals come from their own table."""
+    if category == "animal":
+        return [row[lang] for row in load_table("animals")]
+    return [row[lang] for row in load_table("things") if row["category_en"] == category]
+
+
+def category(rng: random.Random, lang: str, held: bool) -> Item:
+    """Pick the fruit of a list, or the item that does not belong."""
+    categories = load_table("categories")
+    if rng.random() < 0.6:
+        chosen = rng.sample(categories, PICK_LENGTH)
+        items = [rng.choice(members(row["id"], lang)) for row in chosen]
+        target, answer = chosen[0], items[0]
+        rng.shuffle(items)
+        listed = JOIN[lang].join(items)
+        if lang == "zh":
+            question = rng.choice(["哪个是{1}：{0}？", "下面哪个是{1}：{0}", "从里面选出{1}：{0}", "{0}，哪个是{1}？"])
+        else:
+            question = rng.choice(
+                ["Which one is {1}: {0}?", "Pick the {2}: {0}", "Find the {2}: {0}", "{0}: which one is {1}?"]
+            )
+        noun = target["zh"] if lang == "zh" else an(target["en"])
+        key = f"pick|{target['id']}|{listed}"
+        return Item(spoken(rng, question.format(listed, noun, target["en"]), lang), answer, key)
+    same, other = rng.sample(categories, 2)
+    answer = rng.choice(members(other["id"], lang))
+    items = rng.sample(members(same["id"], lang), 3) + [answer]
+    rng.shuffle(items)
+    listed = JOIN[lang].join(items)
+    if lang == "zh":
+        question = rng.choice(["哪个和别的不一样：{}？", "找出不同类的一个：{}", "哪个不是同一类：{}"])
+    else:
+        question = rng.choice(
+            ["Which one does not belong: {}?", "Find the odd one out: {}", "What is the odd one: {}?"]
+        )
+    return Item(spoken(rng, question.format(listed), lang), answer, f"odd|{listed}")
+
+
+UPPER_WORDS = (
+    "i you we like see have want love a the and red blue green big small good happy cat dog bird fish cow "
+    "tree sun moon book pen tea ball hat cup car box milk king rain egg hello thanks yes no"
+).split()
+
+
+def rewriting(rng: random.Random, lang: str, held: bool) -> Item:
+    """Reverse, repeat, first and last of a list, upper case."""
+    kind, words, join = rng.random(), LIST_WORDS[lang], JOIN[lang]
+    if kind < 0.45:
+        size = rng.randint(*REVERSE_LENGTHS)
+        letters = rng.random() < 0.35
+        pool = list("ABCDEFGHIJKLMNOPQRSTUVWXYZ" if rng.random() < 0.5 else "123456789") if letters else words
+        items = rng.sample(pool, size)
+        glue = " " if letters else join
+        listed = glue.join(items)
+        question = rng.choice(
+            {
+                "zh": ["把它倒过来：{}", "倒着说：{}", "反过来写：{}"],
+                "en": ["Reverse: {}", "Reverse the order: {}", "Say it backwards: {}"],
+            }[lang]
+        )
+        return Item(question.format(listed), glue.join(items[::-1]), f"reverse|{listed}")
+    if kind < 0.6:
+        word = rng.choice(words + members("fruit", lang))
+        index = rng.randrange(4)
+        question = {
+            "zh": ["把“{}”说三遍。", "“{}”重复三次。", "请说三次“{}”。", "说三遍：{}"],
+            "en": [
+                'Say "{}" three times.',
+                'Repeat "{}" three times.',
+                "Say {} three times.",
+                "Repeat three times: {}",
+            ],
+        }[lang][index]
+        return Item(question.format(word), join.join([word] * 3), f"repeat|{index}|{word}")
+    if kind < 0.8 or lang == "zh":
+        items = rng.sample(words, rng.randint(3, 5))
+        listed, first = join.join(items), rng.random() < 0.5
+        if lang == "zh":
+            question = rng.choice(["{1}的{0}一个词是什么？", "{0}一个词是哪个：{1}"]).format(
+                "第" if first else "最后", listed
+            )
+        else:
+            question = rng.choice(["What is the {} word of: {}?", "Give me the {} word: {}"])
+            question = question.format("first" if first else "last", listed)
+        return Item(question, items[0] if first else items[-1], f"ends|{first}|{listed}")
+    text = " ".join(rng.sample(UPPER_WORDS, rng.randint(2, 4)))
+    question = rng.choice(["Write in upper case: {}", "In capital letters: {}", "UPPER CASE please: {}"])
+    return Item(question.format(text), text.upper(), f"upper|{text}")

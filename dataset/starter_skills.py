@@ -1,0 +1,302 @@
+"""The starter corpus' exact skills: facts, numbers, lists, words. One function a skill: (rng, lang, held) -> Item.
+
+What may be trained on is decided by is_held_out(item.key) alone: the writers in starter.py draw items again until
+the key falls on the side they want. Chat skills (identity, system prompts, several turns) are in starter_chat.py.
+"""
+
+import hashlib
+import random
+from dataclasses import dataclass, field
+
+from dataset.starter_facts import NEW_WORDINGS, RELATIONS, Relation, an, cap, load_table
+
+# Difficulty. Small ranges that are learnt in minutes beat impressive ones that fail.
+ADD_MAX = 50  # operands of additions and subtractions
+SMALL_SHARE = 0.3  # of the trained sums have operands up to ten only
+WORD_MAX = 10  # operands of arithmetic in words
+TIMES_MAX = 10  # multiplication table
+COMPARE_MAX = 60  # numbers to compare
+HELD_OUT_ONE_IN = 10  # share of the keys kept for the held-out file
+
+NAMES = {
+    "zh": ["小明", "小红", "小华", "小丽", "小军", "小芳", "乐乐", "豆豆"],
+    "en": ["Tom", "Lily", "Ben", "Anna", "Max", "Mia", "Sam", "Emma"],
+}
+
+
+@dataclass
+class Item:
+    """One exchange. `key` says what is unseen when it is held out; an empty key is always trained on."""
+
+    question: str
+    answer: str
+    key: str = ""
+    system: str | None = None
+    history: list[tuple[str, str]] = field(default_factory=list)
+    accepted: list[str] = field(default_factory=list)  # further answers that count as right
+    must_contain: list[str] = field(default_factory=list)
+
+
+def is_held_out(key: str) -> bool:
+    """True for one key in HELD_OUT_ONE_IN, the same in every process; keys that open with 'new|' always."""
+    if not key or key.startswith("new|"):
+        return bool(key)
+    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=4).digest(), "big") % HELD_OUT_ONE_IN == 0
+
+
+def trainable(make, *args) -> Item:
+    """make(*args) again and again until the Item may be trained on: for exchanges inside a longer conversation."""
+    while is_held_out((item := make(*args)).key):
+        pass
+    return item
+
+
+PREFIXES = {
+    "zh": ["请问，", "你好，", "我想知道，", "请告诉我，", "小助手，", "问一下，"],
+    "en": ["Please tell me: ", "Hi! ", "Hey, ", "Quick question: ", "Hello! ", "I want to know: "],
+}
+
+
+def spoken(rng: random.Random, question: str, lang: str) -> str:
+    """The question as people type it: sometimes with a greeting, without a question mark, in lower case."""
+    dice = rng.random()
+    if dice < 0.12:
+        question = rng.choice(PREFIXES[lang]) + question
+    if rng.random() < 0.15 and question[-1] in "?？.。":
+        question = question[:-1]
+    if lang == "en" and rng.random() < 0.12:
+        question = question.lower()
+    return question
+
+
+def pick_wording(rng: random.Random, wordings: list[str], held: bool) -> tuple[str, str]:
+    """(wording, key): trained wordings are all but the last NEW_WORDINGS, which one held-out question in four uses."""
+    if held and rng.random() < 0.25:
+        index = len(wordings) - 1 - rng.randrange(NEW_WORDINGS)
+        return wordings[index], f"new|{index}"
+    index = rng.randrange(len(wordings) - NEW_WORDINGS)
+    return wordings[index], str(index)
+
+
+# --- facts ---------------------------------------------------------------------------------------------------------
+
+
+def ask_fact(rng: random.Random, lang: str, held: bool, relation: Relation, row: dict[str, str]) -> Item:
+    """One fact; unseen when held out: this wording with this entity."""
+    wording, key = pick_wording(rng, relation.questions[lang], held)
+    return Item(
+        spoken(rng, relation.fill(wording, row), lang),
+        relation.fill(relation.answer[lang], row),
+        f"{key}|{relation.name}|{lang}|{row['k']}",
+    )
+
+
+def fact_item(rng: random.Random, lang: str, held: bool, relations: list[Relation]) -> Item:
+    """A fact from one of the relations; small tables get more than their share."""
+    relations = [relation for relation in relations if lang in relation.rows]
+    relation = rng.choices(relations, [8 + len(relation.rows[lang]) for relation in relations])[0]
+    return ask_fact(rng, lang, held, relation, rng.choice(relation.rows[lang]))
+
+
+def facts_of(skill: str):
+    relations = [relation for relation in RELATIONS if relation.skill == skill]
+    return lambda rng, lang, held: fact_item(rng, lang, held, relations)
+
+
+# --- numbers -------------------------------------------------------------------------------------------------------
+
+ONES = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
+    "seventeen eighteen nineteen"
+).split()
+TENS = "- - twenty thirty forty fifty sixty seventy eighty ninety".split()
+
+
+def number_word(n: int, lang: str) -> str:
+    """0..99 in words: 'twenty-three', '二十三'."""
+    if lang == "en":
+        return ONES[n] if n < 20 else TENS[n // 10] + ("-" + ONES[n % 10] if n % 10 else "")
+    digits = "零一二三四五六七八九"
+    if n < 10:
+        return digits[n]
+    return (digits[n // 10] if n >= 20 else "") + "十" + (digits[n % 10] if n % 10 else "")
+
+
+def pair_key(a: int, b: int) -> str:
+    """One key for a + b, b + a, a - b and b - a, in every wording. One-digit pairs and round tens are always trained
+    on: they are the tables from which the held-out pairs must be worked out."""
+    easy = max(a, b) < 10 or a % 10 == 0 or b % 10 == 0
+    return "" if easy else f"pair|{min(a, b)}|{max(a, b)}"
+
+
+def worked_sum(a: int, b: int) -> str:
+    """'17 + 8 = 10 + 15 = 25': tens and ones apart, so that every step is one of the small sums."""
+    tens, ones = a // 10 * 10 + b // 10 * 10, a % 10 + b % 10
+    step = f"{tens} + {ones} = " if tens and a % 10 and b % 10 else ""
+    return f"{a} + {b} = {step}{a + b}"
+
+
+def worked_difference(a: int, b: int) -> str:
+    """'43 - 17 = 20 + 3 + 3 = 26': where the ones do not suffice, what is missing to ten comes first."""
+    (a_tens, a_ones), (b_tens, b_ones) = divmod(a, 10), divmod(b, 10)
+    if a_ones < b_ones:
+        parts = [(a_tens - b_tens - 1) * 10, 10 - b_ones, a_ones]
+    else:
+        parts = [(a_tens - b_tens) * 10, a_ones - b_ones] if b_ones else []
+    parts = [part for part in parts if part]
+    step = " + ".join(map(str, parts)) + " = " if len(parts) > 1 else ""
+    return f"{a} - {b} = {step}{a - b}"
+
+
+PLUS = {
+    "zh": ["{} + {} = ?", "{} + {} 等于多少？", "{} 加 {} 等于几？", "算一算：{} + {}", "{} + {}"],
+    "en": ["What is {} + {}?", "{} + {} = ?", "Calculate {} + {}.", "How much is {} plus {}?", "{} + {}"],
+}
+MINUS = {
+    "zh": ["{} - {} = ?", "{} - {} 等于多少？", "{} 减 {} 等于几？", "算一算：{} - {}", "{} - {}"],
+    "en": ["What is {} - {}?", "{} - {} = ?", "Calculate {} - {}.", "How much is {} minus {}?", "{} - {}"],
+}
+TIMES = {
+    "zh": [
+        "{} × {} = ?",
+        "{} × {} 等于多少？",
+        "{} 乘 {} 等于几？",
+        "算一算：{} × {}",
+        "{} × {}",
+        "{} 乘以 {} 是多少？",
+    ],
+    "en": [
+        "What is {} × {}?",
+        "{} × {} = ?",
+        "Calculate {} × {}.",
+        "How much is {} times {}?",
+        "{} × {}",
+        "Work out {} × {}.",
+    ],
+}
+MORE = {
+    "zh": [
+        "{n}有 {a} {m}{t}，又买了 {b} {m}。现在一共有几{m}？",
+        "{n}有 {a} {m}{t}，妈妈又给了 {b} {m}，一共有多少{m}？",
+    ],
+    "en": [
+        "{n} has {a} {t} and buys {b} more. How many {t} does {n} have now?",
+        "{n} has {a} {t}. Mother gives {n} {b} more. How many {t} are there now?",
+    ],
+}
+FEWER = {
+    "zh": ["{n}有 {a} {m}{t}，送出了 {b} {m}。还剩几{m}？", "{n}有 {a} {m}{t}，送给朋友 {b} {m}，还剩多少{m}？"],
+    "en": [
+        "{n} has {a} {t} and gives away {b}. How many {t} are left?",
+        "{n} has {a} {t} and loses {b}. How many {t} are left?",
+    ],
+}
+
+
+def countable(rng: random.Random, lang: str) -> tuple[str, str]:
+    """(plural in English or the bare noun in Chinese, Chinese measure word) of something one can have many of."""
+    row = rng.choice(
+        [
+            r
+            for r in load_table("things")
+            if r["category_en"] in ("fruit", "tool", "clothing") and r["plural"] != r["en"]
+        ]
+    )
+    return (row["zh"], row["measure"]) if lang == "zh" else (row["plural"], "")
+
+
+def sum_in_words(lang: str, a: int, b: int, minus: bool) -> Item:
+    """'Three plus four is seven.', for numbers up to WORD_MAX."""
+    x, y, z = (number_word(n, lang) for n in (a, b, a - b if minus else a + b))
+    if lang == "zh":
+        said = f"{x}{'减' if minus else '加'}{y}等于"
+        return Item(f"{said}几？", f"{said}{z}。", pair_key(a, b))
+    said = f"{x} {'minus' if minus else 'plus'} {y}"
+    return Item(f"What is {said}?", cap(f"{said} is {z}."), pair_key(a, b))
+
+
+def arithmetic(rng: random.Random, lang: str, held: bool) -> Item:
+    """Sums and differences in digits, in words and as one-step stories; the answer restates the sum."""
+    most = ADD_MAX if held or rng.random() > SMALL_SHARE else 10
+    a, b = rng.randrange(most + 1), rng.randrange(most + 1)
+    minus = rng.random() < 0.45
+    if minus and a < b:
+        a, b = b, a
+    answer = (worked_difference if minus else worked_sum)(a, b)
+    short = [f"{a} {'-' if minus else '+'} {b} = {a - b if minus else a + b}", str(a - b if minus else a + b)]
+    kind = rng.random()
+    if max(a, b) <= WORD_MAX and kind < 0.7:
+        return sum_in_words(lang, a, b, minus)
+    if kind < 0.75 or a < 2 or b < 2:  # "1 apples" would be wrong
+        question = rng.choice((MINUS if minus else PLUS)[lang]).format(a, b)
+    else:
+        thing, measure = countable(rng, lang)
+        question = rng.choice((FEWER if minus else MORE)[lang])
+        question = question.format(n=rng.choice(NAMES[lang]), a=a, b=b, t=thing, m=measure)
+    return Item(question, answer, pair_key(a, b), accepted=short)
+
+
+def times_table(rng: random.Random, lang: str, held: bool) -> Item:
+    """The multiplication table is learnt by heart, like a fact: unseen when held out is this wording of this pair."""
+    a, b = rng.randint(1, TIMES_MAX), rng.randint(1, TIMES_MAX)
+    question = rng.choice(TIMES[lang]).format(a, b)
+    return Item(question, f"{a} × {b} = {a * b}", f"times|{question}")
+
+
+SIZES = ["ant", "bee", "mouse", "cat", "sheep", "horse", "elephant", "whale"]  # a strict order that nobody doubts
+ZH = {row["id"]: row["zh"] for row in load_table("animals")}
+
+
+def comparing(rng: random.Random, lang: str, held: bool) -> Item:
+    """Two numbers, two heights, two ages or two animals."""
+    kind = rng.random()
+    if kind < 0.15:
+        i, j = rng.sample(range(len(SIZES)), 2)
+        bigger = rng.random() < 0.5
+        first, second = SIZES[i], SIZES[j]
+        winner, loser = (first, second) if (i > j) == bigger else (second, first)
+        key = f"size|{lang}|{first}|{second}|{bigger}"
+        if lang == "zh":
+            word = "大" if bigger else "小"
+            question = f"{ZH[first]}和{ZH[second]}哪个更{word}？"
+            return Item(spoken(rng, question, lang), f"{ZH[winner]}比{ZH[loser]}{word}。", key)
+        word = "bigger" if bigger else "smaller"
+        question = f"Which is {word}, {an(first)} or {an(second)}?"
+        return Item(spoken(rng, question, lang), cap(f"{an(winner)} is {word} than {an(loser)}."), key)
+    a, b = rng.sample(range(1, COMPARE_MAX + 1), 2)
+    if kind < 0.7:
+        larger = rng.random() < 0.5
+        x, y = (a, b) if (a > b) == larger else (b, a)
+        if lang == "zh":
+            word = "大" if larger else "小"
+            question = rng.choice(
+                [f"{a} 和 {b} 哪个更{word}？", f"{a} 和 {b}，哪个{word}？", f"哪个数更{word}，{a} 还是 {b}？"]
+            )
+            answer = f"{x} 比 {y} {word}。"
+        else:
+            word = "larger" if larger else "smaller"
+            question = rng.choice(
+                [
+                    f"Which is {word}, {a} or {b}?",
+                    f"Which number is {word}: {a} or {b}?",
+                    f"{a} or {b}, which is {word}?",
+                ]
+            )
+            answer = f"{x} is {word} than {y}."
+        return Item(spoken(rng, question, lang), answer, f"compare|{min(a, b)}|{max(a, b)}")
+    older = rng.random() < 0.5
+    if older and max(a, b) > 30:  # names of children
+        return comparing(rng, lang, held)
+    n, m = rng.sample(NAMES[lang], 2)
+    (x, winner), (y, _) = sorted([(a, n), (b, m)], reverse=True)
+    if lang == "zh":
+        said = "{}今年 {} 岁" if older else "{}堆的积木有 {} 块"
+        question = f"{said.format(n, a)}，{said.format(m, b)}。谁的{'年纪更大' if older else '积木更高'}？"
+        answer = f"{x} 比 {y} 大，{winner}的{'年纪更大' if older else '积木更高'}。"
+    else:
+        said = "{} is {} years old" if older else "{}'s tower has {} bricks"
+        question = (
+            f"{said.format(n, a)} and {said.format(m, b)}. Who {'is older' if older else 'has the taller tower'}?"
+        )
+        answer = f"{x} is larger than {y}, so {winner} {'is older' if older else 'has the taller tower'}."
+    return Item(question, answer, f"compare|{min(a, b)}|{max(a, b)}")

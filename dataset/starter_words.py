@@ -1,0 +1,172 @@
+"""The starter corpus' skills on words: opposites, translation, units of measure, days, months and seasons.
+
+Same contract as starter_skills.py: one function a skill, (rng, lang, held) -> Item.
+"""
+
+import random
+
+from dataset.starter_facts import cap, load_json, load_table
+from dataset.starter_skills import Item, pick_wording, spoken
+
+
+def opposites(rng: random.Random, lang: str, held: bool) -> Item:
+    row = rng.choice(load_table(f"opposites_{lang}"))
+    word, other = (row["a"], row["b"]) if rng.random() < 0.5 else (row["b"], row["a"])
+    wording, key = pick_wording(rng, load_json("talk")["opposite_questions"][lang], held)
+    answer = f"{word}的反义词是{other}。" if lang == "zh" else f"The opposite of {word} is {other}."
+    return Item(spoken(rng, cap(wording.format(word)), lang), answer, f"{key}|opposite|{lang}|{word}")
+
+
+UNITS = [  # (how many, small unit zh/en, of one big unit zh/en)
+    (60, "分钟", "minutes", "小时", "hour"),
+    (60, "秒", "seconds", "分钟", "minute"),
+    (24, "小时", "hours", "天", "day"),
+    (7, "天", "days", "个星期", "week"),
+    (12, "个月", "months", "年", "year"),
+    (100, "厘米", "centimetres", "米", "metre"),
+    (1000, "米", "metres", "公里", "kilometre"),
+    (1000, "克", "grams", "公斤", "kilogram"),
+    (10, "毫米", "millimetres", "厘米", "centimetre"),
+]
+UNIT_QUESTIONS = {
+    "zh": ["{n} {b}是多少{s}？", "{n} {b}等于多少{s}？", "{n} {b}有多少{s}？", "{n} {b}有几{s}？"],
+    "en": [
+        "How many {s} are in {n} {b}?",
+        "How many {s} are there in {n} {b}?",
+        "{n} {b} is how many {s}?",
+        "How many {s} make {n} {b}?",
+    ],
+}
+WEEKDAYS = {
+    "zh": ["星期一", "星期二", "星期三", "星期四", "星期五", "星期六", "星期日"],
+    "en": ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"],
+}
+MONTHS = {
+    "zh": ["一月", "二月", "三月", "四月", "五月", "六月", "七月", "八月", "九月", "十月", "十一月", "十二月"],
+    "en": [
+        "January",
+        "February",
+        "March",
+        "April",
+        "May",
+        "June",
+        "July",
+        "August",
+        "September",
+        "October",
+        "November",
+        "December",
+    ],
+}
+SEASONS = {"zh": ["冬天", "春天", "夏天", "秋天"], "en": ["winter", "spring", "summer", "autumn"]}
+
+
+def units_dates(rng: random.Random, lang: str, held: bool) -> Item:
+    """Units of time, length and weight; days and months before and after; seasons of the northern year."""
+    kind = rng.random()
+    if kind < 0.4:
+        size, small_zh, small_en, big_zh, big_en = rng.choice(UNITS)
+        n, index = rng.randint(1, 5), rng.randrange(4)
+        if lang == "zh":
+            small, big, answer = small_zh, big_zh, f"{n} {big_zh}是 {n * size} {small_zh}。"
+            small = small_zh.removeprefix("个") if index < 3 and small_zh != "个月" else small_zh
+        else:
+            small, big = small_en, big_en + ("s" if n > 1 else "")
+            answer = f"{n} {big} {'are' if n > 1 else 'is'} {n * size} {small}."
+        question = UNIT_QUESTIONS[lang][index].format(n=n, b=big, s=small)
+        return Item(spoken(rng, question, lang), answer, f"unit|{lang}|{index}|{small_en}|{n}")
+    if kind < 0.9:
+        days = kind < 0.7
+        ring = (WEEKDAYS if days else MONTHS)[lang]
+        step = rng.choice([1, 1, -1, -1, 2]) if days else rng.choice([1, 1, -1])
+        i, index = rng.randrange(len(ring)), rng.randrange(3)
+        here, there = ring[i], ring[(i + step) % len(ring)]
+        if lang == "zh":
+            when = {1: "的后一天" if days else "的下一个月", -1: "的前一天" if days else "的上一个月"}.get(
+                step, f"之后 {step} 天"
+            )
+            question = ["{0}{1}是{2}？", "{0}{1}是哪{3}？", "请问{0}{1}是什么？"][index]
+            question = question.format(here, when, "星期几" if days else "几月", "天" if days else "个月")
+            answer = f"{here}{when}是{there}。"
+        else:
+            unit = "day" if days else "month"
+            when = {1: f"the {unit} after", -1: f"the {unit} before"}.get(step, f"{step} {unit}s after")
+            question = [
+                f"What {unit} is {when} {here}?" if abs(step) > 1 else f"What is {when} {here}?",
+                f"Which {unit} is {when} {here}?",
+                f"Tell me {when} {here}." if abs(step) == 1 else f"Tell me what {unit} is {when} {here}.",
+            ][index]
+            answer = cap(f"{when} {here} is {there}.")
+        return Item(spoken(rng, question, lang), answer, f"ring|{lang}|{index}|{here}|{step}")
+    i, index = rng.randrange(12), rng.randrange(3)
+    month, season = MONTHS[lang][i], SEASONS[lang][(i + 1) % 12 // 3]
+    if lang == "zh":
+        question = [f"{month}是什么季节？", f"{month}在哪个季节？", f"在北京，{month}是什么季节？"][index]
+        return Item(spoken(rng, question, lang), f"在北方，{month}是{season}。", f"season|{lang}|{index}|{month}")
+    question = [f"What season is {month}?", f"In which season is {month}?", f"Which season is {month} in?"][index]
+    return Item(spoken(rng, question, lang), f"In the north {month} is in {season}.", f"season|{lang}|{index}|{month}")
+
+
+SUBJECTS = [
+    ("我", "I", ""),
+    ("你", "You", ""),
+    ("我们", "We", ""),
+    ("他们", "They", ""),
+    ("他", "He", "s"),
+    ("她", "She", "s"),
+    ("妈妈", "Mother", "s"),
+    ("老师", "The teacher", "s"),
+]
+VERBS = [
+    ("喜欢", "like"),
+    ("看见", "see"),
+    ("想要", "want"),
+    ("需要", "need"),
+    ("画", "draw"),
+    ("买", "buy"),
+    ("卖", "sell"),
+]
+ADJECTIVES = [("红色的", "red"), ("绿色的", "green"), ("大", "big"), ("小", "small"), ("新", "new"), ("旧", "old")]
+OBJECTS = [
+    ("苹果", "apples"),
+    ("梨", "pears"),
+    ("桃子", "peaches"),
+    ("花", "flowers"),
+    ("书", "books"),
+    ("球", "balls"),
+    ("帽子", "hats"),
+    ("汽车", "cars"),
+    ("杯子", "cups"),
+    ("桌子", "tables"),
+    ("风筝", "kites"),
+    ("盒子", "boxes"),
+]
+
+
+def sentence_pair(rng: random.Random) -> tuple[str, str]:
+    """(Chinese, English) of one sentence of a tiny grammar: subject, verb, perhaps an adjective, object."""
+    (zh_s, en_s, s), (zh_v, en_v), (zh_o, en_o) = (rng.choice(t) for t in (SUBJECTS, VERBS, OBJECTS))
+    zh_a, en_a = rng.choice(ADJECTIVES) if rng.random() < 0.4 else ("", "")
+    return f"{zh_s}{zh_v}{zh_a}{zh_o}。", " ".join(w for w in (en_s, en_v + s, en_a, en_o) if w) + "."
+
+
+SENTENCE_QUESTIONS = {
+    "zh": ["翻译成英语：{}", "把这句话翻译成英语：{}", "用英语怎么说：{}"],
+    "en": ["Translate into Chinese: {}", "In Chinese, please: {}", "How do you say this in Chinese: {}"],
+}
+
+
+def word_pairs() -> list[tuple[str, str]]:
+    return [(row["zh"], row["en"]) for row in load_table("words")]
+
+
+def translation(rng: random.Random, lang: str, held: bool) -> Item:
+    """Words by heart, sentences from the grammar; the question's language is the source language."""
+    if rng.random() < 0.4:
+        zh, en = rng.choice(word_pairs())
+        source, target = (zh, en) if lang == "zh" else (en, zh)
+        wording, key = pick_wording(rng, load_json("talk")["word_questions"][lang], held)
+        return Item(cap(wording.format(source)), target, f"{key}|word|{lang}|{source}")
+    zh, en = sentence_pair(rng)
+    source, target = (zh, en) if lang == "zh" else (en, zh)
+    return Item(rng.choice(SENTENCE_QUESTIONS[lang]).format(source), target, f"sentence|{zh}")

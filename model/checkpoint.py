@@ -1,0 +1,375 @@
+"""The one place that reads and writes weights: our .pth, MiniMind's published ones, Hugging Face folders, resume state.
+
+    model, meta = checkpoint.load("out/pretrain_256.pth")     # or any published MiniMind .pth, or a Hugging Face folder
+    checkpoint.save("out/pretrain_256.pth", model, {"note": "plain python values"})
+
+A file is complete or absent: it is written beside its destination, synced and renamed. Everything is read with
+`weights_only=True`: a file that would have to run code is refused.
+"""
+
+import errno
+import glob
+import json
+import os
+import re
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from model.formats import CheckpointError, from_hf, from_minimind, hf_config, hf_state_dict
+from model.model import MiniMindConfig, MiniMindLM
+
+# ------------------------------------------------------------------------------------------------ paths
+
+
+def checkpoint_path(out_dir: str | Path, stage: str, config: MiniMindConfig) -> Path:
+    """out/<stage>_<hidden>[_moe].pth"""
+    return Path(out_dir) / f"{stage}_{config.hidden_size}{'_moe' if config.is_moe else ''}.pth"
+
+
+def resume_path(out_dir: str | Path, stage: str, config: MiniMindConfig) -> Path:
+    """out/<stage>_<hidden>[_moe]_resume, a folder"""
+    path = checkpoint_path(out_dir, stage, config)
+    return path.with_name(path.stem + "_resume")
+
+
+def find_weights(out_dir: str | Path, name: str, hidden_size: int | None = None, use_moe: bool = False) -> Path:
+    """The file meant by `name`: a path, or a stage whose weights lie in out_dir (the only ones, or of that size).
+
+    CheckpointError if there is none, or more than one."""
+    if os.sep in name or "/" in name or name.endswith(".pth"):
+        if not Path(name).exists():
+            raise _missing(Path(name))
+        return Path(name)
+    size = r"\d+" if hidden_size is None else str(hidden_size)
+    pattern = re.compile(rf"{re.escape(name)}_{size}{'_moe' if use_moe else ''}\.pth")
+    found = sorted(path for path in Path(out_dir).glob("*.pth") if pattern.fullmatch(path.name))
+    if not found and Path(name).exists():
+        return Path(name)
+    if not found:
+        raise _missing(Path(out_dir) / f"{name}_{hidden_size or 'SIZE'}{'_moe' if use_moe else ''}.pth")
+    if len(found) > 1:
+        names = ", ".join(path.name for path in found)
+        raise CheckpointError(f"several weights of '{name}' in {out_dir}: {names}; give --hidden_size or the path")
+    return found[0]
+
+
+def _missing(path: Path) -> CheckpointError:
+    folder = path.parent
+    if not folder.is_dir():
+        return CheckpointError(f"{path} does not exist, nor does the folder {folder}; check the path")
+    here = sorted(folder.glob("*.pth")) + sorted(file.parent for file in folder.glob("*/config.json"))
+    near = f"there are {', '.join(p.name for p in here[:8])}" if here else "no weights are there: train some first"
+    return CheckpointError(f"{path} does not exist; in {folder} {near}")
+
+
+# ------------------------------------------------------------------------------------------------ files
+
+
+def _write(path: Path, write: Callable[[BinaryIO], None]) -> None:
+    """Let write(file) fill a temporary file, then put it in the place of `path`, durably and in one step."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for stale in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):  # of a run that was killed while it wrote
+            stale.unlink(missing_ok=True)
+        try:
+            with open(temporary, "wb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        _sync_folder(path.parent)
+    except (OSError, RuntimeError) as error:
+        # torch.save turns the OSError of a full disk into a RuntimeError about positions in the file
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError):
+            raise
+        full = cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        raise CheckpointError(
+            f"cannot write {path}: {cause.strerror or cause}; what was saved before is kept"
+            + (", free some space and go on" if full else "")
+        ) from None
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name == "posix":  # elsewhere a folder cannot be opened, and the rename is durable without
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _check_plain(value: Any, where: str) -> None:
+    """TypeError if `value` holds something that could not be read back with weights_only=True."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            _check_plain(key, f"a key of {where}")
+            _check_plain(item, f"{where}[{key!r}]")
+    elif isinstance(value, (list, tuple)):
+        for i, item in enumerate(value):
+            _check_plain(item, f"{where}[{i}]")
+    elif value is not None and not isinstance(value, Tensor) and type(value) not in (str, int, float, bool):
+        raise TypeError(f"{where} is a {type(value).__name__}: only tensors and plain Python values can be saved")
+
+
+def _read(path: Path, mmap: bool = False) -> Any:
+    """torch.load of tensors and plain values, nothing else; CheckpointError for any other file."""
+    if path.suffix == ".safetensors":
+        raise CheckpointError(f"{path} is only the weights: give the folder that holds it and its config.json")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and zipfile.is_zipfile(path))
+    except FileNotFoundError:
+        raise _missing(path) from None
+    except Exception as error:  # unpickling, zip and memory-map faults raise nearly anything
+        raise CheckpointError(f"{path} {_looks_like(path, error)}") from None
+
+
+def _looks_like(path: Path, error: Exception) -> str:
+    if isinstance(error, OSError):
+        return f"cannot be read: {error.strerror or error}"
+    with open(path, "rb") as file:
+        head = file.read(512)
+    if not head:
+        return "is empty (0 bytes): copy or train it again"
+    if head.startswith(b"GGUF"):
+        return "is a GGUF file, which only llama.cpp reads: give the .pth or the Hugging Face folder it was made from"
+    if head.startswith(b"version https://git-lfs"):
+        return "is a Git LFS pointer, not the file itself: run `git lfs pull`"
+    if head.startswith(b"PK"):
+        if not zipfile.is_zipfile(path):
+            return f"is cut off ({path.stat().st_size:,} bytes): copy or download it again"
+        with zipfile.ZipFile(path) as archive:
+            if not any(name.endswith("data.pkl") for name in archive.namelist()):
+                return "is a zip archive, not PyTorch weights: unpack it and give the .pth or the folder inside"
+    if "eights_only" in str(error) or "Unsupported" in str(error):
+        named = re.search(r"GLOBAL ([\w.]+)", str(error))
+        what = f" ({named[1]})" if named else ""
+        return (
+            f"holds Python objects{what} that would run code when loaded, so it was refused: "
+            "ask its author for a plain state dict of tensors"
+        )
+    if all(byte >= 32 or byte in b"\t\n\r" for byte in head):
+        return "looks like text, not PyTorch weights: give a .pth file or a Hugging Face folder"
+    first_line = str(error).strip().split("\n")[0][:120]
+    return f"is not readable as PyTorch weights ({first_line}): it is damaged or something else"
+
+
+# ------------------------------------------------------------------------------------------------ save and load
+
+
+def save(path: str | Path, model: MiniMindLM, meta: dict | None = None, dtype: torch.dtype | None = None) -> None:
+    """Write {"config", "model", "meta"}, in fp32 or in `dtype`. meta: plain Python values.
+
+    CheckpointError if it fails; what was there before is then untouched."""
+    meta = meta or {}
+    _check_plain(meta, "meta")
+    content = {"config": model.config.to_dict(), "model": _weights(model, dtype or torch.float32), "meta": meta}
+    _write(Path(path), lambda file: torch.save(content, file))
+
+
+def _weights(model: MiniMindLM, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Names and weights on the CPU; the output layer is the embedding and has no entry of its own."""
+    weights = model.state_dict()
+    return {name.replace("_orig_mod.", ""): w.detach().to("cpu", dtype).contiguous() for name, w in weights.items()}
+
+
+def load(path: str | Path, device: str | torch.device = "cpu") -> tuple[MiniMindLM, dict]:
+    """(model, meta): fp32, eval mode. `path` is a file of save(), a bare state dict as MiniMind publishes them, or a
+    Hugging Face folder of a Llama, Qwen3 or Qwen3-MoE with tied embeddings. meta is {} where there is none.
+
+    CheckpointError if the path is missing, damaged, would run code, or holds another kind of model."""
+    path = Path(path)
+    meta = {}
+    try:
+        if path.is_dir():
+            config, tensors = _read_folder(path)
+        else:
+            content = _read(path)
+            if _is_ours(content):
+                config, tensors = MiniMindConfig.from_dict(content["config"]), content["model"]
+                meta = content.get("meta", {})
+            else:
+                beside = path.parent / "config.json"
+                config, tensors = from_minimind(content, _read_json(beside) if beside.exists() else {})
+        model = _build(config, tensors)
+    except (CheckpointError, ValueError, TypeError) as error:
+        text = str(error)
+        raise CheckpointError(text if text.startswith(str(path)) else f"{path}: {text}") from None
+    return model.eval().to(device), meta
+
+
+def load_meta(path: str | Path) -> dict:
+    """The meta of a file of save(), without reading its weights; {} for any other kind of weights."""
+    path = Path(path)
+    if path.is_dir():
+        return {}
+    content = _read(path, mmap=True)
+    return content.get("meta", {}) if _is_ours(content) else {}
+
+
+def _is_ours(content: Any) -> bool:
+    if not isinstance(content, dict) or not isinstance(content.get("config"), dict):
+        return False
+    weights = content.get("model")
+    return isinstance(weights, dict) and all(isinstance(w, Tensor) for w in weights.values())
+
+
+def _build(config: MiniMindConfig, tensors: dict[str, Tensor]) -> MiniMindLM:
+    """The model with these weights, never initialised at random: loading is quick and draws no random numbers."""
+    with torch.device("meta"):
+        model = MiniMindLM(config)
+    wanted = {name: tuple(w.shape) for name, w in model.state_dict().items()}
+    given = {name: tuple(w.shape) for name, w in tensors.items()}
+    if wanted != given:
+        faults = [f"{name} is missing" for name in wanted if name not in given]
+        faults += [f"{name} is unknown" for name in given if name not in wanted]
+        faults += [
+            f"{name} is {list(given[name])} instead of {list(shape)}"
+            for name, shape in wanted.items()
+            if given.get(name, shape) != shape
+        ]
+        more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
+        raise CheckpointError(f"the weights do not fit the configuration: {'; '.join(faults[:3])}{more}")
+    model.load_state_dict({name: w.to(torch.float32) for name, w in tensors.items()}, assign=True)
+    model.set_rope()
+    return model
+
+
+# ------------------------------------------------------------------------------------------------ Hugging Face folders
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is not readable as JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} is not a JSON object")
+    return content
+
+
+def _read_folder(folder: Path) -> tuple[MiniMindConfig, dict[str, Tensor]]:
+    if not (folder / "config.json").exists():
+        weights = ", ".join(path.name for path in sorted(folder.glob("*.pth"))[:8])
+        hint = f"give one of its files: {weights}" if weights else "give a .pth file or a Hugging Face folder"
+        raise CheckpointError(f"{folder} is a folder without config.json; {hint}")
+    config, tensors = _read_json(folder / "config.json"), {}
+    for name in _weight_files(folder):
+        tensors |= _read_safetensors(folder / name) if name.endswith(".safetensors") else _read(folder / name)
+    if "minimind" in f"{config.get('architectures')} {config.get('model_type')}".lower():
+        return from_minimind(tensors, config)
+    return from_hf(tensors, config)
+
+
+def _weight_files(folder: Path) -> list[str]:
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (folder / name).exists():
+            return [name]
+        index = folder / f"{name}.index.json"
+        if index.exists():
+            names = sorted(set(_read_json(index).get("weight_map", {}).values()))
+            absent = [name for name in names if not (folder / name).exists()]
+            if absent:
+                raise CheckpointError(f"{folder} lacks {', '.join(absent)}: copy or download the folder again")
+            return names
+    raise CheckpointError(f"{folder} has a config.json but no model.safetensors: copy or download the folder again")
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is not readable ({error}): it is cut off or damaged") from None
+
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+
+
+def save_hf(
+    folder: str | Path, model: MiniMindLM, tokenizer_folder: str | Path, dtype: torch.dtype = torch.bfloat16
+) -> None:
+    """Write a folder that AutoModelForCausalLM and AutoTokenizer load without code of ours.
+
+    CheckpointError if the model has no counterpart there (hf_config), or if writing fails."""
+    from safetensors.torch import save as to_bytes
+
+    folder, tokenizer_folder, c = Path(folder), Path(tokenizer_folder), model.config
+    config = hf_config(c) | {"torch_dtype": str(dtype).removeprefix("torch.")}
+    tokens = {"bos_token_id": c.bos_token_id, "eos_token_id": c.eos_token_id, "pad_token_id": c.pad_token_id}
+    weights = to_bytes({name: w.to("cpu", dtype) for name, w in hf_state_dict(model).items()}, {"format": "pt"})
+    for name in _TOKENIZER_FILES:
+        if (tokenizer_folder / name).exists():
+            _write_bytes(folder / name, (tokenizer_folder / name).read_bytes())
+        elif name == "tokenizer.json":
+            raise CheckpointError(f"{tokenizer_folder} has no tokenizer.json: give a tokenizer folder")
+    _write_bytes(folder / "generation_config.json", _to_json(tokens))
+    _write_bytes(folder / "model.safetensors", weights)
+    _write_bytes(folder / "config.json", _to_json(config))
+
+
+def _to_json(content: dict) -> bytes:
+    return (json.dumps(content, indent=2) + "\n").encode()
+
+
+def _write_bytes(path: Path, content: bytes) -> None:
+    _write(path, lambda file: file.write(content))
+
+
+# ------------------------------------------------------------------------------------------------ resume state
+
+
+def save_resume(folder: str | Path, state: dict, step: int, keep: int = 1) -> None:
+    """Write folder/state_<step>.pt, then remove all but the `keep` newest; those of later steps belong to a run that
+    this one replaces, and go too. `state`: nested dicts and lists of tensors and plain Python values, kept as they are.
+
+    CheckpointError if writing fails; what was there before is then untouched."""
+    _check_plain(state, "state")
+    folder = Path(folder)
+    for stale in folder.glob(".state_*.tmp"):  # of a run that was killed while it wrote
+        stale.unlink(missing_ok=True)
+    path = folder / f"state_{step:08d}.pt"
+    _write(path, lambda file: torch.save(state, file))
+    others = [other for other in _states(folder) if other != path]  # newest first
+    later = [other for other in others if other.name > path.name]
+    earlier = [other for other in others if other.name < path.name]
+    for other in later + earlier[keep - 1 :]:
+        other.unlink(missing_ok=True)
+
+
+def load_resume(folder: str | Path) -> dict | None:
+    """The newest readable state; None if there is none. A damaged one is named on stderr and passed over."""
+    paths = _states(Path(folder))
+    for path in paths:
+        try:
+            return _read(path)
+        except CheckpointError as error:
+            print(f"warning: {error}; looking for an earlier state", file=sys.stderr)
+    if paths:
+        raise CheckpointError(f"none of the {len(paths)} states in {folder} is readable: remove it to start anew")
+    return None
+
+
+def remove_resume(folder: str | Path) -> None:
+    """Remove the states of a run that is complete, and the folder if nothing else is in it."""
+    folder = Path(folder)
+    for path in _states(folder) + list(folder.glob(".state_*.tmp")):
+        path.unlink(missing_ok=True)
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
+
+
+def _states(folder: Path) -> list[Path]:
+    return sorted((p for p in folder.glob("state_*.pt") if re.fullmatch(r"state_\d{8,}\.pt", p.name)), reverse=True)

@@ -1,0 +1,448 @@
+"""The whole model in plain torch: configuration, RMSNorm, RoPE with YaRN, grouped-query attention, SwiGLU, MoE.
+
+    from model.model import MiniMindLM, PRESETS
+    model = MiniMindLM(PRESETS["nano"])
+    loss = model(input_ids, labels=labels).loss
+
+Field and parameter names are Hugging Face's. A dense model is a `LlamaForCausalLM`, with QK-norm a `Qwen3ForCausalLM`;
+a MoE with QK-norm and without shared experts is a `Qwen3MoeForCausalLM`.
+"""
+
+import math
+from dataclasses import asdict, dataclass, fields
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass
+class MiniMindConfig:
+    """Shape of a model. Names as in Hugging Face's Llama, Qwen3 and Qwen3-MoE configurations."""
+
+    hidden_size: int = 256
+    num_hidden_layers: int = 4
+    num_attention_heads: int = 4
+    num_key_value_heads: int = 2
+    intermediate_size: int = 704  # width of the SwiGLU; with MoE, of each expert
+    head_dim: int | None = None  # hidden_size / num_attention_heads unless given
+    vocab_size: int = 6400
+    max_position_embeddings: int = 32768
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 1e6
+    # None, or YaRN: {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 2048, ...}
+    rope_scaling: dict[str, Any] | None = None
+    qk_norm: bool = False
+    num_experts: int = 0  # 0 = dense
+    num_experts_per_tok: int = 2
+    num_shared_experts: int = 0  # see every token, added to the routed sum without a gate
+    norm_topk_prob: bool = True
+    router_aux_loss_coef: float = 0.01
+    initializer_range: float = 0.02
+    bos_token_id: int = 1
+    eos_token_id: int = 2
+    pad_token_id: int = 0
+
+    def __post_init__(self):
+        sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+        for name in sizes:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)} must be at least 1")
+        if self.head_dim is None:
+            if self.hidden_size % self.num_attention_heads:
+                raise ValueError(
+                    f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads "
+                    f"{self.num_attention_heads}: change one, or give head_dim"
+                )
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.head_dim % 2 or self.head_dim < 2:
+            raise ValueError(f"head_dim {self.head_dim} must be even: RoPE rotates pairs")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads {self.num_attention_heads} must be a multiple of "
+                f"num_key_value_heads {self.num_key_value_heads}"
+            )
+        if self.num_experts and not 1 <= self.num_experts_per_tok <= self.num_experts:
+            raise ValueError(
+                f"num_experts_per_tok {self.num_experts_per_tok} must be between 1 and num_experts {self.num_experts}"
+            )
+        if self.rope_scaling and self.rope_scaling.get("rope_type") != "yarn":
+            raise ValueError(f"rope_scaling {self.rope_scaling}: only rope_type 'yarn' is known")
+        if self.rope_scaling and not {"factor", "original_max_position_embeddings"} <= set(self.rope_scaling):
+            raise ValueError(f"rope_scaling {self.rope_scaling}: needs factor and original_max_position_embeddings")
+
+    @property
+    def is_moe(self) -> bool:
+        return self.num_experts > 0
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "MiniMindConfig":
+        unknown = set(values) - {f.name for f in fields(cls)}
+        if unknown:
+            raise ValueError(f"unknown configuration fields: {', '.join(sorted(unknown))}")
+        return cls(**values)
+
+
+_V3 = dict(
+    hidden_size=768, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=4, intermediate_size=2432,
+    qk_norm=True,
+)  # fmt: skip
+PRESETS: dict[str, MiniMindConfig] = {
+    "nano": MiniMindConfig(qk_norm=True),
+    "small": MiniMindConfig(
+        hidden_size=512, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=2, intermediate_size=1408
+    ),
+    "base": MiniMindConfig(
+        hidden_size=768, num_hidden_layers=16, num_attention_heads=8, num_key_value_heads=2, intermediate_size=2048
+    ),
+    "moe": MiniMindConfig(
+        hidden_size=640, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=2, intermediate_size=1728,
+        num_experts=4, num_experts_per_tok=2, num_shared_experts=1,
+    ),
+    "v3": MiniMindConfig(**_V3),
+    "v3-moe": MiniMindConfig(**_V3, num_experts=4, num_experts_per_tok=1),
+}  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------ positions
+
+
+def rope_frequencies(config: MiniMindConfig) -> tuple[Tensor, float]:
+    """Angular speed of each pair of channels, (head_dim / 2,) fp32, and the factor on cos and sin (1 without YaRN).
+
+    RoPE: Su et al. 2021, arXiv:2104.09864. YaRN: Peng et al. 2023, arXiv:2309.00071: pairs that turn fast within the
+    original context keep their speed, slow ones are slowed down by `factor`, with a linear ramp between the two.
+    """
+    dim, base = config.head_dim, config.rope_theta
+    inv_freq = base ** -(torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+    scaling = config.rope_scaling
+    if scaling is None:
+        return inv_freq, 1.0
+
+    factor, context = scaling["factor"], scaling["original_max_position_embeddings"]
+
+    def pair_that_turns(rotations: float) -> float:
+        """The (fractional) pair that makes this many full turns over the original context."""
+        return dim * math.log(context / (rotations * 2 * math.pi)) / (2 * math.log(base))
+
+    low = max(math.floor(pair_that_turns(scaling.get("beta_fast") or 32)), 0)
+    high = min(math.ceil(pair_that_turns(scaling.get("beta_slow") or 1)), dim - 1)
+    ramp = ((torch.arange(dim // 2, dtype=torch.float32) - low) / max(high - low, 1e-3)).clamp(0, 1)
+    inv_freq = inv_freq * (1 - ramp) + inv_freq / factor * ramp
+    attention_factor = scaling.get("attention_factor") or (0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0)
+    return inv_freq, attention_factor
+
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate pairs (i, i + head_dim/2) of x (B, T, H, D) by the angles in cos, sin (B or 1, T, 1, D/2)."""
+    a, b = x.float().chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+
+
+# ------------------------------------------------------------------------------------------------ layers
+
+
+def blocked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, block: int = 128) -> Tensor:
+    """Causal attention as matrix products over blocks of queries, each against the keys up to its own end.
+
+    q (B, H, T, D), k and v (B, KV, T, D), mask (B, 1, T, T) bool or None for plain causal -> (B, H, T, D).
+    Trains faster on a CPU than the fused kernel of `scaled_dot_product_attention` (which is 40 % of a compiled step
+    there): the products run at the machine's peak, the softmax between them is fused by torch.compile, and keys after
+    the block are never touched. The query heads that share a key head are rows of one product.
+    """
+    B, H, T, D = q.shape
+    KV = k.shape[1]
+    G = H // KV
+    q = (q * D**-0.5).reshape(B * KV, G, T, D)
+    k, v = k.reshape(B * KV, T, D), v.reshape(B * KV, T, D)
+    if mask is None:
+        mask = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()[None, None]
+    out = []
+    for start in range(0, T, block):
+        end = min(start + block, T)
+        n = end - start
+        scores = (q[:, :, start:end].reshape(B * KV, G * n, D) @ k[:, :end].transpose(1, 2)).view(B, KV * G, n, end)
+        scores = scores.float().masked_fill(~mask[:, :, start:end, :end], float("-inf"))
+        probs = scores.softmax(-1).to(v.dtype).view(B * KV, G * n, end)
+        out.append((probs @ v[:, :end]).view(B, H, n, D))
+    return torch.cat(out, dim=2)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dimension, computed in fp32 (Zhang & Sennrich 2019, arXiv:1910.07467)."""
+
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        x32 = x.float()
+        x32 = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
+        return (x32 * self.weight).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Causal self-attention with grouped key/value heads (Ainslie et al. 2023, arXiv:2305.13245) and RoPE."""
+
+    def __init__(self, config: MiniMindConfig):
+        super().__init__()
+        self.num_heads, self.num_kv_heads, self.head_dim = (
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+        )
+        self.q_proj = nn.Linear(config.hidden_size, self.num_heads * self.head_dim, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, self.num_kv_heads * self.head_dim, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, self.num_kv_heads * self.head_dim, bias=False)
+        self.o_proj = nn.Linear(self.num_heads * self.head_dim, config.hidden_size, bias=False)
+        if config.qk_norm:  # per head, before RoPE, as Qwen3 does
+            self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
+            self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
+        self.qk_norm = config.qk_norm
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache=None, layer: int = 0) -> Tensor:
+        B, T, _ = x.shape
+        q = self.q_proj(x).view(B, T, self.num_heads, self.head_dim)  # (B, T, H, D)
+        k = self.k_proj(x).view(B, T, self.num_kv_heads, self.head_dim)
+        v = self.v_proj(x).view(B, T, self.num_kv_heads, self.head_dim)
+        if self.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = apply_rope(q, cos, sin).transpose(1, 2), apply_rope(k, cos, sin).transpose(1, 2)  # (B, H, T, D)
+        v = v.transpose(1, 2)
+        if cache is not None:
+            k, v = cache.update(layer, k, v)  # (B, KV, S, D): everything seen so far
+        if x.device.type == "cpu" and self.training:
+            y = blocked_attention(q, k, v, mask)
+        else:
+            y = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.num_kv_heads != self.num_heads
+            )
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x)) (Shazeer 2020, arXiv:2002.05202)."""
+
+    def __init__(self, config: MiniMindConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Experts(nn.ModuleList):
+    """The routed experts: SwiGLU feed-forwards of which each works on its own contiguous block of rows."""
+
+    def forward(self, x: Tensor, ends: Tensor) -> Tensor:
+        """x (N, hidden) sorted by expert; expert e owns rows ends[e-1]:ends[e], ends (E,) int32 -> (N, hidden)."""
+        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+        if dtype == torch.bfloat16 and x.shape[0] > 64:  # one kernel over all experts; stacking them costs a copy
+            x = x.to(dtype)
+            gate = grouped_linear(x, [expert.gate_proj for expert in self], ends)
+            up = grouped_linear(x, [expert.up_proj for expert in self], ends)
+            return grouped_linear(F.silu(gate) * up, [expert.down_proj for expert in self], ends)
+        sizes = torch.diff(ends, prepend=ends.new_zeros(1)).tolist()
+        return torch.cat([expert(rows) for expert, rows in zip(self, x.split(sizes), strict=True) if len(rows)])
+
+
+def grouped_linear(x: Tensor, layers: list[nn.Linear], ends: Tensor) -> Tensor:
+    """Each block of rows times the matrix of its layer, in bf16: x (N, in), ends (E,) -> (N, out)."""
+    weight = torch.stack([layer.weight.to(x.dtype) for layer in layers])  # (E, out, in)
+    return F.grouped_mm(x, weight.transpose(-2, -1), offs=ends)
+
+
+class MoEFeedForward(nn.Module):
+    """Sparse feed-forward: each token goes through its k best experts, and through the shared ones if there are any.
+
+    After a training forward, `aux_loss` is the load-balancing loss of Switch Transformers (Fedus et al. 2021,
+    arXiv:2101.03961; 1.0 = balanced) and `load` (E,) the share of the tokens' choices that each expert got.
+    """
+
+    def __init__(self, config: MiniMindConfig):
+        super().__init__()
+        self.k, self.num_experts, self.norm_topk_prob = (
+            config.num_experts_per_tok,
+            config.num_experts,
+            config.norm_topk_prob,
+        )
+        self.gate = nn.Linear(config.hidden_size, config.num_experts, bias=False)
+        self.experts = Experts(FeedForward(config) for _ in range(config.num_experts))
+        self.shared_experts = nn.ModuleList(FeedForward(config) for _ in range(config.num_shared_experts))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, T, hidden) -> output (B, T, hidden), aux_loss (), load (E,)."""
+        B, T, H = x.shape
+        x = x.reshape(B * T, H)
+        probs = self.gate(x).float().softmax(-1)  # (N, E)
+        weights, chosen = probs.topk(self.k, dim=-1)  # (N, k)
+        if self.norm_topk_prob:
+            total = weights.sum(-1, keepdim=True)
+            # With k = 1 the weight is w / w = 1 whatever the router says: constant, so no gradient would reach it.
+            # Dividing by the detached value keeps the 1 and lets the gradient through.
+            weights = weights / (total if self.k > 1 else total.detach())
+
+        # Sort the N*k (token, expert) pairs by expert, so that each expert sees one contiguous block of rows.
+        order = chosen.reshape(-1).argsort(stable=True)
+        counts = F.one_hot(chosen.reshape(-1), self.num_experts).sum(0)  # (E,)
+        ends = counts.cumsum(0).to(torch.int32)
+        routed = self.experts(x.index_select(0, order // self.k), ends)  # (N*k, hidden)
+        routed = routed[order.argsort()].view(B * T, self.k, H)
+        y = (routed * weights.unsqueeze(-1).to(routed.dtype)).sum(1)
+        for expert in self.shared_experts:
+            y = y + expert(x)
+
+        load = counts / counts.sum()
+        aux_loss = self.num_experts * (load.detach() * probs.mean(0)).sum()
+        return y.view(B, T, H), aux_loss, load
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: x + attention(norm(x)), then x + feed-forward(norm(x))."""
+
+    def __init__(self, config: MiniMindConfig):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MoEFeedForward(config) if config.is_moe else FeedForward(config)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache=None, layer: int = 0):
+        """(B, T, hidden) -> the same, and from a MoE the pair (aux_loss, load), else None."""
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache, layer)
+        h = self.mlp(self.post_attention_layernorm(x))
+        if isinstance(h, tuple):
+            return x + h[0], h[1:]
+        return x + h, None
+
+
+class Decoder(nn.Module):
+    """Embedding, blocks and final norm; the part Hugging Face calls `model`."""
+
+    def __init__(self, config: MiniMindConfig):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+# ------------------------------------------------------------------------------------------------ the model
+
+
+class ModelOutput(NamedTuple):
+    """What a forward returns. `loss` is the mean over the labels, without aux_loss."""
+
+    logits: Tensor | None  # (B, T, vocab) when no labels were given
+    loss: Tensor | None  # () fp32
+    aux_loss: Tensor | None  # () router balance, already times its coefficient; None when dense
+    expert_load: Tensor | None  # (layers, E) share of the tokens; None when dense
+
+
+class MiniMindLM(nn.Module):
+    """Decoder-only language model with tied input and output embeddings."""
+
+    def __init__(self, config: MiniMindConfig):
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        self.set_rope()
+        self.init_weights()
+
+    def set_rope(self) -> None:
+        """(Re)compute the rotary frequencies, also after `config.rope_scaling` was changed."""
+        inv_freq, self.rope_factor = rope_frequencies(self.config)
+        self.register_buffer("inv_freq", inv_freq.to(self.model.norm.weight.device), persistent=False)
+
+    def _apply(self, fn, recurse: bool = True):
+        """What .to() and .bfloat16() call. The frequencies stay fp32: in bf16, far angles are off by radians."""
+        super()._apply(fn, recurse)
+        self.set_rope()
+        return self
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Matrices ~ N(0, 0.02^2); those that write into the residual stream are divided by sqrt(2 * layers), so that
+        its variance does not grow with depth (Radford et al. 2019, GPT-2). Norm weights are 1."""
+        std = self.config.initializer_range
+        for name, p in self.named_parameters():
+            if p.ndim >= 2:
+                into_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+                nn.init.normal_(p, std=std / math.sqrt(2 * self.config.num_hidden_layers) if into_residual else std)
+
+    def forward(
+        self, input_ids: Tensor, labels: Tensor | None = None, segment_ids: Tensor | None = None, cache=None
+    ) -> ModelOutput:
+        """Logits, or the loss when labels are given.
+
+        input_ids: (B, T) int64. labels: (B, T) int64, already shifted: labels[b, t] is the token that follows
+        input_ids[b, t], -100 where nothing is to be learnt. segment_ids: (B, T) int; a position attends only to earlier
+        positions of its own segment (packed conversations). cache: a generation.KVCache, which then says the positions.
+        """
+        B, T = input_ids.shape
+        positions = cache.positions(T) if cache is not None else torch.arange(T, device=input_ids.device)[None]
+        angles = positions[..., None, None].float() * self.inv_freq  # (B or 1, T, 1, D/2)
+        cos, sin = angles.cos() * self.rope_factor, angles.sin() * self.rope_factor
+        mask = None  # causal
+        if cache is not None:
+            mask = cache.mask(T)
+        elif segment_ids is not None:
+            same = segment_ids[:, :, None] == segment_ids[:, None, :]
+            mask = (same & torch.ones(T, T, dtype=torch.bool, device=same.device).tril())[:, None]  # (B, 1, T, T)
+
+        x = self.model.embed_tokens(input_ids)  # (B, T, hidden)
+        routing = []
+        for i, block in enumerate(self.model.layers):
+            x, routed = block(x, cos, sin, mask, cache, i)
+            routing.append(routed)
+        aux_loss = expert_load = None
+        if self.config.is_moe:
+            aux_losses, loads = zip(*routing, strict=True)
+            aux_loss = self.config.router_aux_loss_coef * torch.stack(aux_losses).mean()
+            expert_load = torch.stack(loads)
+
+        if labels is None:
+            return ModelOutput(self.head(x), None, aux_loss, expert_load)
+        return ModelOutput(None, self.head(x, labels), aux_loss, expert_load)
+
+    def head(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Final norm and output layer: logits (B, T, vocab), or with labels the mean cross-entropy in nats, fp32."""
+        logits = F.linear(self.model.norm(x), self.model.embed_tokens.weight)
+        if labels is None:
+            return logits
+        labels = labels.flatten()
+        total = F.cross_entropy(logits.float().flatten(0, 1), labels, ignore_index=-100, reduction="sum")
+        return total / (labels != -100).sum().clamp(min=1)  # a batch without labels has loss 0, not 0/0
+
+    def compile_layers(self) -> None:
+        """torch.compile each block and the head on their own: all blocks share one graph, so that compiling takes
+        seconds rather than the minute that the unrolled model takes, at the same speed."""
+        for block in self.model.layers:
+            block.compile()
+        self.head = torch.compile(self.head)
+
+    # -------------------------------------------------------------------------------------------- sizes
+
+    def num_parameters(self, active: bool = False) -> int:
+        """Parameters; with `active`, those that work on one token (k of the routed experts)."""
+        total = sum(p.numel() for p in self.parameters())
+        if not (active and self.config.is_moe):
+            return total
+        idle = 1 - self.config.num_experts_per_tok / self.config.num_experts
+        routed = sum(p.numel() for m in self.modules() if isinstance(m, Experts) for p in m.parameters())
+        return total - round(idle * routed)
+
+    def flops_per_token(self, seq_len: int, attention: bool = True) -> int:
+        """Training FLOPs (forward + backward) per token: 6 per active parameter (Kaplan et al. 2020, arXiv:2001.08361;
+        the tied embedding works once, as the output layer) plus 12 * layers * heads * head_dim * seq_len / 2 for causal
+        attention scores."""
+        c = self.config
+        scores = 6 * c.num_hidden_layers * c.num_attention_heads * c.head_dim * seq_len
+        return 6 * self.num_parameters(active=True) + scores * attention

@@ -1,0 +1,74 @@
+"""Learning-rate schedule, parameter groups, and that both optimizers learn."""
+
+import math
+from functools import partial
+
+import pytest
+import torch
+
+from model.model import MiniMindConfig, MiniMindLM
+from trainer.optimizer import build_optimizers, learning_rate_scale, set_learning_rate
+
+
+def test_schedule():
+    scale = partial(learning_rate_scale, warmup=0.1, decay=0.4)
+    assert 0 < scale(0.0) < 0.01
+    assert scale(0.05) == pytest.approx(0.5)
+    assert scale(0.1) == scale(0.3) == scale(0.599) == 1.0
+    assert scale(0.8) == pytest.approx(0.5)
+    assert scale(1.0) == scale(1.3) == 0.0
+    falling = [scale(0.6 + 0.01 * i) for i in range(41)]
+    assert falling == sorted(falling, reverse=True)
+    assert learning_rate_scale(0.0, warmup=0.0) == 1.0
+    assert learning_rate_scale(0.999, warmup=0.0, decay=0.0) == 1.0
+
+
+@pytest.mark.parametrize("name", ["muon", "adamw"])
+@pytest.mark.parametrize("experts", [0, 4])
+def test_parameter_groups(tiny, name, experts):
+    model = tiny(num_experts=experts, qk_norm=True, num_shared_experts=1 if experts else 0)
+    optimizers = build_optimizers(model, name, learning_rate=1e-3, weight_decay=0.1)
+    name_of = {id(p): param_name for param_name, p in model.named_parameters()}
+    seen, decays, muon = [], set(), set()
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            names = [name_of[id(p)] for p in group["params"]]
+            seen += names
+            decays |= set(names) if group["weight_decay"] else set()
+            muon |= set(names) if isinstance(optimizer, torch.optim.Muon) else set()
+    assert sorted(seen) == sorted(name_of.values())
+    ends = ("q_proj.weight", "k_proj.weight", "v_proj.weight", "o_proj.weight")
+    ends += ("gate_proj.weight", "up_proj.weight", "down_proj.weight")
+    matrices = {n for n in name_of.values() if n.endswith(ends)}
+    assert decays == matrices
+    assert muon == (matrices if name == "muon" else set())
+    assert {n for n in name_of.values() if n.endswith("mlp.gate.weight")} == (
+        {f"model.layers.{i}.mlp.gate.weight" for i in range(2)} if experts else set()
+    )
+    set_learning_rate(optimizers, 0.25)
+    assert all(group["lr"] == pytest.approx(0.25e-3) for o in optimizers for group in o.param_groups)
+
+
+def test_frozen_parameters_are_left_out(tiny):
+    model = tiny()
+    model.model.embed_tokens.requires_grad_(False)
+    owned = [p for o in build_optimizers(model) for g in o.param_groups for p in g["params"]]
+    assert all(p is not model.model.embed_tokens.weight for p in owned)
+
+
+@pytest.mark.parametrize("name", ["muon", "adamw"])
+def test_optimizers_learn_a_batch(name):
+    torch.manual_seed(0)
+    model = MiniMindLM(MiniMindConfig(hidden_size=64, num_hidden_layers=2, intermediate_size=96, vocab_size=320))
+    ids = torch.randint(16, 320, (2, 17))
+    optimizers = build_optimizers(model, name, learning_rate=3e-3)
+    losses = []
+    for _ in range(25):
+        loss = model(ids[:, :-1], labels=ids[:, 1:]).loss
+        loss.backward()
+        losses.append(loss.item())
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    assert losses[0] == pytest.approx(math.log(320), abs=0.3)
+    assert losses[-1] < 0.5 * losses[0]

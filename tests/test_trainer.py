@@ -1,0 +1,448 @@
+"""The training loop in process: weighting, faulty steps, validation, resume, log and picture."""
+
+import json
+import math
+import os
+import signal
+import struct
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from dataset.chat import load_tokenizer
+from dataset.lm_dataset import pretrain_dataset, token_bytes
+from model import checkpoint
+from trainer import trainer
+from trainer.report import cut_log, draw_curve, read_log
+from trainer.trainer import Interrupt, Progress, UsageError
+
+SEQ = 32
+DOCUMENTS = [
+    "The cat sat on the mat and looked at the rain. ",
+    "小猫坐在窗边看雨。今天天气不好，它不想出门。",
+    "One, two, three: the children counted the birds on the wire and laughed. 😀",
+    "She read the letter twice, then folded it and put it back into the drawer.",
+    "四个苹果加三个苹果等于七个苹果。",
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer()
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """One thread (sums in one order), a small matrix for the peak, and pytest's own Ctrl-C afterwards."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    monkeypatch.setattr(trainer, "matmul_peak", partial(trainer.matmul_peak, size=64, repeat=1))
+    yield
+    torch.set_num_threads(threads)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory, tokenizer):
+    """A packed pretraining file of 40 documents."""
+    folder = tmp_path_factory.mktemp("text")
+    lines = [json.dumps({"text": DOCUMENTS[i % 5] + f" {i}"}) for i in range(40)]
+    (folder / "text.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    return pretrain_dataset(folder / "text.jsonl", tokenizer, SEQ, cache_dir=folder / "cache", quiet=True)
+
+
+def sft_rows(label_counts: list[int], seed: int = 0):
+    """One row per number, with that many labels: a packed SFT dataset made by hand."""
+    from datasets import Dataset, DatasetInfo
+
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(16, 6400, (len(label_counts), SEQ), generator=generator).tolist()
+    masks = [[False] * (SEQ - n) + [True] * n for n in label_counts]
+    columns = {"input_ids": ids, "loss_mask": masks, "segment_lengths": [[SEQ]] * len(ids)}
+    return Dataset.from_dict(columns, info=DatasetInfo(description=json.dumps({"seq_len": SEQ})))
+
+
+def start(out_dir, **flags) -> trainer.Run:
+    """setup() with the smallest model; flags as on the command line."""
+    values = dict(hidden_size=64, num_hidden_layers=2, max_seq_len=SEQ, batch_size=2, steps=3, log_interval=1)
+    values |= dict(compile="0", dtype="fp32", device="cpu", out_dir=out_dir) | flags
+    argv = [f"--{name}={value}" for name, value in values.items() if value is not None]
+    return trainer.setup("pretrain", trainer.arguments("pretrain", "test").parse_args(argv), minutes=1)
+
+
+def loss_fn(model, batch):
+    out = model(batch["input_ids"], labels=batch["labels"], segment_ids=batch.get("segment_ids"))
+    if out.aux_loss is None:
+        return out.loss, {}
+    return out.loss + out.aux_loss, {"aux_loss": out.aux_loss}
+
+
+def weights(run) -> dict[str, torch.Tensor]:
+    return {name: w.clone() for name, w in run.model.state_dict().items()}
+
+
+def train(run, rows, tokenizer, loss_fn=loss_fn, val_rows=None) -> dict[str, torch.Tensor]:
+    trainer.train(run, loss_fn, rows, val_rows, tokenizer)
+    return weights(run)
+
+
+def log(run) -> list[dict]:
+    return [json.loads(line) for line in run.path(".jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def largest_difference(a, b) -> float:
+    return max((a[name] - b[name]).abs().max().item() for name in a)
+
+
+# ------------------------------------------------------------------------------------------------ weighting
+
+
+def test_accumulated_is_one_big_batch(tmp_path, tokenizer):
+    """Rows with 1 to 31 labels and one with none: a mean of the batches' means would weigh their tokens unequally."""
+    rows = sft_rows([31, 1, 2, 25, 1, 31, 0, 3, 30, 1, 1, 20])
+    flags = dict(optimizer="adamw", learning_rate=1e-3, grad_clip=1e9)
+    start_weights = weights(start(tmp_path / "start", **flags))
+    whole = start(tmp_path / "whole", batch_size=4, **flags)
+    parts = start(tmp_path / "parts", batch_size=1, accumulation_steps=4, **flags)
+    big, accumulated = train(whole, rows, tokenizer), train(parts, rows, tokenizer)
+    assert largest_difference(big, start_weights) > 1e-3
+    assert largest_difference(big, accumulated) < 1e-6
+    for a, b in zip(log(whole), log(parts), strict=True):
+        assert (a["tokens"], a["step"]) == (b["tokens"], b["step"])
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-6)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-5)
+    assert log(whole)[-1]["tokens"] == 31 + 1 + 2 + 25 + 1 + 31 + 0 + 3 + 30 + 1 + 1 + 20
+
+
+def test_gradient_is_the_mean_over_all_tokens(tmp_path, tokenizer):
+    """Against autograd on the four rows at once, without the loop."""
+    rows = sft_rows([31, 1, 2, 25])
+    run = start(tmp_path, batch_size=1, accumulation_steps=4, steps=1)
+    [batch] = trainer.validation_batches(rows, 4)
+    out = run.model(batch["input_ids"], segment_ids=batch["segment_ids"])
+    token_losses = nn.functional.cross_entropy(out.logits.flatten(0, 1), batch["labels"].flatten(), reduction="none")
+    (token_losses.sum() / 59).backward()
+    norm = math.sqrt(sum((p.grad**2).sum().item() for p in run.model.parameters()))
+    run.model.zero_grad()
+    train(run, rows, tokenizer)
+    assert log(run)[0]["grad_norm"] == pytest.approx(norm, rel=3e-4)  # fp32 norm of 400,000 numbers
+    assert log(run)[0]["loss"] == pytest.approx(token_losses.sum().item() / 59, rel=1e-6)
+
+
+def test_clipping_limits_the_step_not_the_figure(tmp_path, text, tokenizer):
+    norms = []
+
+    def note(optimizer, args, kwargs):
+        grads = [p.grad for group in optimizer.param_groups for p in group["params"]]
+        norms.append(math.sqrt(sum((g**2).sum().item() for g in grads)))
+
+    handle = register_optimizer_step_pre_hook(note)
+    try:
+        run = start(tmp_path, optimizer="adamw", grad_clip=0.01)
+        train(run, text, tokenizer)
+    finally:
+        handle.remove()
+    assert norms == pytest.approx([0.01] * 3, rel=1e-3)
+    assert all(row["grad_norm"] > 0.1 for row in log(run))
+
+
+# ------------------------------------------------------------------------------------------------ schedule
+
+
+def test_schedule_of_a_run(tmp_path, text, tokenizer):
+    run = start(tmp_path, steps=10, warmup=0.2, decay=0.5, learning_rate=1e-3, optimizer="adamw")
+    train(run, text, tokenizer)
+    rates = [row["learning_rate"] for row in log(run)]
+    assert len(rates) == 10
+    assert rates[1] == pytest.approx(0.5e-3)
+    assert rates[2:6] == [1e-3] * 4
+    assert rates[9] == pytest.approx(1e-3 * 0.5 * (1 + math.cos(math.pi * 0.8)))
+
+
+# ------------------------------------------------------------------------------------------------ faulty steps
+
+
+@pytest.mark.parametrize("fault", ["loss", "gradient"])
+def test_non_finite_step_changes_nothing(tmp_path, text, tokenizer, capsys, fault):
+    before = []
+
+    def faulty(model, batch):
+        before.append({name: w.detach().clone() for name, w in model.named_parameters()})
+        loss, metrics = loss_fn(model, batch)
+        if len(before) == 3:
+            zero = model.model.norm.weight.sum() * 0
+            loss = loss * math.nan if fault == "loss" else loss + 0 * zero.sqrt()  # 0 * infinity
+        return loss, metrics
+
+    run = start(tmp_path, steps=5)
+    after = train(run, text, tokenizer, faulty)
+    assert largest_difference(before[1], before[2]) > 0
+    assert largest_difference(before[2], before[3]) == 0
+    assert largest_difference(before[3], before[4]) > 0
+    assert all(w.isfinite().all() for w in after.values())
+    err = capsys.readouterr().err
+    assert "step 3: " in err and "skipped" in err
+    assert checkpoint.load_meta(run.path(".pth"))["skipped"] == 1
+    lines = run.path(".jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line, parse_constant=lambda word: pytest.fail(f"{word} is not JSON")) for line in lines]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
+    assert rows[2]["grad_norm"] is None and rows[3]["grad_norm"] > 0
+    assert rows[1]["tokens"] == rows[2]["tokens"] < rows[3]["tokens"] < rows[4]["tokens"]
+
+
+def test_gives_up_after_five_bad_steps(tmp_path, text, tokenizer):
+    calls = []
+
+    def broken(model, batch):
+        calls.append(1)
+        loss, metrics = loss_fn(model, batch)
+        # Three bad steps, a good one, and then bad ones only: the count begins anew.
+        return (loss if len(calls) == 4 else loss * math.inf), metrics
+
+    run = start(tmp_path, steps=50)
+    with pytest.raises(checkpoint.CheckpointError, match="5 steps in a row were not finite: lower --lea.*") as error:
+        train(run, text, tokenizer, broken)
+    assert len(calls) == 9
+    assert "\n" not in str(error.value)
+    assert not run.path(".pth").exists()
+
+
+def test_batch_without_labels_is_skipped(tmp_path, tokenizer, capsys):
+    run = start(tmp_path, batch_size=1, steps=None, epochs=1)
+    train(run, sft_rows([4, 0, 4, 0, 4]), tokenizer)
+    assert capsys.readouterr().err.count("no token in the batch is to be learnt from; skipped") == 2
+    meta = checkpoint.load_meta(run.path(".pth"))
+    assert (meta["skipped"], meta["tokens"], meta["steps"]) == (2, 12, 5)
+
+
+def test_time_passes_without_labels(tmp_path, tokenizer):
+    run = start(tmp_path, batch_size=1, steps=None, minutes=0.01)
+    train(run, sft_rows([0, 0]), tokenizer)
+    assert checkpoint.load_meta(run.path(".pth"))["tokens"] == 0
+
+
+@pytest.mark.parametrize(
+    "flags",
+    ["batch_size 0", "accumulation_steps 0", "steps 0", "epochs 0", "minutes -1", "grad_clip 0", "learning_rate nan"]
+    + ["hidden_size 0", "hidden_size 63", "num_workers -1", "warmup 2", "decay -1", "decay 1.5", "keep 0"],
+)
+def test_numbers_that_make_no_sense(tmp_path, flags):
+    name, value = flags.split()
+    with pytest.raises(UsageError, match=name):
+        start(tmp_path / "out", **{name: value})
+    assert not (tmp_path / "out").exists()
+
+
+# ------------------------------------------------------------------------------------------------ validation
+
+
+def bits_per_byte_by_hand(model, rows) -> tuple[float, float]:
+    """(nats per label, bits per byte): one row after another, from the logits; bytes of the labels."""
+    nats, labels, n_bytes, tokenizer = 0.0, 0, 0, load_tokenizer()
+    for row in rows:
+        ids = row["input_ids"]
+        log_p = model(torch.tensor([ids[:-1]])).logits.double().log_softmax(-1)[0]
+        nats -= sum(log_p[t, ids[t + 1]].item() for t in range(len(ids) - 1))
+        labels += len(ids) - 1
+        n_bytes += sum(len(bytes_of_token(tokenizer, i)) for i in ids[1:])
+    return nats / labels, nats / math.log(2) / n_bytes
+
+
+def bytes_of_token(tokenizer, i: int) -> bytes:
+    """Independent of token_bytes: GPT-2's table of the characters that stand for bytes, turned round."""
+    if i < 16:
+        return b""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [b for b in range(256) if b not in printable]
+    table = {chr(b): b for b in printable} | {chr(256 + n): b for n, b in enumerate(others)}
+    return bytes(table[c] for c in tokenizer.id_to_token(i))
+
+
+@pytest.mark.parametrize("moe", [0, 1])
+def test_bits_per_byte(tmp_path, text, tokenizer, moe):
+    """Whatever the batch size, the padding rows that fill the last batch, and a MoE's balancing loss."""
+    run = start(tmp_path, use_moe=moe)
+    with torch.no_grad():
+        for p in run.model.parameters():
+            p.mul_(3)  # away from the uniform distribution
+        expected = bits_per_byte_by_hand(run.model.eval(), text)
+    assert sum(len(bytes_of_token(tokenizer, i)) for row in text for i in row["input_ids"][1:]) == sum(
+        len((DOCUMENTS[i % 5] + f" {i}").encode()) for i in range(40)
+    )
+    for batch_size in (1, 3, len(text) - 1, len(text) + 5):
+        run.args.batch_size = batch_size
+        assert trainer.validate(run, loss_fn, text, token_bytes(tokenizer)) == pytest.approx(expected, rel=1e-5)
+    assert run.model.training
+
+
+def test_val_tokens_limit_does_not_depend_on_the_batch_size(tmp_path, text, tokenizer):
+    run = start(tmp_path, val_tokens=5 * SEQ + 3)
+    expected = bits_per_byte_by_hand(run.model, text.select(range(5)))
+    for batch_size in (1, 4, 16):
+        run.args.batch_size = batch_size
+        assert trainer.validate(run, loss_fn, text, token_bytes(tokenizer)) == pytest.approx(expected, rel=1e-5)
+    run.args.val_tokens = 1  # one row at least
+    expected = bits_per_byte_by_hand(run.model, text.select(range(1)))
+    assert trainer.validate(run, loss_fn, text, token_bytes(tokenizer)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_validation_of_rows_without_labels(tmp_path, tokenizer):
+    loss, bits = trainer.validate(start(tmp_path), loss_fn, sft_rows([0, 0, 0]), token_bytes(tokenizer))
+    assert (loss, bits) == (0.0, 0.0)
+
+
+def test_when_validation_happens(tmp_path, text, tokenizer):
+    run = start(tmp_path / "share", steps=20)
+    train(run, text, tokenizer, val_rows=text)
+    assert [row["step"] for row in log(run) if "val_bpb" in row] == [0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20]
+    assert checkpoint.load_meta(run.path(".pth"))["val_bpb"] == log(run)[-1]["val_bpb"]
+    run = start(tmp_path / "interval", steps=5, val_interval=2)
+    train(run, text, tokenizer, val_rows=text)
+    assert [row["step"] for row in log(run) if "val_bpb" in row] == [0, 2, 4, 5]
+
+
+# ------------------------------------------------------------------------------------------------ budget, speed
+
+
+def test_share_of_the_budget():
+    progress = Progress(step=5, samples=30, seconds=90.0)
+
+    def share(**budget):
+        args = SimpleNamespace(**(dict(steps=None, epochs=None, minutes=None) | budget))
+        return progress.share(args, rows=40)
+
+    assert share(steps=20) == 0.25
+    assert share(epochs=1.0) == 0.75
+    assert share(epochs=2.5) == 0.3
+    assert share(minutes=3.0) == 0.5
+    assert share(steps=20, epochs=2.5, minutes=3.0) == 0.5  # the first that is used up
+    assert share(epochs=0.5) == 1.5
+
+
+@pytest.mark.parametrize(
+    "budget, steps", [({"steps": 4}, 4), ({"epochs": 1.0}, 7), ({"epochs": 0.5}, 4), ({"steps": 3, "epochs": 9.0}, 3)]
+)
+def test_budget_ends_the_run(tmp_path, tokenizer, budget, steps):
+    """13 rows, two a step: an epoch is seven steps."""
+    run = start(tmp_path, **({"steps": None} | budget))
+    train(run, sft_rows([5] * 13), tokenizer)
+    assert checkpoint.load_meta(run.path(".pth"))["steps"] == steps
+
+
+def test_minutes_end_the_run(tmp_path, text, tokenizer):
+    run = start(tmp_path, steps=None, minutes=0.02)
+    train(run, text, tokenizer)
+    meta = checkpoint.load_meta(run.path(".pth"))
+    assert meta["seconds"] >= 1.2 and meta["steps"] > 1
+
+
+def test_matmul_peak():
+    state = torch.get_rng_state()
+    for dtype in (torch.float32, torch.bfloat16):
+        assert 1e6 < trainer.matmul_peak(torch.device("cpu"), dtype, size=128) < 1e16
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_speed_in_the_log(tmp_path, text, tokenizer, monkeypatch):
+    monkeypatch.setattr(trainer, "matmul_peak", lambda device, dtype: 1e9)
+    run = start(tmp_path, steps=4, log_interval=2)
+    train(run, text, tokenizer)
+    assert [row["step"] for row in log(run)] == [2, 4]
+    for row in log(run):
+        flops = 6 * run.model.num_parameters() * row["tokens_per_second"]
+        assert row["mfu"] == pytest.approx(flops / 1e9, rel=1e-2) and row["mfu"] > 0
+
+
+# ------------------------------------------------------------------------------------------------ resume
+
+
+def noisy_loss_fn(model, batch):
+    """Draws random numbers, as dropout or sampling in a later stage does."""
+    loss, metrics = loss_fn(model, batch)
+    return loss * torch.rand(()), metrics
+
+
+def interrupted_after(steps: int):
+    """noisy_loss_fn that fails in the step after these."""
+    calls = []
+
+    def fail(model, batch):
+        calls.extend([1] * model.training)  # validation does not count
+        if len(calls) > steps:
+            raise KeyboardInterrupt
+        return noisy_loss_fn(model, batch)
+
+    return fail
+
+
+def test_resumed_with_random_numbers(tmp_path, text, tokenizer):
+    """The random state goes on where it was, and so does everything else: equal weights, bit for bit."""
+    flags = dict(steps=6, save_interval=1, log_interval=2)
+    whole = start(tmp_path / "whole", **flags)
+    expected = train(whole, text, tokenizer, noisy_loss_fn, text)
+    for first, stop_at in ((0, 3), (3, 5)):  # two interruptions
+        run = start(tmp_path / "parts", from_resume=1, **flags)
+        assert (run.resume["progress"]["step"] if run.resume else 0) == first
+        with pytest.raises(KeyboardInterrupt):
+            train(run, text, tokenizer, interrupted_after(stop_at - first), text)
+    torch.manual_seed(12345)
+    run = start(tmp_path / "parts", from_resume=1, **flags)
+    assert run.resume["progress"]["step"] == 5
+    found = train(run, text, tokenizer, noisy_loss_fn, text)
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    timing = ("seconds", "tokens_per_second", "mfu")
+    logs = [[{k: v for k, v in row.items() if k not in timing} for row in log(r)] for r in (whole, run)]
+    assert logs[0] == logs[1]
+    assert not run.path("_resume").exists()
+
+
+def test_interrupt_once_twice():
+    interrupt = Interrupt()
+    assert not interrupt.asked
+    os.kill(os.getpid(), signal.SIGINT)
+    assert interrupt.asked
+    os.kill(os.getpid(), signal.SIGTERM)  # torchrun repeats the terminal's signal at once
+    interrupt.when -= 2
+    with pytest.raises(SystemExit, match="130"):
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+# ------------------------------------------------------------------------------------------------ log and picture
+
+
+def test_cut_log(tmp_path):
+    path = tmp_path / "log.jsonl"
+    rows = [{"step": 0, "val_loss": 9.0}, {"step": 2, "loss": 3.0}, {"step": 2, "val_loss": 8.0}]
+    rows += [{"step": 4, "loss": 2.0}, {"step": 4, "val_loss": 7.0}, {"step": 6, "loss": 1.0}]
+    content = "".join(json.dumps(row) + "\n" for row in rows)
+    for step, kept in ((0, 0), (1, 1), (2, 2), (3, 3), (4, 4), (5, 5), (6, 6), (9, 6)):
+        path.write_text(content + '{"step": 6, "val_l', encoding="utf-8")  # killed in the middle of a line
+        cut_log(path, step)
+        assert list(read_log(path)) == rows[:kept], step
+        assert path.read_text(encoding="utf-8").count("\n") == kept
+    path.unlink()
+    cut_log(path, 5)
+    assert path.read_text(encoding="utf-8") == ""
+    assert os.listdir(tmp_path) == ["log.jsonl"]
+
+
+def test_draw_curve(tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib is optional")
+    rows = [{"step": i, "tokens": 100 * i, "loss": 8 / (i + 1)} for i in range(1, 50)]
+    rows += [{"step": i, "tokens": 100 * i, "val_loss": 8 / (i + 1), "val_bpb": 3 / (i + 1)} for i in range(0, 50, 10)]
+    rows += [{"step": 50, "tokens": 4900, "loss": None}]  # a step that was skipped
+    path = tmp_path / "log.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    assert draw_curve(path, tmp_path / "curve.png")
+    png = (tmp_path / "curve.png").read_bytes()
+    assert png[:8] == b"\x89PNG\r\n\x1a\n"
+    assert struct.unpack(">II", png[16:24]) == (960, 540)
+    path.write_text("", encoding="utf-8")
+    assert draw_curve(path, tmp_path / "empty.png")
+    assert len(png) > len((tmp_path / "empty.png").read_bytes()) + 2000  # the two lines

@@ -1,0 +1,40 @@
+"""Supervised fine-tuning: a pretrained model learns to answer in conversations.
+
+python train_full_sft.py                                         # starter corpus, from out/pretrain_*.pth
+python train_full_sft.py --data_path FILE.jsonl --epochs 2       # {"conversations": [...]} lines
+"""
+
+from dataset.chat import load_tokenizer
+from dataset.lm_dataset import sft_dataset
+from dataset.starter import ensure_starter
+from trainer import trainer
+
+
+def loss_fn(model, batch):
+    """Mean of -log p(next token) over the assistant's tokens (its end marker included); all other labels are -100.
+
+    A row packs several conversations; segment_ids keep each from attending to the others.
+    """
+    out = model(batch["input_ids"], labels=batch["labels"], segment_ids=batch["segment_ids"])
+    if out.aux_loss is None:
+        return out.loss, {}
+    return out.loss + out.aux_loss, {"aux_loss": out.aux_loss, "expert_load": out.expert_load.mean(0)}
+
+
+def main():
+    args = trainer.arguments("full_sft", __doc__, from_weight="pretrain", learning_rate=2e-3).parse_args()
+    run = trainer.setup("full_sft", args, minutes=3.75)
+    tokenizer = load_tokenizer()
+
+    train_path, val_path = args.data_path, args.val_path
+    if train_path is None:
+        starter = ensure_starter()
+        train_path, val_path = starter / "sft.jsonl", starter / "sft_val.jsonl"
+    train_rows = sft_dataset(train_path, tokenizer, args.max_seq_len)
+    val_rows = sft_dataset(val_path, tokenizer, args.max_seq_len) if val_path else None
+
+    trainer.train(run, loss_fn, train_rows, val_rows, tokenizer)
+
+
+if __name__ == "__main__":
+    trainer.main(main)

@@ -1,0 +1,38 @@
+"""Pretraining: from random weights to a model of text, by predicting each next token.
+
+python train_pretrain.py                                                   # starter corpus, nano, minutes on a laptop
+python train_pretrain.py --preset small --data_path FILE.jsonl --epochs 2 --max_seq_len 512   # {"text": ...} lines
+torchrun --nproc_per_node 2 train_pretrain.py ...                          # several devices
+"""
+
+from dataset.chat import load_tokenizer
+from dataset.lm_dataset import pretrain_dataset
+from dataset.starter import ensure_starter
+from trainer import trainer
+
+
+def loss_fn(model, batch):
+    """Mean of -log p(next token) over all tokens; a MoE adds its load-balancing loss."""
+    out = model(batch["input_ids"], labels=batch["labels"])
+    if out.aux_loss is None:
+        return out.loss, {}
+    return out.loss + out.aux_loss, {"aux_loss": out.aux_loss, "expert_load": out.expert_load.mean(0)}
+
+
+def main():
+    args = trainer.arguments("pretrain", __doc__).parse_args()
+    run = trainer.setup("pretrain", args, minutes=4.25)
+    tokenizer = load_tokenizer()
+
+    train_path, val_path = args.data_path, args.val_path
+    if train_path is None:
+        starter = ensure_starter()
+        train_path, val_path = starter / "pretrain.jsonl", starter / "pretrain_val.jsonl"
+    train_rows = pretrain_dataset(train_path, tokenizer, args.max_seq_len)
+    val_rows = pretrain_dataset(val_path, tokenizer, args.max_seq_len) if val_path else None
+
+    trainer.train(run, loss_fn, train_rows, val_rows, tokenizer)
+
+
+if __name__ == "__main__":
+    trainer.main(main)

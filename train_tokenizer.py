@@ -1,0 +1,262 @@
+"""Train the tokenizer: byte-level BPE on any JSONL of this project (pretrain, conversations, preference pairs).
+
+python train_tokenizer.py                         # on the starter corpus
+python train_tokenizer.py --data_path starter REAL.jsonl --weight 0.5 1 --eval_path REAL_VAL.jsonl  # model/tokenizer
+"""
+
+import argparse
+import json
+import os
+import re
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from dataset.chat import BOS, EOS, MARKERS, PAD, SPECIAL_MARKERS, TOKENIZER_DIR, load_tokenizer
+from dataset.jsonl import DataError, parse_line, read_lines
+
+# Qwen2's split: transformers, vLLM and llama.cpp know it. Digits stand alone, so that arithmetic can be learnt.
+SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+MIN_VOCAB = len(MARKERS) + 256
+HELD_OUT = 100  # one text in so many is kept out of training, to measure on
+HELD_OUT_CHARACTERS = 1_000_000
+CHINESE = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]")
+
+# encode -> decode must give these back unchanged.
+IDENTITY = {
+    "emoji": "😀👍🏽 👨‍👩‍👧‍👦👩🏿‍🚀🏳️‍🌈 1️⃣ ❤️",
+    "flags": "🇨🇳🇫🇷🏴󠁧󠁢󠁳󠁣󠁴󠁿",
+    "rare CJK": "𠀀𠮷𪚥𫝀𫠝𬺰𮯰𰻞𱍐 㐀䶵 豈﨎 ⺀⼀ 葛\U000e0100",
+    "control characters": "".join(map(chr, range(32))) + "\x7f\x80\x85\x9f",
+    "NUL": "\0 a\0b\0\0",
+    "combining marks": "e\u0301 é ﬁ Å \u212b Z\u0351\u0363a\u0321\u0334l\u034fgo \u0e01\u0e33 \u1112\u1161\u11ab 한",
+    "right to left": "שָׁלוֹם مرحبا \u202eabc\u202c \u200f\u2067١٢٣\u2069",
+    "line ends": "a\r\nb\rc\n\n\n\r\n\u2028\u2029\v\f ",
+    "spaces": " ",
+    "runs of spaces": "  a   b\t\t c    \u3000\u00a0\u2003\u200b\u200d\ufeff ",
+    "private use": "\ue000\uf8ff\U000f0000\U0010fffd \ufffe\uffff\ufffd",
+    "digits": "0123456789 3.14159 ２０２４ ٣ ½ Ⅷ 1e-5",
+    "code": "def f(x):\n    return x[::-1]  # 反转\n\tif a != b and c <= d: pass\n",
+    "markers": "<|im_start|>user\n<think></think><tool_call><|endoftext|><|im_end|>",
+    "contractions": "I'm DON'T it’s we'LL 'tis 's",
+    "empty": "",
+}
+
+
+def main() -> None:
+    args = parse_args()
+    try:
+        files = find_files(args.data_path, args.weight, args.sample_mb)
+        held_out = list(all_texts([(Path(args.eval_path), 1.0)], "evaluation")) if args.eval_path else []
+        tokenizer = train(training_texts(files, None if args.eval_path else held_out), args.vocab_size)
+        check_identity(tokenizer)
+        save(tokenizer, Path(args.out_dir))
+        check_identity(load_tokenizer(args.out_dir))
+        print(f"encode -> decode is the identity on {len(IDENTITY)} kinds of text", flush=True)
+    except (DataError, ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    report(tokenizer, held_out, args)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--data_path",
+        nargs="+",
+        metavar="FILE",
+        default=["starter"],
+        help="JSONL files; the word starter stands for the starter corpus",
+    )
+    parser.add_argument(
+        "--weight",
+        nargs="+",
+        type=float,
+        metavar="W",
+        help="one per --data_path: how often its rows are counted (0.5 = every second row)",
+    )
+    parser.add_argument(
+        "--eval_path",
+        metavar="FILE",
+        help=f"JSONL to measure on (default: 1 in {HELD_OUT} texts, kept out of training)",
+    )
+    parser.add_argument("--vocab_size", type=int, default=6400, help="default: %(default)s")
+    parser.add_argument(
+        "--sample_mb",
+        type=float,
+        default=32,
+        help="rows are taken evenly from the files up to this much, which bounds the memory: about "
+        "50 times as much (default: %(default)s)",
+    )
+    parser.add_argument("--out_dir", default=str(TOKENIZER_DIR), help="default: %(default)s")
+    args = parser.parse_args()
+    if args.vocab_size < MIN_VOCAB:
+        fail(f"--vocab_size {args.vocab_size} is too small: {len(MARKERS)} markers and 256 bytes need {MIN_VOCAB}")
+    if args.sample_mb <= 0:
+        fail(f"--sample_mb {args.sample_mb:g} must be more than 0")
+    args.weight = args.weight or [1.0] * len(args.data_path)
+    if len(args.weight) != len(args.data_path) or not all(0 < weight <= 1000 for weight in args.weight):
+        fail(f"--weight needs one number from 0 to 1000 for each of the {len(args.data_path)} --data_path entries")
+    return args
+
+
+def fail(message: str) -> None:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def find_files(names: list[str], weights: list[float], sample_mb: float) -> list[tuple[Path, float]]:
+    """(file, how often its rows are taken); all weights shrink together when the whole is over sample_mb."""
+    files = []
+    for name, weight in zip(names, weights, strict=True):
+        if name == "starter":
+            from dataset.starter import ensure_starter
+
+            folder = ensure_starter()
+            files += [(folder / "pretrain.jsonl", weight), (folder / "sft.jsonl", weight)]
+        else:
+            files.append((Path(name), weight))
+    for path, _ in files:
+        if not path.is_file():
+            raise DataError(f"{path}: no such file; check the path")
+    scale = min(1.0, sample_mb * 1e6 / max(1, sum(path.stat().st_size * weight for path, weight in files)))
+    if scale < 1:
+        print(f"data is over --sample_mb {sample_mb:g}: taking {scale:.1%} of it, evenly", flush=True)
+    return [(path, weight * scale) for path, weight in files]
+
+
+def training_texts(files: list[tuple[Path, float]], held_out: list[str] | None) -> Iterator[str]:
+    """Texts to train on; where `held_out` is a list, some go into it instead."""
+    characters = 0
+    for n, text in enumerate(all_texts(files, "training")):
+        if held_out is not None and n % HELD_OUT == HELD_OUT - 1 and characters < HELD_OUT_CHARACTERS:
+            held_out.append(text)
+            characters += len(text)
+        else:
+            yield text
+
+
+def all_texts(files: list[tuple[Path, float]], purpose: str) -> Iterator[str]:
+    """Streams the files' texts and says how far it is, and at the end of each file how many lines were no use."""
+    for path, weight in files:
+        size, position, used, bad, first_bad, due = path.stat().st_size, 0, 0, 0, "", 0.0
+        shown = time.monotonic()
+        for number, line in read_lines(path):
+            position += len(line)
+            row, fault = parse_line(number, line)
+            texts = row_texts(row) if row else []
+            if not texts:
+                bad += 1
+                reason = fault.text if fault else "no text, conversations or chosen/rejected in it"
+                first_bad = first_bad or f"; the first is line {number}: {reason}"
+                continue
+            used += 1
+            due += weight
+            while due >= 1 - 1e-9:
+                yield from texts
+                due -= 1
+            if time.monotonic() - shown > 5:
+                shown = time.monotonic()
+                print(f"{path.name}: {position / size:.0%} read", flush=True)
+        skipped = f", {bad} skipped{first_bad}" if bad else ""
+        times = f", each counted {weight:.3g} times" if weight != 1 else ""
+        print(f"{path.name}: {used} rows for {purpose}{times}{skipped}", flush=True)
+        if not used:
+            raise DataError(f"{path}: no usable row{first_bad}; expected JSONL, see --help")
+
+
+def row_texts(row: dict) -> list[str]:
+    """The pieces the model will see of a row: a text, or what stands between the markers of its messages."""
+    if isinstance(row.get("text"), str):
+        return [row["text"]] if row["text"] else []
+    texts = []
+    for key in ("conversations", "chosen", "rejected"):
+        for message in row[key] if isinstance(row.get(key), list) else []:
+            if not isinstance(message, dict):
+                continue
+            if message.get("content"):
+                texts.append(f"{message.get('role')}\n{message['content']}")
+            for name in ("reasoning_content", "tools", "tool_calls"):
+                if value := message.get(name):
+                    texts.append("\n" + (value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)))
+    return texts
+
+
+def train(texts: Iterator[str], vocab_size: int) -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE())
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(SPLIT), "isolated"), byte_level])
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=2,
+        special_tokens=[AddedToken(marker, normalized=False, special=True) for marker in MARKERS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=sys.stderr.isatty(),
+    )
+    started = time.monotonic()
+    tokenizer.train_from_iterator(texts, trainer)
+    # The trainer marks all of them special; the think and tool markers must stay visible in decoded answers.
+    spec = json.loads(tokenizer.to_str())
+    for token in spec["added_tokens"]:
+        token["special"] = token["content"] in SPECIAL_MARKERS
+    print(f"trained {tokenizer.get_vocab_size()} entries in {time.monotonic() - started:.1f} s", flush=True)
+    if tokenizer.get_vocab_size() < vocab_size:
+        print(f"note: this text has no more pairs that occur twice; --vocab_size {vocab_size} needs more of it")
+    return Tokenizer.from_str(json.dumps(spec))
+
+
+def check_identity(tokenizer: Tokenizer) -> None:
+    for name, text in IDENTITY.items():
+        ids = tokenizer.encode(text, add_special_tokens=False).ids
+        if tokenizer.decode(ids, skip_special_tokens=False) != text:
+            raise ValueError(f"encode -> decode does not give back: {name}")
+
+
+def save(tokenizer: Tokenizer, folder: Path) -> None:
+    """tokenizer.json and tokenizer_config.json, each written whole or not at all."""
+    template = Path(__file__).resolve().parent / "dataset" / "chat_template.jinja"
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": BOS,
+        "eos_token": EOS,
+        "pad_token": PAD,
+        "add_bos_token": False,
+        "add_eos_token": False,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": 32768,
+        "chat_template": template.read_text(encoding="utf-8"),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in (
+        ("tokenizer.json", tokenizer.to_str(pretty=True)),
+        ("tokenizer_config.json", json.dumps(config, ensure_ascii=False, indent=2) + "\n"),
+    ):
+        temporary = folder / f"{name}.{os.getpid()}.tmp"
+        try:
+            temporary.write_text(text, encoding="utf-8")
+            os.replace(temporary, folder / name)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def report(tokenizer: Tokenizer, held_out: list[str], args: argparse.Namespace) -> None:
+    rows = {"Chinese": [], "English": []}  # English stands for all that is not Chinese
+    for text in held_out:
+        rows["Chinese" if len(CHINESE.findall(text)) > len(text) / 5 else "English"].append(text)
+    rows["all"] = held_out
+    print(f"{'held-out text':14}{'texts':>8}{'characters/token':>19}{'bytes/token':>14}")
+    for language, texts in rows.items():
+        tokens = sum(len(encoding.ids) for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False))
+        characters, size = sum(map(len, texts)), sum(len(text.encode()) for text in texts)
+        if tokens:
+            print(f"{language:14}{len(texts):8}{characters / tokens:19.3f}{size / tokens:14.3f}")
+    print(f"wrote {args.out_dir}")
+
+
+if __name__ == "__main__":
+    main()

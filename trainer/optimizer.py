@@ -1,0 +1,79 @@
+"""Parameter groups, optimizers and the learning-rate schedule.
+
+optimizers = build_optimizers(model, "muon", learning_rate=2e-3); for o in optimizers: o.step()
+"""
+
+import math
+
+import torch
+from torch import nn
+
+OPTIMIZERS = ("muon", "adamw")
+
+
+def build_optimizers(
+    model: nn.Module, name: str = "muon", learning_rate: float = 1e-3, weight_decay: float = 0.1
+) -> list[torch.optim.Optimizer]:
+    """AdamW for everything, or Muon for the matrices of the blocks and AdamW for the rest.
+
+    Muon (Jordan et al. 2024; as an optimizer for LLMs Liu et al. 2025, arXiv:2502.16982) orthogonalises the momentum of
+    a matrix. Its update is scaled to the root mean square of an AdamW update, so that one learning rate fits both.
+    Embeddings, norms and routers go to AdamW; only matrices of the blocks decay.
+    """
+    matrices, router, embeddings, vectors = [], [], [], []
+    for param_name, p in model.named_parameters():
+        if not p.requires_grad:
+            continue
+        if p.ndim < 2:
+            vectors.append(p)
+        elif "embed_tokens" in param_name:
+            embeddings.append(p)
+        elif param_name.endswith("mlp.gate.weight"):
+            router.append(p)
+        else:
+            matrices.append(p)
+    groups = [
+        {"params": embeddings, "weight_decay": 0.0},
+        {"params": router, "weight_decay": 0.0},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    fused = matrices[0].device.type in ("cpu", "cuda")
+    adamw = dict(lr=learning_rate, betas=(0.9, 0.95), eps=1e-8, fused=fused)
+    if name == "adamw":
+        groups.insert(0, {"params": matrices, "weight_decay": weight_decay})
+        optimizers = [torch.optim.AdamW([g for g in groups if g["params"]], **adamw)]
+    elif name == "muon":
+        muon = torch.optim.Muon(matrices, lr=learning_rate, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+        groups = [g for g in groups if g["params"]]
+        optimizers = [muon] + ([torch.optim.AdamW(groups, **adamw)] if groups else [])
+    else:
+        raise ValueError(f"optimizer {name!r}: choose one of {', '.join(OPTIMIZERS)}")
+
+    owned = [p for o in optimizers for g in o.param_groups for p in g["params"]]
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    assert len(owned) == len(set(map(id, owned))) == len(trainable), "each parameter belongs to exactly one group"
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["base_lr"] = group["lr"]
+    return optimizers
+
+
+def learning_rate_scale(progress: float, warmup: float = 0.02, final: float = 0.0, decay: float = 0.5) -> float:
+    """Factor on the learning rate at `progress` in [0, 1] of the budget: linear up, flat, then down to `final`.
+
+    Warmup-stable-decay (Hu et al. 2024, arXiv:2404.06395): the last `decay` share of the budget follows a cosine down.
+    """
+    if progress < warmup:
+        return max(progress / warmup, 1e-3)
+    if progress < 1 - decay:
+        return 1.0
+    through = min((progress - (1 - decay)) / decay, 1.0)
+    return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * through))
+
+
+def set_learning_rate(optimizers: list[torch.optim.Optimizer], scale: float) -> float:
+    """Every group's learning rate = its own base times `scale`; returns the first one."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["base_lr"] * scale
+    return optimizers[0].param_groups[0]["lr"]

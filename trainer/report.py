@@ -1,0 +1,196 @@
+"""What a run tells: progress on the terminal, the JSONL metrics log, Weights & Biases, the loss curve as a picture."""
+
+import json
+import math
+import os
+import shlex
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from trainer.trainer import Progress, Run
+
+LINE_SECONDS = 10  # between progress lines where standard error is a file
+
+
+class Reporter:
+    """Speaks on the main process only. Figures are means since the last line of the log."""
+
+    def __init__(self, run: "Run", progress: "Progress"):
+        self.run, self.on = run, run.is_main
+        self.log_path = run.path(".jsonl")
+        self.tty = sys.stderr.isatty()
+        self.last_line = 0.0
+        self.mark = (progress.seconds, progress.slots)
+        self.first_step = progress.step
+        self.val: dict[str, float] = {}
+        self.wandb = None
+        self.log_failed = False
+
+    def say(self, text: str) -> None:
+        if self.on:
+            print(f"\r\033[K{text}" if self.tty else text, file=sys.stderr, flush=True)
+
+    def start(self, compiled: bool, peak: float, flops: int) -> None:
+        run, self.peak, self.flops = self.run, peak, flops
+        if not self.on:
+            return
+        if run.args.use_wandb:
+            self.wandb = self._start_wandb()
+        cut_log(self.log_path, self.first_step)
+        model = run.model
+        active = model.num_parameters(active=True)
+        of_which = f" ({active / 1e6:.2f} M active)" if active != model.num_parameters() else ""
+        how = "compiled" if compiled else "not compiled"
+        self.say(
+            f"{run.stage}: {model.num_parameters() / 1e6:.2f} M parameters{of_which}, {run.device.type} "
+            f"{str(run.dtype).removeprefix('torch.')}, {how}, matrix peak {peak / 1e9:,.0f} GFLOP/s"
+        )
+
+    def _start_wandb(self):
+        from trainer.trainer import UsageError
+
+        args = self.run.args
+        try:
+            import wandb
+
+            name = self.run.path("").name
+            return wandb.init(project=args.wandb_project, name=name, config=vars(args), dir=args.out_dir)
+        except ImportError:
+            raise UsageError("--use_wandb: the package is missing: pip install wandb") from None
+        except Exception as error:  # no account, no network: wandb has a class for each
+            text = str(error).strip().split("\n")[0]
+            raise UsageError(f"--use_wandb: {text}; set WANDB_MODE=offline to log without an account") from None
+
+    def step(self, progress, share, loss, grad_norm, learning_rate, metrics) -> None:
+        if not self.on:
+            return
+        args = self.run.args
+        if math.isfinite(loss):
+            progress.window.append(loss)
+        interval = progress.step % args.log_interval == 0
+        if interval:
+            seconds, slots = progress.seconds - self.mark[0], progress.slots - self.mark[1]
+            self.mark = (progress.seconds, progress.slots)
+            self.rate = slots / max(seconds, 1e-9)
+            row = {
+                "step": progress.step, "loss": sum(progress.window) / len(progress.window) if progress.window else None,
+                "learning_rate": learning_rate, "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
+                "tokens": progress.tokens, "seconds": round(progress.seconds, 2),
+                "tokens_per_second": round(self.rate, 1), "mfu": round(self.rate * self.flops / self.peak, 4),
+            }  # fmt: skip
+            row |= {k: v.tolist() if hasattr(v, "tolist") else v for k, v in metrics.items()}
+            self._log(row)
+            progress.window = []
+        now = time.perf_counter()
+        if (self.tty and interval) or now - self.last_line > LINE_SECONDS:
+            self.last_line = now
+            self._progress_line(progress, share, loss)
+
+    def _progress_line(self, progress, share, loss) -> None:
+        rate = getattr(self, "rate", progress.slots / max(progress.seconds, 1e-9))
+        eta = progress.seconds / share * (1 - share) if share > 0 else 0
+        done = int(share * 20)
+        val = f"  val {self.val['val_bpb']:.3f} bits/byte" if self.val else ""
+        line = (
+            f"[{'#' * done}{'.' * (20 - done)}] {share:4.0%}  step {progress.step}  loss {loss:.3f}{val}  "
+            f"{rate:,.0f} tokens/s  MFU {rate * self.flops / self.peak:.2f}  {int(eta // 60)}:{int(eta % 60):02d} left"
+        )
+        print(f"\r\033[K{line}" if self.tty else line, end="" if self.tty else "\n", file=sys.stderr, flush=True)
+
+    def validation(self, progress, loss: float, bits_per_byte: float) -> None:
+        self.val = {"val_loss": loss, "val_bpb": bits_per_byte}
+        self._log({"step": progress.step, "seconds": round(progress.seconds, 2), "tokens": progress.tokens} | self.val)
+
+    def _log(self, row: dict) -> None:
+        if not self.on:
+            return
+        try:
+            with open(self.log_path, "a", encoding="utf-8") as log:
+                log.write(json.dumps(row) + "\n")
+        except OSError as error:  # not worth losing the run for
+            if not self.log_failed:
+                self.say(f"warning: cannot write {self.log_path}: {error.strerror}; the training goes on")
+            self.log_failed = True
+        if self.wandb:
+            self.wandb.log({k: v for k, v in row.items() if k != "step"}, step=row["step"])
+
+    def interrupted(self, progress) -> None:
+        argv = sys.argv if sys.argv[-2:] == ["--from_resume", "1"] else [*sys.argv, "--from_resume", "1"]
+        world = self.run.world_size
+        launcher = f"torchrun --nproc_per_node {world}" if world > 1 else "python"
+        self.say(f"stopped at step {progress.step}, nothing is lost. Go on with:\n  {launcher} {shlex.join(argv)}")
+
+    def figures(self, progress) -> dict:
+        """What is worth knowing about the weights."""
+        figures = {"stage": self.run.stage, "steps": progress.step, "tokens": progress.tokens} | self.val
+        return figures | {"seconds": round(progress.seconds, 1), "skipped": progress.skipped}
+
+    def finish(self, progress) -> None:
+        """The picture and the last line, after the weights are safe."""
+        run = self.run
+        if self.tty:
+            print(file=sys.stderr)
+        skipped = f", {progress.skipped} steps skipped" if progress.skipped else ""
+        val = f", val {self.val['val_bpb']:.3f} bits per byte (loss {self.val['val_loss']:.3f})" if self.val else ""
+        self.say(
+            f"{run.stage}: {progress.step} steps, {progress.tokens:,} tokens in {progress.seconds / 60:.1f} min{val}"
+            f"{skipped}\nwrote {run.path('.pth')}, {self.log_path.name}"
+            + (f", {run.path('.png').name}" if draw_curve(self.log_path, run.path(".png")) else "")
+        )
+        if self.wandb:
+            self.wandb.finish()
+
+
+def read_log(path: Path) -> Iterator[dict]:
+    """The rows of a metrics log, without those that a killed process or a full disk left in part."""
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            yield json.loads(line)
+        except ValueError:
+            continue
+
+
+def cut_log(path: Path, step: int) -> None:
+    """Keep the rows up to this step: those after the state that is resumed will be written again. 0 starts anew."""
+    rows = read_log(path) if step and path.exists() else []
+    # A validation at this very step is not in the state yet: it comes after the saving.
+    kept = [row for row in rows if row["step"] < step or (row["step"] == step and "val_loss" not in row)]
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def draw_curve(log_path: Path, picture: Path) -> bool:
+    """Training loss and validation bits per byte over tokens, as a PNG. False without matplotlib."""
+    try:
+        import matplotlib
+    except ImportError:
+        return False
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = list(read_log(log_path))
+    train = [(r["tokens"], r["loss"]) for r in rows if r.get("loss") is not None]
+    val = [(r["tokens"], r["val_bpb"]) for r in rows if "val_bpb" in r]
+    figure, left = plt.subplots(figsize=(8, 4.5), dpi=120)
+    if train:
+        left.plot(*zip(*train, strict=True), color="tab:blue", linewidth=1, label="training loss")
+    left.set_xlabel("tokens trained on")
+    left.set_ylabel("nats per token", color="tab:blue")
+    if val:
+        right = left.twinx()
+        right.plot(*zip(*val, strict=True), color="tab:orange", marker="o", markersize=3, label="validation")
+        right.set_ylabel("validation bits per byte", color="tab:orange")
+        right.set_ylim(bottom=0)
+        right.annotate(f"{val[-1][1]:.3f}", val[-1], textcoords="offset points", xytext=(-10, 8), color="tab:orange")
+    left.set_ylim(bottom=0)
+    left.set_title(log_path.stem)
+    left.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(picture)
+    plt.close(figure)
+    return True

@@ -1,0 +1,579 @@
+"""What every train_*.py shares: arguments, set-up (device, precision, processes, resume) and the one training loop.
+
+args = trainer.arguments("pretrain", __doc__).parse_args()
+run = trainer.setup("pretrain", args)
+...
+trainer.train(run, loss_fn, train_rows, val_rows, tokenizer)
+"""
+
+import argparse
+import contextlib
+import math
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from dataset.lm_dataset import batches, token_bytes, validation_batches
+from model import checkpoint
+from model.model import PRESETS, MiniMindConfig, MiniMindLM
+from trainer.optimizer import OPTIMIZERS, build_optimizers, learning_rate_scale, set_learning_rate
+from trainer.report import Reporter
+
+ROOT = Path(__file__).resolve().parent.parent
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+MAX_BAD_STEPS = 5  # non-finite steps in a row before a run gives up
+SAVE_SECONDS = 120  # between resume states, unless --save_interval says otherwise
+
+LossFn = Callable[[nn.Module, dict], tuple[Tensor, dict[str, float | Tensor]]]
+
+
+# ------------------------------------------------------------------------------------------------ arguments
+
+
+def arguments(stage: str, description: str, **defaults) -> argparse.ArgumentParser:
+    """The flags that all train scripts have; `defaults` replaces the values that differ from stage to stage."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add = parser.add_argument_group("model").add_argument
+    add("--preset", choices=list(PRESETS), help="shape of a new model (default: nano)")
+    add("--hidden_size", type=int, help="instead of the preset's")
+    add("--num_hidden_layers", type=int, help="instead of the preset's")
+    add("--use_moe", type=int, choices=(0, 1), default=0, help="1 = 4 experts in place of each feed-forward")
+    add("--from_weight", default="none", help="weights to start from: a stage such as pretrain, a path, or none")
+
+    add = parser.add_argument_group("data").add_argument
+    add("--data_path", help="JSONL file (default: the starter corpus)")
+    add("--val_path", help="held-out JSONL file (default: the starter corpus's, or none with your own --data_path)")
+    add("--max_seq_len", type=int, default=256, help="tokens in a row")
+    add("--num_workers", type=int, default=0, help="processes that prepare batches")
+    add("--val_tokens", type=int, default=100_000, help="validate on at most this many tokens, 0 = all")
+
+    add = parser.add_argument_group(
+        "budget (the first that is used up ends the run; default: a few minutes, or one epoch of your own --data_path)"
+    ).add_argument
+    add("--epochs", type=float, help="passes over the data")
+    add("--steps", type=int, help="optimizer steps")
+    add("--minutes", type=float, help="wall-clock minutes of training, compilation included")
+
+    add = parser.add_argument_group("optimization").add_argument
+    add("--batch_size", type=int, default=8, help="rows per step, process and accumulation")
+    add("--accumulation_steps", type=int, default=1, help="batches whose gradients make one step")
+    add("--optimizer", choices=OPTIMIZERS, default="muon")
+    add("--learning_rate", type=float, default=4e-3)
+    add("--weight_decay", type=float, default=0.1)
+    add("--warmup", type=float, default=0.02, help="share of the budget in which the learning rate rises")
+    add("--decay", type=float, default=0.5, help="share of the budget, at its end, in which it falls to zero")
+    add("--grad_clip", type=float, default=1.0, help="largest norm of the gradient")
+    add("--seed", type=int, default=42)
+
+    add = parser.add_argument_group("machine").add_argument
+    add("--device", help="cuda, mps or cpu (default: the best one found)")
+    add("--dtype", choices=list(DTYPES), help="precision of the arithmetic (default: bf16 where the hardware does it)")
+    add("--compile", choices=("auto", "0", "1"), default="auto", help="torch.compile; auto = if the run is long enough")
+
+    add = parser.add_argument_group("output").add_argument
+    add("--out_dir", default=str(ROOT / "out"))
+    add("--from_resume", type=int, choices=(0, 1), default=0, help="1 = go on where an interrupted run was")
+    add("--save_interval", type=int, default=0, help="steps between resume states (default: every two minutes)")
+    add("--keep", type=int, default=1, help="resume states to keep")
+    add("--val_interval", type=int, default=0, help="steps between validations (default: ten in a run)")
+    add("--log_interval", type=int, default=10, help="steps between lines of the metrics log")
+    add("--use_wandb", action="store_true", help="log to Weights & Biases too (WANDB_MODE=offline works)")
+    add("--wandb_project", default="MiniMind")
+    parser.set_defaults(**defaults)
+    return parser
+
+
+def main(function: Callable[[], None]) -> None:
+    """Run a script's main: an expected error becomes one line, and processes are left cleanly."""
+    from dataset.lm_dataset import DataError
+
+    try:
+        function()
+    except (DataError, checkpoint.CheckpointError) as error:
+        sys.exit(_fail(str(error), 1))
+    except UsageError as error:
+        sys.exit(_fail(str(error), 2))
+    except OSError as error:  # of the machine, not of the program: a full disk, no permission
+        sys.exit(_fail(str(error), 1))
+    except torch.OutOfMemoryError:
+        sys.exit(_fail("out of memory: lower --batch_size (and raise --accumulation_steps) or --max_seq_len", 1))
+    except KeyboardInterrupt:  # before the training began; from then on Interrupt takes it
+        sys.exit(_fail("stopped before the training began", 130))
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+class UsageError(Exception):
+    """Arguments that do not fit together; main() prints it and exits with 2."""
+
+
+def _fail(text: str, code: int) -> int:
+    print(f"error: {text}", file=sys.stderr)
+    return code
+
+
+def _check(args: argparse.Namespace) -> None:
+    """UsageError for a number that makes no sense."""
+    lowest = dict.fromkeys(("batch_size", "accumulation_steps", "log_interval", "max_seq_len", "keep"), 1)
+    lowest |= dict.fromkeys(("hidden_size", "num_hidden_layers", "steps"), 1)
+    lowest |= dict.fromkeys(("num_workers", "val_tokens", "save_interval", "val_interval"), 0)
+    lowest |= dict.fromkeys(("weight_decay", "warmup", "decay"), 0)
+    for name, low in lowest.items():
+        value = getattr(args, name)
+        if value is not None and not value >= low:
+            raise UsageError(f"--{name} {value}: must be at least {low}")
+    for name in ("epochs", "minutes", "learning_rate", "grad_clip"):
+        value = getattr(args, name)
+        if value is not None and not value > 0:
+            raise UsageError(f"--{name} {value}: must be above 0")
+    for name in ("warmup", "decay"):
+        if getattr(args, name) > 1:
+            raise UsageError(f"--{name} {getattr(args, name)}: it is a share of the run, at most 1")
+
+
+# ------------------------------------------------------------------------------------------------ set-up
+
+
+@dataclass
+class Run:
+    """Everything about a run that is not its data or its loss."""
+
+    stage: str
+    args: argparse.Namespace
+    device: torch.device
+    dtype: torch.dtype
+    model: MiniMindLM
+    rank: int = 0
+    world_size: int = 1
+    resume: dict | None = None
+    reporter: Reporter | None = None
+    meta: dict = field(default_factory=dict)
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        if self.dtype == torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=self.dtype)
+
+    def path(self, suffix: str) -> Path:
+        """out/<stage>_<hidden>[_moe]<suffix>"""
+        weights = checkpoint.checkpoint_path(self.args.out_dir, self.stage, self.model.config)
+        return weights.with_name(weights.stem + suffix)
+
+
+def find_device(name: str | None) -> torch.device:
+    """The device asked for, or cuda, then mps, then cpu. UsageError if it is not there."""
+    available = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
+    if name is None:
+        name = available[0]
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UsageError(f"--device {name}: no such device; here there is {', '.join(available)}") from None
+    if device.type not in available:
+        raise UsageError(f"--device {name}: not available here; use {' or '.join(available)}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UsageError(f"--device {name}: there are {torch.cuda.device_count()} such devices, counted from 0")
+    return device
+
+
+def find_dtype(device: torch.device, name: str | None) -> torch.dtype:
+    """bf16 where the hardware multiplies it, fp16 (with loss scaling) on older CUDA, else fp32."""
+    if name:
+        return DTYPES[name]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    if device.type == "cpu":
+        return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
+    return torch.bfloat16
+
+
+def setup(stage: str, args: argparse.Namespace, minutes: float) -> Run:
+    """Processes, device, seed, and the model: new, from --from_weight, or from the resume state.
+
+    `minutes` is the budget on the starter corpus when no flag gives one."""
+    _check(args)
+    if args.epochs is args.steps is args.minutes is None:
+        args.minutes, args.epochs = (minutes, None) if args.data_path is None else (None, 1.0)
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = find_device(args.device)
+    if world_size > 1:
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+    torch.manual_seed(args.seed)
+
+    model = _starting_model(args)
+    run = Run(stage, args, device, find_dtype(device, args.dtype), model, rank, world_size)
+    try:
+        Path(args.out_dir).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--out_dir {args.out_dir}: cannot be made: {error.strerror}; choose another folder") from None
+    if not os.access(args.out_dir, os.W_OK):
+        raise UsageError(f"--out_dir {args.out_dir}: cannot be written to; choose another folder")
+    if args.from_resume:
+        run.resume = checkpoint.load_resume(run.path("_resume"))
+        if run.resume is None and _is_finished(run):
+            if run.is_main:
+                print(f"{run.path('.pth')} is complete; without --from_resume it is trained anew")
+            sys.exit(0)
+        if run.resume is None and run.is_main:
+            print(f"--from_resume 1: no state in {run.path('_resume')}, the run starts anew", file=sys.stderr)
+    run.model.to(device)
+    return run
+
+
+def _starting_model(args: argparse.Namespace) -> MiniMindLM:
+    if args.from_weight != "none":
+        path = checkpoint.find_weights(args.out_dir, args.from_weight, args.hidden_size, bool(args.use_moe))
+        model, _ = checkpoint.load(path)
+        has = {name: getattr(model.config, name) for name in ("hidden_size", "num_hidden_layers", "num_experts")}
+        wanted = {name: getattr(PRESETS[args.preset], name) for name in has} if args.preset else {}
+        wanted |= {name: vars(args)[name] for name in ("hidden_size", "num_hidden_layers") if vars(args)[name]}
+        if any(has[name] != value for name, value in wanted.items()) or (args.use_moe and not model.config.is_moe):
+            sizes = ", ".join(f"{name} {value}" for name, value in has.items())
+            flags = [f"--{name}" for name in ("preset", "hidden_size", "num_hidden_layers") if vars(args)[name]]
+            flags = " and ".join(flags + ["--use_moe"] * args.use_moe)
+            raise UsageError(f"{flags} cannot change the shape of {path}, which has {sizes}: leave out {flags}")
+        return model.train()
+    values = PRESETS[args.preset or "nano"].to_dict()
+    if args.hidden_size and args.hidden_size != values["hidden_size"]:
+        # Keep the proportions: the SwiGLU widths are about 8/3 of hidden_size, in multiples of 64.
+        values |= {"hidden_size": args.hidden_size, "head_dim": None}
+        values["intermediate_size"] = 64 * math.ceil(args.hidden_size * 8 / 3 / 64)
+    if args.num_hidden_layers:
+        values["num_hidden_layers"] = args.num_hidden_layers
+    if args.use_moe and not values["num_experts"]:
+        values |= {"num_experts": 4, "num_experts_per_tok": 1, "qk_norm": True}
+    try:
+        return MiniMindLM(MiniMindConfig.from_dict(values))
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+
+
+def _is_finished(run: Run) -> bool:
+    path = run.path(".pth")
+    return path.exists() and checkpoint.load_meta(path).get("finished") == _identity(run.args)
+
+
+def _identity(args: argparse.Namespace) -> dict:
+    """The arguments that decide what comes out of a run."""
+    machine = ("from_resume", "device", "num_workers", "log_interval", "use_wandb", "wandb_project", "out_dir", "keep")
+    return {k: v for k, v in vars(args).items() if k not in machine}
+
+
+# ------------------------------------------------------------------------------------------------ speed
+
+
+def matmul_peak(device: torch.device, dtype: torch.dtype, size: int | None = None, repeat: int = 5) -> float:
+    """FLOP/s of a square matrix product on this machine, the best of `repeat`: what MFU is a share of."""
+    size = size or (8192 if device.type == "cuda" else 2048)
+    generator = torch.Generator(device).manual_seed(0)  # its own: a resumed run measures again, and must not draw more
+    a = torch.randn(size, size, device=device, dtype=dtype, generator=generator)
+    best = math.inf
+    for _ in range(repeat):
+        synchronize(device)
+        start = time.perf_counter()
+        a @ a
+        synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def compile_if_worth(run: Run, expected_seconds: float) -> bool:
+    """Compile the model's layers if the flag says so, or, on auto, if the run is long enough to win back the 5 to 20
+    seconds it costs (a step is then about 1.8 times as fast on a CPU) and the machine has what it takes."""
+    wish = run.args.compile
+    if wish == "0" or run.device.type == "mps" or (wish == "auto" and expected_seconds < 60):
+        return False
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=run.device))
+    except Exception as error:  # whatever a missing or broken C++ compiler raises, training goes on without it
+        if wish == "1":
+            raise UsageError(f"--compile 1: torch.compile does not work here: {_first_line(error)}") from None
+        run.reporter.say(f"torch.compile does not work here, training goes on without: {_first_line(error)}")
+        return False
+    run.model.compile_layers()
+    return True
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0][:150]
+
+
+# ------------------------------------------------------------------------------------------------ budget
+
+
+@dataclass
+class Progress:
+    """Where a run stands; saved with the resume state."""
+
+    step: int = 0
+    samples: int = 0  # rows taken from the stream, over all processes
+    tokens: int = 0  # labels trained on
+    slots: int = 0  # positions computed
+    seconds: float = 0.0
+    skipped: int = 0  # batches without labels, and steps whose loss or gradient was not finite
+    next_val: float = 0.0  # share of the budget at which the next validation is due
+    window: list[float] = field(default_factory=list)  # losses since the last line of the metrics log
+
+    def share(self, args: argparse.Namespace, rows: int) -> float:
+        """Of the budget that is used up; 1.0 or more ends the run."""
+        shares = [0.0]
+        if args.steps is not None:
+            shares.append(self.step / max(args.steps, 1))
+        if args.epochs is not None:
+            shares.append(self.samples / max(math.ceil(args.epochs * rows), 1))
+        if args.minutes is not None:
+            shares.append(self.seconds / max(args.minutes * 60, 1e-9))
+        return max(shares)
+
+
+class Interrupt:
+    """Ctrl-C and SIGTERM ask for an orderly end; a second one ends at once."""
+
+    def __init__(self):
+        self.asked, self.when = False, 0.0
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._handle)
+
+    def _handle(self, number, frame):
+        # torchrun passes on to its processes a Ctrl-C that the terminal has already sent them: that is one, not two.
+        if self.asked and time.monotonic() - self.when > 1:
+            sys.exit(128 + number)
+        if not self.asked:
+            self.asked, self.when = True, time.monotonic()
+
+
+# ------------------------------------------------------------------------------------------------ the loop
+
+
+def train(run: Run, loss_fn: LossFn, train_rows, val_rows, tokenizer) -> None:
+    """Train run.model until the budget is used up; write weights, resume state, metrics log and curve.
+
+    loss_fn(model, batch) -> (loss, metrics): the mean loss over the batch's `weight` items, and further figures to log.
+    """
+    args, device = run.args, run.device
+    progress = Progress()
+    optimizers = build_optimizers(run.model, args.optimizer, args.learning_rate, args.weight_decay)
+    scaler = torch.amp.GradScaler(device.type, enabled=run.dtype == torch.float16)
+    if run.resume:
+        progress = _restore(run, optimizers, scaler)
+    run.reporter = reporter = Reporter(run, progress)
+
+    peak = matmul_peak(device, run.dtype)
+    flops = 6 * run.model.num_parameters(active=True)
+    slots = args.batch_size * args.max_seq_len * args.accumulation_steps * run.world_size
+    share_of_peak = 0.25  # a guess, only to decide about compiling
+    expected = (args.minutes or math.inf) * 60
+    if args.steps or args.epochs:
+        steps = args.steps or args.epochs * len(train_rows) * args.max_seq_len / slots
+        expected = min(expected, steps * slots * flops / (peak * share_of_peak))
+    compiled = compile_if_worth(run, expected)
+    reporter.start(compiled, peak, flops)
+
+    model = run.model
+    if run.world_size > 1:
+        # An expert that no token chose has no gradient: DDP must look for it, or it waits for ever.
+        ids = [device.index] if device.index is not None else None
+        unused = run.model.config.is_moe
+        model = nn.parallel.DistributedDataParallel(run.model, device_ids=ids, find_unused_parameters=unused)
+    stream = batches(
+        train_rows, args.batch_size, seed=args.seed, start_sample=progress.samples, rank=run.rank,
+        world_size=run.world_size, num_workers=args.num_workers,
+    )  # fmt: skip
+    bytes_of = token_bytes(tokenizer).to(device)
+    interrupt, bad_steps = Interrupt(), 0
+    clock = time.perf_counter() - progress.seconds
+    last_save = progress.seconds
+    while True:
+        share, stop = _agree(run, progress.share(args, len(train_rows)), interrupt.asked)
+        due = progress.step % args.val_interval == 0 if args.val_interval else share + 1e-9 >= progress.next_val
+        if val_rows is not None and (due or share >= 1) and not stop:
+            progress.next_val = 0.1 * (math.floor(share * 10 + 1e-6) + 1)
+            reporter.validation(progress, *validate(run, loss_fn, val_rows, bytes_of))
+        if stop or share >= 1:
+            break
+
+        learning_rate = set_learning_rate(optimizers, learning_rate_scale(share, args.warmup, 0.0, args.decay))
+        micro_batches = [_to_device(next(stream), device) for _ in range(args.accumulation_steps)]
+        weight = _total(run, sum(batch["weight"] for batch in micro_batches))
+        progress.samples += args.batch_size * args.accumulation_steps * run.world_size
+        progress.slots += slots
+        progress.step += 1
+        if weight == 0:
+            progress.skipped += 1
+            progress.seconds = time.perf_counter() - clock
+            reporter.say(f"step {progress.step}: no token in the batch is to be learnt from; skipped")
+            continue
+
+        total_loss, metrics = torch.zeros((), device=device), {}
+        for i, batch in enumerate(micro_batches):
+            last = i == len(micro_batches) - 1
+            sync = contextlib.nullcontext() if last or run.world_size == 1 else model.no_sync()
+            with sync:
+                with run.autocast():
+                    loss, metrics = loss_fn(model, batch)
+                # Each token counts the same, whichever batch or process it is in. DDP averages over the processes.
+                loss = loss * (batch["weight"] / weight)
+                scaler.scale(loss * run.world_size).backward()
+            total_loss += loss.detach()
+        for optimizer in optimizers:
+            scaler.unscale_(optimizer)
+        grad_norm = nn.utils.clip_grad_norm_(run.model.parameters(), args.grad_clip)
+        loss_value, norm_value = _total(run, total_loss), grad_norm.item()
+
+        finite = math.isfinite(loss_value) and math.isfinite(norm_value)
+        if finite:
+            for optimizer in optimizers:
+                scaler.step(optimizer)
+            progress.tokens += int(weight)
+            bad_steps = 0
+        else:
+            progress.skipped += 1
+            bad_steps += 1
+            reporter.say(f"step {progress.step}: loss {loss_value}, gradient norm {norm_value}; step skipped")
+        scaler.update()
+        for optimizer in optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        if bad_steps >= MAX_BAD_STEPS and scaler.get_scale() <= 1:
+            raise checkpoint.CheckpointError(
+                f"{bad_steps} steps in a row were not finite: lower --learning_rate (now {args.learning_rate}) or look "
+                f"at the data; the weights in {args.out_dir} are as they were"
+            )
+
+        progress.seconds = time.perf_counter() - clock
+        reporter.step(progress, share, loss_value, norm_value, learning_rate, metrics)
+        due = progress.step % args.save_interval == 0 if args.save_interval else False
+        if due or (not args.save_interval and progress.seconds - last_save > SAVE_SECONDS):
+            last_save = progress.seconds
+            try:
+                _save_resume(run, progress, optimizers, scaler)
+            except checkpoint.CheckpointError as error:
+                reporter.say(f"warning: {error}")
+
+    if stop:
+        _save_resume(run, progress, optimizers, scaler)
+        reporter.interrupted(progress)
+        sys.exit(130)
+    if run.is_main:
+        checkpoint.save(run.path(".pth"), run.model, reporter.figures(progress) | {"finished": _identity(args)})
+        reporter.finish(progress)
+        checkpoint.remove_resume(run.path("_resume"))
+
+
+@torch.no_grad()
+def validate(run: Run, loss_fn: LossFn, rows, bytes_of: Tensor) -> tuple[float, float]:
+    """(mean loss in nats per token, bits per byte) over the first rows, up to --val_tokens in all."""
+    args = run.args
+    nats, tokens, n_bytes = 0.0, 0, 0
+    if args.val_tokens:
+        rows = rows.select(range(min(len(rows), max(1, args.val_tokens // args.max_seq_len))))
+    run.model.eval()
+    for batch in validation_batches(rows, args.batch_size):
+        batch = _to_device(batch, run.device)
+        with run.autocast():
+            loss, metrics = loss_fn(run.model, batch)
+        # Bits per byte measure the text: how well a MoE balances its experts is no part of it.
+        nats += float(loss - metrics.get("aux_loss", 0.0)) * batch["weight"]
+        tokens += batch["weight"]
+        labels = batch["labels"]
+        n_bytes += bytes_of[labels[labels >= 0]].sum().item()
+    run.model.train()
+    return nats / max(tokens, 1), nats / math.log(2) / max(n_bytes, 1)
+
+
+def _to_device(batch: dict, device: torch.device) -> dict:
+    return {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
+
+
+def _total(run: Run, value: float | Tensor) -> float:
+    """Sum over the processes."""
+    if run.world_size == 1:
+        return float(value)
+    total = torch.as_tensor(value, dtype=torch.float64, device=run.device)
+    dist.all_reduce(total)
+    return total.item()
+
+
+def _agree(run: Run, share: float, stop: bool) -> tuple[float, bool]:
+    """Clocks and signals differ between processes; all follow the one that is furthest."""
+    if run.world_size == 1:
+        return share, stop
+    both = torch.tensor([share, float(stop)], dtype=torch.float64, device=run.device)
+    dist.all_reduce(both, op=dist.ReduceOp.MAX)
+    return both[0].item(), bool(both[1])
+
+
+# ------------------------------------------------------------------------------------------------ resume
+
+
+def _rng_state(device: torch.device) -> dict:
+    state = {"cpu": torch.get_rng_state()}
+    return state | {"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else state
+
+
+def _save_resume(run: Run, progress: Progress, optimizers: list, scaler) -> None:
+    rng = [_rng_state(run.device)]
+    if run.world_size > 1:
+        rng = [None] * run.world_size
+        dist.all_gather_object(rng, _rng_state(run.device))
+    if not run.is_main:
+        return
+    state = {
+        "config": run.model.config.to_dict(),
+        "model": run.model.state_dict(),
+        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+        "scaler": scaler.state_dict(),
+        "rng": rng,
+        "progress": vars(progress).copy(),
+        "arguments": vars(run.args).copy(),
+        "identity": _identity(run.args),
+    }
+    checkpoint.save_resume(run.path("_resume"), state, progress.step, run.args.keep)
+
+
+def _restore(run: Run, optimizers: list, scaler) -> Progress:
+    state = run.resume
+    changed = [k for k, v in _identity(run.args).items() if state["identity"].get(k, v) != v]
+    if changed:
+        old = state["identity"]
+        was = ", ".join(f"no --{k}" if old[k] is None else f"--{k} {old[k]}" for k in changed)
+        raise UsageError(
+            f"--from_resume 1: the interrupted run had {was}; give the same, or leave --from_resume out to start anew"
+        )
+    run.model.load_state_dict(state["model"])
+    for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+        optimizer.load_state_dict(saved)
+    scaler.load_state_dict(state["scaler"])
+    if run.rank < len(state["rng"]):
+        rng = state["rng"][run.rank]
+        torch.set_rng_state(rng["cpu"].cpu())
+        if "cuda" in rng and run.device.type == "cuda":
+            torch.cuda.set_rng_state(rng["cuda"].cpu(), run.device)
+    run.resume = None  # half a gigabyte that is no longer needed
+    return Progress(**state["progress"])
