@@ -12,7 +12,7 @@ from dataset.chat import Fault
 
 VERY_SHORT, VERY_LONG = 10, 10_000  # characters
 NEAR = 0.6  # share of common word triples from which two texts are near duplicates
-MOST_NEAR = 200_000  # rows among which near duplicates are searched: the index keeps about 2 kB of each
+MOST_NEAR = 200_000  # rows among which near duplicates are searched: the index keeps about 3 kB of each
 
 EMOJI = "\U0001f000-\U0001faff\u2600-\u27bf\u2190-\u21ff\u2b00-\u2bff\ufe0f"
 TAGS = (
@@ -160,8 +160,8 @@ class Duplicates:
             try:
                 from datasketch import MinHash, MinHashLSH
 
-                self.blank = MinHash(num_perm=64, hashfunc=int)
-                self.index = MinHashLSH(threshold=NEAR, num_perm=64, weights=(0.1, 0.9))
+                self.blank = MinHash(num_perm=128, hashfunc=int)
+                self.index = MinHashLSH(threshold=NEAR, num_perm=128, weights=(0.1, 0.9))
                 self.signatures: dict = {}
             except ImportError:
                 pass
