@@ -23,7 +23,8 @@ from dataset.heldout import Question, read_heldout, scoreboard
 from dataset.jsonl import DataError
 from model import checkpoint
 from model.checkpoint import CheckpointError
-from model.generation import SamplingParams, decode, generate_each, inference_dtype
+from model.generation import SamplingParams, decode, generate_each
+from model.model import compute_dtype
 from trainer import trainer
 from trainer.trainer import UsageError
 
@@ -180,7 +181,7 @@ class Chatbot:
 
     def __init__(self, path: Path, model, tokenizer, trained_len: int, args: argparse.Namespace):
         device = model.model.norm.weight.device
-        self.dtype = trainer.DTYPES[args.dtype] if args.dtype else inference_dtype(device)
+        self.dtype = trainer.DTYPES[args.dtype] if args.dtype else compute_dtype(device)
         self.model, self.tokenizer, self.args = model.to(self.dtype), tokenizer, args
         self.max_len = min(args.max_seq_len or trained_len, model.config.max_position_embeddings)
         self.opening = "<think>\n" if args.model_mode == 3 else ""  # of each answer; the prompt ends with it
@@ -230,7 +231,7 @@ class TransformersChatbot:
             from transformers import AutoModelForCausalLM, AutoTokenizer
         except ImportError:
             raise UsageError(f"{path} needs transformers: pip install transformers") from None
-        dtype = trainer.DTYPES[args.dtype] if args.dtype else inference_dtype(device)
+        dtype = trainer.DTYPES[args.dtype] if args.dtype else compute_dtype(device)
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(path)
             self.model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval().to(device)

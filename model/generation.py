@@ -23,18 +23,6 @@ READ_BLOCK = 64  # the cache is read up to the longest sequence, rounded up to t
 NUCLEUS = 256  # top-p looks at so many tokens first: sorting the whole vocabulary takes longer than a nano model's step
 
 
-def inference_dtype(device: torch.device | str) -> torch.dtype:
-    """bf16 where the hardware computes in it (decoding is bound by the bytes of the weights), else fp32."""
-    kind = torch.device(device).type
-    if kind == "cuda":
-        fast = torch.cuda.get_device_capability(device) >= (8, 0)
-    elif kind == "cpu":
-        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    else:
-        fast = kind == "mps"
-    return torch.bfloat16 if fast else torch.float32
-
-
 # ------------------------------------------------------------------------------------------------ cache
 
 

@@ -3,7 +3,7 @@
 python scripts/benchmark.py train --preset small --seq_len 512 --seconds 60
 
 Whole training steps (forward, backward, clipping, optimizer) on random tokens; the last line is one JSON object.
-`mfu` is 6 * active parameters * tokens/s over the matrix-product peak measured in the same process;
+`mfu` is 6 * active parameters * tokens/s over the peak of a 2048^3 product in the same precision and process;
 `mfu_with_attention` counts the attention scores too.
 """
 
@@ -49,7 +49,7 @@ def benchmark_train(args: argparse.Namespace) -> dict:
     step()
     first = time.perf_counter() - start
     step()
-    peaks, times = [trainer.matmul_peak(device, torch.bfloat16)], []
+    peaks, times = [trainer.matmul_peak(device, dtype)], []
     end = time.perf_counter() + args.seconds
     while time.perf_counter() < end:
         start = time.perf_counter()
@@ -59,7 +59,7 @@ def benchmark_train(args: argparse.Namespace) -> dict:
             f"\r{len(times)} steps, {ids[:, 1:].numel() / times[-1]:,.0f} tokens/s", end="", file=sys.stderr, flush=True
         )
     print(file=sys.stderr)
-    peaks.append(trainer.matmul_peak(device, torch.bfloat16))
+    peaks.append(trainer.matmul_peak(device, dtype))
     peak, tokens_per_second = max(peaks), ids[:, 1:].numel() / statistics.median(times)
     return {
         "preset": args.preset, "parameters": model.num_parameters(), "active": model.num_parameters(active=True),

@@ -341,13 +341,14 @@ def test_flops_per_token():
 
 def test_initialisation():
     torch.manual_seed(0)
-    model = MiniMindLM(MiniMindConfig(num_experts=4, num_shared_experts=1, qk_norm=True))
+    config = MiniMindConfig(num_experts=4, num_shared_experts=1, qk_norm=True)
+    model = MiniMindLM(config)
     for name, p in model.named_parameters():
         if p.ndim == 1:
             assert (p == 1).all()
             continue
         residual = "o_proj" in name or "down_proj" in name
-        std = 0.02 / math.sqrt(12) if residual else 0.02
+        std = 0.02 / math.sqrt(2 * config.num_hidden_layers) if residual else 0.02
         assert p.std().item() == pytest.approx(std, rel=0.1), name
         assert abs(p.mean().item()) < std / 10
     ids = tokens(4, 64, vocab=6400)

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from model.model import MiniMindConfig, MiniMindLM
-from trainer.optimizer import build_optimizers, learning_rate_scale, set_learning_rate
+from trainer import optimizer as optimizer_module
+from trainer.optimizer import Muon, build_optimizers, learning_rate_scale, orthogonalize, set_learning_rate
 
 
 def test_schedule():
@@ -35,7 +36,7 @@ def test_parameter_groups(tiny, name, experts):
             names = [name_of[id(p)] for p in group["params"]]
             seen += names
             decays |= set(names) if group["weight_decay"] else set()
-            muon |= set(names) if isinstance(optimizer, torch.optim.Muon) else set()
+            muon |= set(names) if isinstance(optimizer, Muon) else set()
     assert sorted(seen) == sorted(name_of.values())
     ends = ("q_proj.weight", "k_proj.weight", "v_proj.weight", "o_proj.weight")
     ends += ("gate_proj.weight", "up_proj.weight", "down_proj.weight")
@@ -54,6 +55,33 @@ def test_frozen_parameters_are_left_out(tiny):
     model.model.embed_tokens.requires_grad_(False)
     owned = [p for o in build_optimizers(model) for g in o.param_groups for p in g["params"]]
     assert all(p is not model.model.embed_tokens.weight for p in owned)
+
+
+def test_muon_equals_torch(monkeypatch):
+    """Bit for bit in torch's bf16, over several steps, for tall, wide and square matrices."""
+    monkeypatch.setattr(optimizer_module, "compute_dtype", lambda device: torch.bfloat16)
+    torch.manual_seed(0)
+    ours = [torch.nn.Parameter(torch.randn(shape)) for shape in ((48, 32), (32, 48), (32, 32))]
+    theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
+    a = Muon(ours, lr=0.01, weight_decay=0.1)
+    b = torch.optim.Muon(theirs, lr=0.01, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    for _ in range(4):
+        for p, q in zip(ours, theirs, strict=True):
+            p.grad = torch.randn(p.shape)
+            q.grad = p.grad.clone()
+        a.step()
+        b.step()
+        assert all(torch.equal(p, q) for p, q in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("shape", [(96, 40), (40, 96)])
+def test_orthogonalize_keeps_the_directions_and_evens_out_their_sizes(shape):
+    torch.manual_seed(0)
+    matrix = torch.randn(shape)
+    u, _, vh = torch.linalg.svd(matrix, full_matrices=False)
+    along = u.T @ orthogonalize(matrix, torch.float32) @ vh.T  # diagonal, if the singular vectors are the same
+    assert (along - along.diag().diag()).abs().max() < 1e-4
+    assert along.diag().min() > 0.6 and along.diag().max() < 1.3
 
 
 @pytest.mark.parametrize("name", ["muon", "adamw"])

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from dataset.lm_dataset import batches, token_bytes, validation_batches
 from model import checkpoint
-from model.model import PRESETS, MiniMindConfig, MiniMindLM
+from model.model import PRESETS, MiniMindConfig, MiniMindLM, compute_dtype
 from trainer.optimizer import OPTIMIZERS, build_optimizers, learning_rate_scale, set_learning_rate
 from trainer.report import Reporter
 
@@ -192,14 +192,15 @@ def find_device(name: str | None) -> torch.device:
 
 
 def find_dtype(device: torch.device, name: str | None) -> torch.dtype:
-    """bf16 where the hardware multiplies it, fp16 (with loss scaling) on older CUDA, else fp32."""
+    """bf16 where the hardware multiplies it, fp16 (with loss scaling) on older CUDA, else fp32; `name` overrides."""
+    fast = compute_dtype(device)
     if name:
+        if device.type == "cpu" and name != "fp32" and DTYPES[name] != fast:
+            print(
+                f"note: --dtype {name}: this CPU has no {name} arithmetic, fp32 is many times faster", file=sys.stderr
+            )
         return DTYPES[name]
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    if device.type == "cpu":
-        return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
-    return torch.bfloat16
+    return torch.float16 if device.type == "cuda" and fast == torch.float32 else fast
 
 
 def setup(stage: str, args: argparse.Namespace, minutes: float) -> Run:
@@ -285,6 +286,8 @@ def _identity(args: argparse.Namespace) -> dict:
 def matmul_peak(device: torch.device, dtype: torch.dtype, size: int | None = None, repeat: int = 5) -> float:
     """FLOP/s of a square matrix product on this machine, the best of `repeat`: what MFU is a share of."""
     size = size or (8192 if device.type == "cuda" else 2048)
+    if size > 256 and 2 * size**3 / matmul_peak(device, dtype, 256, 2) > 5:  # a dtype that the hardware does not have
+        size = 256
     generator = torch.Generator(device).manual_seed(0)  # its own: a resumed run measures again, and must not draw more
     a = torch.randn(size, size, device=device, dtype=dtype, generator=generator)
     best = math.inf
