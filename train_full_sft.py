@@ -22,8 +22,8 @@ def loss_fn(model, batch):
 
 
 def main():
-    args = trainer.arguments("full_sft", __doc__, from_weight="pretrain", learning_rate=2e-3).parse_args()
-    run = trainer.setup("full_sft", args, minutes=3.75)
+    args = trainer.arguments("full_sft", __doc__, from_weight="pretrain").parse_args()
+    run = trainer.setup("full_sft", args, minutes=5.75)
     tokenizer = load_tokenizer()
 
     train_path, val_path = args.data_path, args.val_path

@@ -25,7 +25,7 @@ from dataset.jsonl import DataError, conversation_faults, kind_of, parse_line, r
 
 END_OF_TEXT = 0  # id of <|endoftext|>: before each document, and as padding
 CHUNK = 1 << 20  # bytes of lines that are tokenised together
-PARALLEL_FROM = 32 << 20  # files above this size are tokenised by several processes
+PARALLEL_FROM = 4 << 20  # files above this size are tokenised by several processes
 PACK_BUFFER = 2000  # conversations among which the best-fitting one is looked for
 
 

@@ -43,31 +43,31 @@ Skill = Callable[[random.Random, str, bool], Item]
 
 # Share of the conversations, in percent, and the function that makes one.
 SKILLS: dict[str, tuple[float, Skill]] = {
-    "identity": (2.5, chat.identity),
+    "identity": (3.0, chat.identity),
     "greeting": (3.0, chat.greeting),
-    WORLD: (9.0, skills.facts_of(WORLD)),
-    NATURE: (8.0, skills.facts_of(NATURE)),
-    LIFE: (6.0, skills.facts_of(LIFE)),
-    "arithmetic": (12.0, skills.arithmetic),
+    WORLD: (8.0, skills.facts_of(WORLD)),
+    NATURE: (9.0, skills.facts_of(NATURE)),
+    LIFE: (5.0, skills.facts_of(LIFE)),
+    "arithmetic": (11.0, skills.arithmetic),
     "times_table": (3.0, skills.times_table),
-    "comparing": (6.0, skills.comparing),
+    "comparing": (7.0, skills.comparing),
     "sorting": (7.0, lists.sorting),
     "counting": (7.0, lists.counting),
-    "opposites": (5.0, words.opposites),
+    "opposites": (6.0, words.opposites),
     "translation": (7.0, words.translation),
-    "units_dates": (5.5, words.units_dates),
-    "category": (7.5, lists.category),
+    "units_dates": (6.0, words.units_dates),
+    "category": (8.0, lists.category),
     "rewriting": (7.0, lists.rewriting),
-    "story": (2.0, chat.story),
-    "system_prompt": (5.0, chat.system_prompt),
-    "multi_turn": (5.0, chat.multi_turn),
+    "story": (2.5, chat.story),
+    "system_prompt": (5.5, chat.system_prompt),
+    "multi_turn": (4.0, chat.multi_turn),
     "unknown": (2.0, chat.unknown),
 }
 TALK = ("identity", "greeting", "story", "system_prompt", "unknown")  # left out of plain-text dialogues
 WORKED = {"arithmetic": 7, "times_table": 1, "comparing": 2, "units_dates": 1, "opposites": 0.5}  # true on their own
 
 # Share of the pretraining bytes, in percent.
-TEXTS = {"story": 16, "description": 17, "facts": 17, "dialogue": 30, "worked": 18, "translation": 8}
+TEXTS = {"story": 10, "description": 12, "facts": 13, "dialogue": 37, "worked": 20, "translation": 8}
 
 
 def draw(rng: random.Random, name: str, lang: str, held: bool = False) -> Item:
@@ -246,7 +246,7 @@ def ensure_starter(out_dir: str | Path = DEFAULT, size: float = 1.0, seed: int =
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Write the starter corpus.")
-    parser.add_argument("--size", type=float, default=1.0, help="1.0 = 3 MB of text and 26,000 conversations")
+    parser.add_argument("--size", type=float, default=1.0, help="1.0 = 5 MB of text and 60,000 conversations")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=DEFAULT, help="folder for the files")
     args = parser.parse_args()

@@ -10,93 +10,26 @@ from dataset.starter_skills import Item, spoken
 from dataset.starter_words import WEEKDAYS
 
 # Difficulty, as in starter_skills.py.
-SORT_MAX = 30  # numbers to sort
-SORT_LENGTHS = (3, 4)
-REVERSE_LENGTHS = (3, 4)
-COUNT_LENGTHS = (3, 5)  # items in a list to be counted
+SORT_MAX = 20  # numbers to sort
+SORT_LENGTH = 3
+REVERSE_LENGTH = 3
+COUNT_LENGTHS = (3, 4)  # items in a list to be counted
 PICK_LENGTH = 3  # items to pick a category from
 
 LIST_WORDS = {
-    "zh": [
-        "猫",
-        "狗",
-        "鸟",
-        "鱼",
-        "牛",
-        "羊",
-        "花",
-        "树",
-        "山",
-        "水",
-        "火",
-        "雨",
-        "书",
-        "笔",
-        "茶",
-        "球",
-        "灯",
-        "门",
-        "车",
-        "船",
-    ],
-    "en": [
-        "cat",
-        "dog",
-        "bird",
-        "fish",
-        "cow",
-        "tree",
-        "sun",
-        "moon",
-        "book",
-        "pen",
-        "tea",
-        "ball",
-        "hat",
-        "cup",
-        "car",
-        "box",
-        "milk",
-        "king",
-        "rain",
-        "egg",
-    ],
+    "zh": list("猫狗鸟鱼牛羊花树山水火雨书笔茶球灯门车船"),
+    "en": "cat dog bird fish cow tree sun moon book pen tea ball hat cup car box milk king rain egg".split(),
 }
-ALPHABET = [
-    "apple",
-    "ball",
-    "cat",
-    "dog",
-    "egg",
-    "fish",
-    "girl",
-    "hat",
-    "ink",
-    "jam",
-    "king",
-    "lion",
-    "moon",
-    "nose",
-    "owl",
-    "pen",
-    "queen",
-    "rain",
-    "sun",
-    "tree",
-    "umbrella",
-    "van",
-    "water",
-    "zebra",
-]
+ALPHABET = "apple ball cat dog egg fish hat king moon pen sun tree".split()
 JOIN = {"zh": "、", "en": ", "}
 
 
 def sorting(rng: random.Random, lang: str, held: bool) -> Item:
     """Numbers up or down, words by the alphabet (English) or weekdays in order (Chinese)."""
-    size, kind = rng.randint(*SORT_LENGTHS), rng.random()
+    kind = rng.random()
     join = JOIN["en"]
     if kind < 0.75:
-        items = rng.sample(range(1, SORT_MAX + 1), size)
+        items = rng.sample(range(1, SORT_MAX + 1), SORT_LENGTH)
         down = kind < 0.25
         answer = join.join(str(n) for n in sorted(items, reverse=down))
         listed = join.join(str(n) for n in items)
@@ -114,7 +47,7 @@ def sorting(rng: random.Random, lang: str, held: bool) -> Item:
             )
         return Item(question.format(listed), answer, f"sort|{down}|{listed}")
     order = WEEKDAYS["zh"] if lang == "zh" else ALPHABET
-    items = rng.sample(order, 3)
+    items = rng.sample(order, SORT_LENGTH)
     listed, answer = (JOIN[lang].join(words) for words in (items, sorted(items, key=order.index)))
     if lang == "zh":
         question = rng.choice(["把这几天按先后排好：{}", "按星期的顺序排列：{}"])
@@ -168,7 +101,7 @@ def members(category: str, lang: str) -> list[str]:
 def category(rng: random.Random, lang: str, held: bool) -> Item:
     """Pick the fruit of a list, or the item that does not belong."""
     categories = load_table("categories")
-    if rng.random() < 0.6:
+    if rng.random() < 0.85:
         chosen = rng.sample(categories, PICK_LENGTH)
         items = [rng.choice(members(row["id"], lang)) for row in chosen]
         target, answer = chosen[0], items[0]
@@ -197,20 +130,16 @@ def category(rng: random.Random, lang: str, held: bool) -> Item:
     return Item(spoken(rng, question.format(listed), lang), answer, f"odd|{listed}")
 
 
-UPPER_WORDS = (
-    "i you we like see have want love a the and red blue green big small good happy cat dog bird fish cow "
-    "tree sun moon book pen tea ball hat cup car box milk king rain egg hello thanks yes no"
-).split()
+UPPER_WORDS = "cat dog bird fish tree sun moon book pen tea ball hat cup car red big good yes no hello".split()
 
 
 def rewriting(rng: random.Random, lang: str, held: bool) -> Item:
     """Reverse, repeat, first and last of a list, upper case."""
     kind, words, join = rng.random(), LIST_WORDS[lang], JOIN[lang]
     if kind < 0.45:
-        size = rng.randint(*REVERSE_LENGTHS)
         letters = rng.random() < 0.35
         pool = list("ABCDEFGHIJKLMNOPQRSTUVWXYZ" if rng.random() < 0.5 else "123456789") if letters else words
-        items = rng.sample(pool, size)
+        items = rng.sample(pool, REVERSE_LENGTH)
         glue = " " if letters else join
         listed = glue.join(items)
         question = rng.choice(
@@ -234,7 +163,7 @@ def rewriting(rng: random.Random, lang: str, held: bool) -> Item:
         }[lang][index]
         return Item(question.format(word), join.join([word] * 3), f"repeat|{index}|{word}")
     if kind < 0.8 or lang == "zh":
-        items = rng.sample(words, rng.randint(3, 5))
+        items = rng.sample(words, rng.randint(3, 4))
         listed, first = join.join(items), rng.random() < 0.5
         if lang == "zh":
             question = rng.choice(["{1}的{0}一个词是什么？", "{0}一个词是哪个：{1}"]).format(
@@ -244,6 +173,6 @@ def rewriting(rng: random.Random, lang: str, held: bool) -> Item:
             question = rng.choice(["What is the {} word of: {}?", "Give me the {} word: {}"])
             question = question.format("first" if first else "last", listed)
         return Item(question, items[0] if first else items[-1], f"ends|{first}|{listed}")
-    text = " ".join(rng.sample(UPPER_WORDS, rng.randint(2, 4)))
+    text = " ".join(rng.sample(UPPER_WORDS, rng.randint(2, 3)))
     question = rng.choice(["Write in upper case: {}", "In capital letters: {}", "UPPER CASE please: {}"])
     return Item(question.format(text), text.upper(), f"upper|{text}")

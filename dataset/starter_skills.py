@@ -15,7 +15,7 @@ ADD_MAX = 50  # operands of additions and subtractions
 SMALL_SHARE = 0.3  # of the trained sums have operands up to ten only
 WORD_MAX = 10  # operands of arithmetic in words
 TIMES_MAX = 10  # multiplication table
-COMPARE_MAX = 60  # numbers to compare
+COMPARE_MAX = 30  # numbers to compare
 HELD_OUT_ONE_IN = 10  # share of the keys kept for the held-out file
 
 NAMES = {
@@ -129,23 +129,33 @@ def pair_key(a: int, b: int) -> str:
     return "" if easy else f"pair|{min(a, b)}|{max(a, b)}"
 
 
+def steps(*expressions: str) -> str:
+    """'17 + 8 = 10 + 7 + 8 = 10 + 15 = 25', where a step that repeats the one before is left out."""
+    return " = ".join(dict.fromkeys(expressions))
+
+
+def signed(*terms: int) -> str:
+    """'30 - 10 + 5': the terms that are not zero."""
+    kept = [term for term in terms if term] or [0]
+    return str(kept[0]) + "".join(f" {'-' if term < 0 else '+'} {abs(term)}" for term in kept[1:])
+
+
 def worked_sum(a: int, b: int) -> str:
-    """'17 + 8 = 10 + 15 = 25': tens and ones apart, so that every step is one of the small sums."""
-    tens, ones = a // 10 * 10 + b // 10 * 10, a % 10 + b % 10
-    step = f"{tens} + {ones} = " if tens and a % 10 and b % 10 else ""
-    return f"{a} + {b} = {step}{a + b}"
+    """'17 + 28 = 10 + 20 + 7 + 8 = 30 + 15 = 45': parted into tens and ones, so that each step is a small sum."""
+    ones = a % 10 + b % 10
+    return steps(f"{a} + {b}", signed(a - a % 10, b - b % 10, a % 10, b % 10), signed(a + b - ones, ones), str(a + b))
 
 
 def worked_difference(a: int, b: int) -> str:
-    """'43 - 17 = 20 + 3 + 3 = 26': where the ones do not suffice, what is missing to ten comes first."""
+    """'43 - 17 = 30 - 10 + 10 - 7 + 3 = 20 + 3 + 3 = 26': where the ones do not suffice, a ten is broken up."""
     (a_tens, a_ones), (b_tens, b_ones) = divmod(a, 10), divmod(b, 10)
-    if a_ones < b_ones:
-        parts = [(a_tens - b_tens - 1) * 10, 10 - b_ones, a_ones]
+    if a_ones >= b_ones:
+        terms = [10 * a_tens, -10 * b_tens, a_ones, -b_ones]
+        sums = [10 * (a_tens - b_tens), a_ones - b_ones]
     else:
-        parts = [(a_tens - b_tens) * 10, a_ones - b_ones] if b_ones else []
-    parts = [part for part in parts if part]
-    step = " + ".join(map(str, parts)) + " = " if len(parts) > 1 else ""
-    return f"{a} - {b} = {step}{a - b}"
+        terms = [10 * (a_tens - 1), -10 * b_tens, 10, -b_ones, a_ones]
+        sums = [10 * (a_tens - 1 - b_tens), 10 - b_ones, a_ones]
+    return steps(f"{a} - {b}", signed(*terms), signed(*sums), str(a - b))
 
 
 PLUS = {

@@ -35,7 +35,7 @@ class MiniMindConfig:
     """Shape of a model. Names as in Hugging Face's Llama, Qwen3 and Qwen3-MoE configurations."""
 
     hidden_size: int = 256
-    num_hidden_layers: int = 4
+    num_hidden_layers: int = 3
     num_attention_heads: int = 4
     num_key_value_heads: int = 2
     intermediate_size: int = 704  # width of the SwiGLU; with MoE, of each expert
@@ -426,19 +426,27 @@ class MiniMindLM(nn.Module):
 
     def head(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
         """Final norm and output layer: logits (B, T, vocab), or with labels the mean cross-entropy in nats, fp32."""
-        logits = F.linear(self.model.norm(x), self.model.embed_tokens.weight)
         if labels is None:
-            return logits
-        labels = labels.flatten()
-        total = F.cross_entropy(logits.float().flatten(0, 1), labels, ignore_index=-100, reduction="sum")
-        return total / (labels != -100).sum().clamp(min=1)  # a batch without labels has loss 0, not 0/0
+            return self.logits(x)
+        x, labels = x.flatten(0, 1), labels.flatten()
+        trained = labels != -100
+        if not trained.all():  # SFT learns from a third of its tokens: no logits for the others
+            x, labels = x[trained], labels[trained]
+        return self.cross_entropy(x, labels) / max(len(labels), 1)  # a batch without labels has loss 0, not 0/0
+
+    def logits(self, x: Tensor) -> Tensor:
+        return F.linear(self.model.norm(x), self.model.embed_tokens.weight)
+
+    def cross_entropy(self, x: Tensor, labels: Tensor) -> Tensor:
+        """Sum of -log p(label) in nats over x (N, hidden), labels (N,)."""
+        return F.cross_entropy(self.logits(x).float(), labels, reduction="sum")
 
     def compile_layers(self) -> None:
         """torch.compile each block and the head on their own: all blocks share one graph, so that compiling takes
         seconds rather than the minute that the unrolled model takes, at the same speed."""
         for block in self.model.layers:
             block.compile()
-        self.head = torch.compile(self.head)
+        self.cross_entropy = torch.compile(self.cross_entropy)
 
     # -------------------------------------------------------------------------------------------- sizes
 

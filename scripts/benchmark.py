@@ -21,7 +21,7 @@ import torch
 
 from model.model import PRESETS, MiniMindLM
 from trainer import trainer
-from trainer.optimizer import OPTIMIZERS, build_optimizers
+from trainer.optimizer import LEARNING_RATES, build_optimizers
 
 
 def benchmark_train(args: argparse.Namespace) -> dict:
@@ -82,7 +82,7 @@ def main() -> None:
     train.add_argument("--seq_len", type=int, default=512)
     train.add_argument("--batch_size", type=int, default=8)
     train.add_argument("--seconds", type=float, default=60)
-    train.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw")
+    train.add_argument("--optimizer", choices=list(LEARNING_RATES), default="adamw")
     train.add_argument("--compile", type=int, choices=(0, 1), default=1)
     train.add_argument("--device")
     train.add_argument("--dtype", choices=list(trainer.DTYPES))

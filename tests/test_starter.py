@@ -108,8 +108,8 @@ def test_wrong_size_is_one_line():
 
 
 def test_sizes(corpus, sft, pretrain, heldout):
-    assert 2.7e6 < sum(len(text.encode()) for text in pretrain) < 3.5e6
-    assert 24_000 <= len(sft) <= 30_000
+    assert 4.7e6 < sum(len(text.encode()) for text in pretrain) < 5.3e6
+    assert 58_000 <= len(sft) <= 62_000
     assert 250 <= len(read(corpus, "sft_val.jsonl")) <= 320
     content = [sum(len(m["content"].encode()) for m in messages) for messages in sft]
     assert 50 < sum(content) / len(content) < 150

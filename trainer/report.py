@@ -24,7 +24,8 @@ class Reporter:
         self.log_path = run.path(".jsonl")
         self.tty = sys.stderr.isatty()
         self.last_line = 0.0
-        self.mark = (progress.seconds, progress.slots)
+        self.mark = (progress.seconds, progress.slots, progress.tokens)
+        self.rate = self.mfu = 0.0
         self.first_step = progress.step
         self.val: dict[str, float] = {}
         self.wandb = None
@@ -34,10 +35,15 @@ class Reporter:
         if self.on:
             print(f"\r\033[K{text}" if self.tty else text, file=sys.stderr, flush=True)
 
-    def start(self, compiled: bool, peak: float, flops: int) -> None:
-        run, self.peak, self.flops = self.run, peak, flops
+    def start(self, compiled: bool, peak: float) -> None:
+        """`peak`: FLOP/s of one device."""
+        run, config = self.run, self.run.model.config
         if not self.on:
             return
+        # Per position and per label: the output layer works only where there is something to learn.
+        self.head_flops = 6 * config.vocab_size * config.hidden_size
+        self.body_flops = 6 * run.model.num_parameters(active=True) - self.head_flops
+        self.peak = peak * run.world_size
         if run.args.use_wandb:
             self.wandb = self._start_wandb()
         cut_log(self.log_path, self.first_step)
@@ -73,14 +79,17 @@ class Reporter:
             progress.window.append(loss)
         interval = progress.step % args.log_interval == 0
         if interval:
-            seconds, slots = progress.seconds - self.mark[0], progress.slots - self.mark[1]
-            self.mark = (progress.seconds, progress.slots)
+            now = (progress.seconds, progress.slots, progress.tokens)
+            seconds, slots, tokens = (after - before for after, before in zip(now, self.mark, strict=True))
+            self.mark = now
             self.rate = slots / max(seconds, 1e-9)
+            flops = slots * self.body_flops + tokens * self.head_flops
+            self.mfu = flops / max(seconds, 1e-9) / self.peak
             row = {
                 "step": progress.step, "loss": sum(progress.window) / len(progress.window) if progress.window else None,
                 "learning_rate": learning_rate, "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
                 "tokens": progress.tokens, "seconds": round(progress.seconds, 2),
-                "tokens_per_second": round(self.rate, 1), "mfu": round(self.rate * self.flops / self.peak, 4),
+                "tokens_per_second": round(self.rate, 1), "mfu": round(self.mfu, 4),
             }  # fmt: skip
             row |= {k: v.tolist() if hasattr(v, "tolist") else v for k, v in metrics.items()}
             self._log(row)
@@ -91,13 +100,13 @@ class Reporter:
             self._progress_line(progress, share, loss)
 
     def _progress_line(self, progress, share, loss) -> None:
-        rate = getattr(self, "rate", progress.slots / max(progress.seconds, 1e-9))
+        speed = f"{self.rate:,.0f} tokens/s  MFU {self.mfu:.2f}  " if self.rate else ""
         eta = progress.seconds / share * (1 - share) if share > 0 else 0
         done = int(share * 20)
         val = f"  val {self.val['val_bpb']:.3f} bits/byte" if self.val else ""
         line = (
             f"[{'#' * done}{'.' * (20 - done)}] {share:4.0%}  step {progress.step}  loss {loss:.3f}{val}  "
-            f"{rate:,.0f} tokens/s  MFU {rate * self.flops / self.peak:.2f}  {int(eta // 60)}:{int(eta % 60):02d} left"
+            f"{speed}{int(eta // 60)}:{int(eta % 60):02d} left"
         )
         print(f"\r\033[K{line}" if self.tty else line, end="" if self.tty else "\n", file=sys.stderr, flush=True)
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from dataset.lm_dataset import batches, token_bytes, validation_batches
 from model import checkpoint
 from model.model import PRESETS, MiniMindConfig, MiniMindLM, compute_dtype
-from trainer.optimizer import OPTIMIZERS, build_optimizers, learning_rate_scale, set_learning_rate
+from trainer.optimizer import LEARNING_RATES, build_optimizers, learning_rate_scale, set_learning_rate
 from trainer.report import Reporter
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -65,13 +65,14 @@ def arguments(stage: str, description: str, **defaults) -> argparse.ArgumentPars
     add("--minutes", type=float, help="wall-clock minutes of training, compilation included")
 
     add = parser.add_argument_group("optimization").add_argument
-    add("--batch_size", type=int, default=8, help="rows per step, process and accumulation")
+    add("--batch_size", type=int, default=16, help="rows per step, process and accumulation")
     add("--accumulation_steps", type=int, default=1, help="batches whose gradients make one step")
-    add("--optimizer", choices=OPTIMIZERS, default="muon")
-    add("--learning_rate", type=float, default=4e-3)
+    add("--optimizer", choices=list(LEARNING_RATES), default="muon")
+    rates = ", ".join(f"{rate:g} for {name}" for name, rate in LEARNING_RATES.items())
+    add("--learning_rate", type=float, help=f"default: 256 / hidden_size times {rates}")
     add("--weight_decay", type=float, default=0.1)
     add("--warmup", type=float, default=0.02, help="share of the budget in which the learning rate rises")
-    add("--decay", type=float, default=0.5, help="share of the budget, at its end, in which it falls to zero")
+    add("--decay", type=float, default=0.8, help="share of the budget, at its end, in which it falls to zero")
     add("--grad_clip", type=float, default=1.0, help="largest norm of the gradient")
     add("--seed", type=int, default=42)
 
@@ -222,6 +223,8 @@ def setup(stage: str, args: argparse.Namespace, minutes: float) -> Run:
     torch.manual_seed(args.seed)
 
     model = _starting_model(args)
+    if args.learning_rate is None:  # wide matrices want smaller steps (Yang et al. 2022, arXiv:2203.03466)
+        args.learning_rate = LEARNING_RATES[args.optimizer] * 256 / model.config.hidden_size
     run = Run(stage, args, device, find_dtype(device, args.dtype), model, rank, world_size)
     try:
         Path(args.out_dir).mkdir(parents=True, exist_ok=True)
@@ -389,15 +392,15 @@ def train(run: Run, loss_fn: LossFn, train_rows, val_rows, tokenizer) -> None:
     run.reporter = reporter = Reporter(run, progress)
 
     peak = matmul_peak(device, run.dtype)
-    flops = 6 * run.model.num_parameters(active=True)
     slots = args.batch_size * args.max_seq_len * args.accumulation_steps * run.world_size
     share_of_peak = 0.25  # a guess, only to decide about compiling
     expected = (args.minutes or math.inf) * 60
     if args.steps or args.epochs:
         steps = args.steps or args.epochs * len(train_rows) * args.max_seq_len / slots
-        expected = min(expected, steps * slots * flops / (peak * share_of_peak))
+        flops = steps * slots * 6 * run.model.num_parameters(active=True)
+        expected = min(expected, flops / (peak * share_of_peak))
     compiled = compile_if_worth(run, expected)
-    reporter.start(compiled, peak, flops)
+    reporter.start(compiled, peak)
 
     model = run.model
     if run.world_size > 1:
