@@ -21,7 +21,7 @@ def loss_fn(model, batch):
 
 def main():
     args = trainer.arguments("pretrain", __doc__).parse_args()
-    run = trainer.setup("pretrain", args, minutes=3.25)
+    run = trainer.setup("pretrain", args, minutes=3.0)
     tokenizer = load_tokenizer()
 
     train_path, val_path = args.data_path, args.val_path

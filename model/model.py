@@ -38,7 +38,7 @@ class MiniMindConfig:
     num_hidden_layers: int = 3
     num_attention_heads: int = 4
     num_key_value_heads: int = 2
-    intermediate_size: int = 704  # width of the SwiGLU; with MoE, of each expert
+    intermediate_size: int = 512  # width of the SwiGLU; with MoE, of each expert
     head_dim: int | None = None  # hidden_size / num_attention_heads unless given
     vocab_size: int = 6400
     max_position_embeddings: int = 32768
