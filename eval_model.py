@@ -25,8 +25,8 @@ from model import checkpoint
 from model.checkpoint import CheckpointError
 from model.generation import SamplingParams, decode, generate_each
 from model.model import compute_dtype
-from trainer import trainer
-from trainer.trainer import UsageError
+from trainer import cli, trainer
+from trainer.cli import UsageError
 
 ROOT = Path(__file__).resolve().parent
 STAGES = {  # --model_mode: what it is called, its files, how to get them
@@ -84,7 +84,7 @@ def arguments() -> argparse.Namespace:
     add("--stream", type=flag, metavar="{0,1}", default=True, help="show the answer as it is generated (default: 1)")
     add("--seed", type=int, help="the same answers every time")
     add("--device", help="cuda, mps or cpu (default: the best one found)")
-    add("--dtype", choices=list(trainer.DTYPES), help="default: bf16 where the hardware computes in it, else fp32")
+    add("--dtype", choices=list(cli.DTYPES), help="default: bf16 where the hardware computes in it, else fp32")
 
     group = parser.add_argument_group("instead of a conversation")
     add = group.add_mutually_exclusive_group().add_argument
@@ -181,7 +181,7 @@ class Chatbot:
 
     def __init__(self, path: Path, model, tokenizer, trained_len: int, args: argparse.Namespace):
         device = model.model.norm.weight.device
-        self.dtype = trainer.DTYPES[args.dtype] if args.dtype else compute_dtype(device)
+        self.dtype = cli.DTYPES[args.dtype] if args.dtype else compute_dtype(device)
         self.model, self.tokenizer, self.args = model.to(self.dtype), tokenizer, args
         self.max_len = min(args.max_seq_len or trained_len, model.config.max_position_embeddings)
         self.opening = "<think>\n" if args.model_mode == 3 else ""  # of each answer; the prompt ends with it
@@ -231,7 +231,7 @@ class TransformersChatbot:
             from transformers import AutoModelForCausalLM, AutoTokenizer
         except ImportError:
             raise UsageError(f"{path} needs transformers: pip install transformers") from None
-        dtype = trainer.DTYPES[args.dtype] if args.dtype else compute_dtype(device)
+        dtype = cli.DTYPES[args.dtype] if args.dtype else compute_dtype(device)
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(path)
             self.model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval().to(device)
@@ -447,4 +447,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    trainer.main(main)
+    cli.run(main)

@@ -7,7 +7,7 @@ python train_full_sft.py --data_path FILE.jsonl --epochs 2       # {"conversatio
 from dataset.chat import load_tokenizer
 from dataset.lm_dataset import sft_dataset
 from dataset.starter import ensure_starter
-from trainer import trainer
+from trainer import cli, trainer
 
 
 def loss_fn(model, batch):
@@ -22,7 +22,7 @@ def loss_fn(model, batch):
 
 
 def main():
-    args = trainer.arguments("full_sft", __doc__, from_weight="pretrain").parse_args()
+    args = cli.arguments("full_sft", __doc__, from_weight="pretrain").parse_args()
     run = trainer.setup("full_sft", args, minutes=5.75)
     tokenizer = load_tokenizer()
 
@@ -37,4 +37,4 @@ def main():
 
 
 if __name__ == "__main__":
-    trainer.main(main)
+    cli.run(main)

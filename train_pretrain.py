@@ -8,7 +8,7 @@ torchrun --nproc_per_node 2 train_pretrain.py ...                          # sev
 from dataset.chat import load_tokenizer
 from dataset.lm_dataset import pretrain_dataset
 from dataset.starter import ensure_starter
-from trainer import trainer
+from trainer import cli, trainer
 
 
 def loss_fn(model, batch):
@@ -20,7 +20,7 @@ def loss_fn(model, batch):
 
 
 def main():
-    args = trainer.arguments("pretrain", __doc__).parse_args()
+    args = cli.arguments("pretrain", __doc__).parse_args()
     run = trainer.setup("pretrain", args, minutes=3.0)
     tokenizer = load_tokenizer()
 
@@ -35,4 +35,4 @@ def main():
 
 
 if __name__ == "__main__":
-    trainer.main(main)
+    cli.run(main)

@@ -43,14 +43,14 @@ Skill = Callable[[random.Random, str, bool], Item]
 
 # Share of the conversations, in percent, and the function that makes one.
 SKILLS: dict[str, tuple[float, Skill]] = {
-    "identity": (3.0, chat.identity),
+    "identity": (3.5, chat.identity),
     "greeting": (3.0, chat.greeting),
     WORLD: (7.5, skills.facts_of(WORLD)),
     NATURE: (8.0, skills.facts_of(NATURE)),
     LIFE: (5.5, skills.facts_of(LIFE)),
     "arithmetic": (13.0, skills.arithmetic),
     "times_table": (2.0, skills.times_table),
-    "comparing": (8.0, skills.comparing),
+    "comparing": (8.5, skills.comparing),
     "sorting": (7.0, lists.sorting),
     "counting": (7.0, lists.counting),
     "opposites": (5.0, words.opposites),

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from model.model import PRESETS, MiniMindLM
-from trainer import trainer
+from trainer import cli, speed, trainer
 from trainer.optimizer import LEARNING_RATES, build_optimizers
 
 
@@ -43,13 +43,13 @@ def benchmark_train(args: argparse.Namespace) -> dict:
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        trainer.synchronize(device)
+        speed.synchronize(device)
 
     start = time.perf_counter()
     step()
     first = time.perf_counter() - start
     step()
-    peaks, times = [trainer.matmul_peak(device, dtype)], []
+    peaks, times = [speed.matmul_peak(device, dtype)], []
     end = time.perf_counter() + args.seconds
     while time.perf_counter() < end:
         start = time.perf_counter()
@@ -59,7 +59,7 @@ def benchmark_train(args: argparse.Namespace) -> dict:
             f"\r{len(times)} steps, {ids[:, 1:].numel() / times[-1]:,.0f} tokens/s", end="", file=sys.stderr, flush=True
         )
     print(file=sys.stderr)
-    peaks.append(trainer.matmul_peak(device, dtype))
+    peaks.append(speed.matmul_peak(device, dtype))
     peak, tokens_per_second = max(peaks), ids[:, 1:].numel() / statistics.median(times)
     return {
         "preset": args.preset, "parameters": model.num_parameters(), "active": model.num_parameters(active=True),
@@ -85,9 +85,9 @@ def main() -> None:
     train.add_argument("--optimizer", choices=list(LEARNING_RATES), default="adamw")
     train.add_argument("--compile", type=int, choices=(0, 1), default=1)
     train.add_argument("--device")
-    train.add_argument("--dtype", choices=list(trainer.DTYPES))
+    train.add_argument("--dtype", choices=list(cli.DTYPES))
     print(json.dumps(benchmark_train(parser.parse_args())))
 
 
 if __name__ == "__main__":
-    trainer.main(main)
+    cli.run(main)

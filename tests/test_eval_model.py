@@ -26,7 +26,7 @@ from dataset.jsonl import DataError
 from model import checkpoint
 from model.generation import SamplingParams, generate
 from model.model import MiniMindConfig, MiniMindLM
-from trainer import trainer
+from trainer import cli
 
 ROOT = Path(__file__).resolve().parent.parent
 ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -92,7 +92,7 @@ def run(monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", ["eval_model.py", *map(str, args)])
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin), encoding="utf-8"))
         try:
-            trainer.main(eval_model.main)
+            cli.run(eval_model.main)
             code = 0
         except SystemExit as end:
             code = end.code

@@ -16,9 +16,10 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from dataset.chat import load_tokenizer
 from dataset.lm_dataset import pretrain_dataset, token_bytes
 from model import checkpoint
-from trainer import trainer
+from trainer import cli, speed, trainer
+from trainer.cli import UsageError
 from trainer.report import cut_log, draw_curve, read_log
-from trainer.trainer import Interrupt, Progress, UsageError
+from trainer.trainer import Interrupt, Progress
 
 SEQ = 32
 DOCUMENTS = [
@@ -41,7 +42,7 @@ def quick(monkeypatch):
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    monkeypatch.setattr(trainer, "matmul_peak", partial(trainer.matmul_peak, size=64, repeat=1))
+    monkeypatch.setattr(trainer, "matmul_peak", partial(speed.matmul_peak, size=64, repeat=1))
     yield
     torch.set_num_threads(threads)
     for number, handler in handlers.items():
@@ -73,7 +74,7 @@ def start(out_dir, **flags) -> trainer.Run:
     values = dict(hidden_size=64, num_hidden_layers=2, max_seq_len=SEQ, batch_size=2, steps=3, log_interval=1)
     values |= dict(compile="0", dtype="fp32", device="cpu", out_dir=out_dir) | flags
     argv = [f"--{name}={value}" for name, value in values.items() if value is not None]
-    return trainer.setup("pretrain", trainer.arguments("pretrain", "test").parse_args(argv), minutes=1)
+    return trainer.setup("pretrain", cli.arguments("pretrain", "test").parse_args(argv), minutes=1)
 
 
 def loss_fn(model, batch):
@@ -345,7 +346,7 @@ def test_minutes_end_the_run(tmp_path, text, tokenizer):
 def test_matmul_peak():
     state = torch.get_rng_state()
     for dtype in (torch.float32, torch.bfloat16):
-        assert 1e6 < trainer.matmul_peak(torch.device("cpu"), dtype, size=128) < 1e16
+        assert 1e6 < speed.matmul_peak(torch.device("cpu"), dtype, size=128) < 1e16
     assert torch.equal(state, torch.get_rng_state())
 
 

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from trainer.cli import UsageError
+
 if TYPE_CHECKING:
     from trainer.trainer import Progress, Run
 
@@ -57,8 +59,6 @@ class Reporter:
         )
 
     def _start_wandb(self):
-        from trainer.trainer import UsageError
-
         args = self.run.args
         try:
             import wandb

@@ -1,6 +1,6 @@
-"""What every train_*.py shares: arguments, set-up (device, precision, processes, resume) and the one training loop.
+"""What every train_*.py shares: set-up (device, precision, processes, resume) and the one training loop.
 
-args = trainer.arguments("pretrain", __doc__).parse_args()
+args = cli.arguments("pretrain", __doc__).parse_args()
 run = trainer.setup("pretrain", args)
 ...
 trainer.train(run, loss_fn, train_rows, val_rows, tokenizer)
@@ -24,123 +24,15 @@ from torch import Tensor, nn
 from dataset.lm_dataset import batches, token_bytes, validation_batches
 from model import checkpoint
 from model.model import PRESETS, MiniMindConfig, MiniMindLM, compute_dtype
+from trainer.cli import DTYPES, UsageError, check, identity
 from trainer.optimizer import LEARNING_RATES, build_optimizers, learning_rate_scale, set_learning_rate
 from trainer.report import Reporter
+from trainer.speed import compile_if_worth, matmul_peak
 
-ROOT = Path(__file__).resolve().parent.parent
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 MAX_BAD_STEPS = 5  # non-finite steps in a row before a run gives up
 SAVE_SECONDS = 120  # between resume states, unless --save_interval says otherwise
 
 LossFn = Callable[[nn.Module, dict], tuple[Tensor, dict[str, float | Tensor]]]
-
-
-# ------------------------------------------------------------------------------------------------ arguments
-
-
-def arguments(stage: str, description: str, **defaults) -> argparse.ArgumentParser:
-    """The flags that all train scripts have; `defaults` replaces the values that differ from stage to stage."""
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    add = parser.add_argument_group("model").add_argument
-    add("--preset", choices=list(PRESETS), help="shape of a new model (default: nano)")
-    add("--hidden_size", type=int, help="instead of the preset's")
-    add("--num_hidden_layers", type=int, help="instead of the preset's")
-    add("--use_moe", type=int, choices=(0, 1), default=0, help="1 = 4 experts in place of each feed-forward")
-    add("--from_weight", default="none", help="weights to start from: a stage such as pretrain, a path, or none")
-
-    add = parser.add_argument_group("data").add_argument
-    add("--data_path", help="JSONL file (default: the starter corpus)")
-    add("--val_path", help="held-out JSONL file (default: the starter corpus's, or none with your own --data_path)")
-    add("--max_seq_len", type=int, default=256, help="tokens in a row")
-    add("--num_workers", type=int, default=0, help="processes that prepare batches")
-    add("--val_tokens", type=int, default=100_000, help="validate on at most this many tokens, 0 = all")
-
-    add = parser.add_argument_group(
-        "budget (the first that is used up ends the run; default: a few minutes, or one epoch of your own --data_path)"
-    ).add_argument
-    add("--epochs", type=float, help="passes over the data")
-    add("--steps", type=int, help="optimizer steps")
-    add("--minutes", type=float, help="wall-clock minutes of training, compilation included")
-
-    add = parser.add_argument_group("optimization").add_argument
-    add("--batch_size", type=int, default=16, help="rows per step, process and accumulation")
-    add("--accumulation_steps", type=int, default=1, help="batches whose gradients make one step")
-    add("--optimizer", choices=list(LEARNING_RATES), default="muon")
-    rates = ", ".join(f"{rate:g} for {name}" for name, rate in LEARNING_RATES.items())
-    add("--learning_rate", type=float, help=f"default: 256 / hidden_size times {rates}")
-    add("--weight_decay", type=float, default=0.1)
-    add("--warmup", type=float, default=0.02, help="share of the budget in which the learning rate rises")
-    add("--decay", type=float, default=0.8, help="share of the budget, at its end, in which it falls to zero")
-    add("--grad_clip", type=float, default=1.0, help="largest norm of the gradient")
-    add("--seed", type=int, default=42)
-
-    add = parser.add_argument_group("machine").add_argument
-    add("--device", help="cuda, mps or cpu (default: the best one found)")
-    add("--dtype", choices=list(DTYPES), help="precision of the arithmetic (default: bf16 where the hardware does it)")
-    add("--compile", choices=("auto", "0", "1"), default="auto", help="torch.compile; auto = if the run is long enough")
-
-    add = parser.add_argument_group("output").add_argument
-    add("--out_dir", default=str(ROOT / "out"))
-    add("--from_resume", type=int, choices=(0, 1), default=0, help="1 = go on where an interrupted run was")
-    add("--save_interval", type=int, default=0, help="steps between resume states (default: every two minutes)")
-    add("--keep", type=int, default=1, help="resume states to keep")
-    add("--val_interval", type=int, default=0, help="steps between validations (default: ten in a run)")
-    add("--log_interval", type=int, default=10, help="steps between lines of the metrics log")
-    add("--use_wandb", action="store_true", help="log to Weights & Biases too (WANDB_MODE=offline works)")
-    add("--wandb_project", default="MiniMind")
-    parser.set_defaults(**defaults)
-    return parser
-
-
-def main(function: Callable[[], None]) -> None:
-    """Run a script's main: an expected error becomes one line, and processes are left cleanly."""
-    from dataset.lm_dataset import DataError
-
-    try:
-        function()
-    except (DataError, checkpoint.CheckpointError) as error:
-        sys.exit(_fail(str(error), 1))
-    except UsageError as error:
-        sys.exit(_fail(str(error), 2))
-    except OSError as error:  # of the machine, not of the program: a full disk, no permission
-        sys.exit(_fail(str(error), 1))
-    except torch.OutOfMemoryError:
-        sys.exit(_fail("out of memory: lower --batch_size (and raise --accumulation_steps) or --max_seq_len", 1))
-    except KeyboardInterrupt:  # before the training began; from then on Interrupt takes it
-        sys.exit(_fail("stopped before the training began", 130))
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-
-
-class UsageError(Exception):
-    """Arguments that do not fit together; main() prints it and exits with 2."""
-
-
-def _fail(text: str, code: int) -> int:
-    print(f"error: {text}", file=sys.stderr)
-    return code
-
-
-def _check(args: argparse.Namespace) -> None:
-    """UsageError for a number that makes no sense."""
-    lowest = dict.fromkeys(("batch_size", "accumulation_steps", "log_interval", "max_seq_len", "keep"), 1)
-    lowest |= dict.fromkeys(("hidden_size", "num_hidden_layers", "steps"), 1)
-    lowest |= dict.fromkeys(("num_workers", "val_tokens", "save_interval", "val_interval"), 0)
-    lowest |= dict.fromkeys(("weight_decay", "warmup", "decay"), 0)
-    for name, low in lowest.items():
-        value = getattr(args, name)
-        if value is not None and not value >= low:
-            raise UsageError(f"--{name} {value}: must be at least {low}")
-    for name in ("epochs", "minutes", "learning_rate", "grad_clip"):
-        value = getattr(args, name)
-        if value is not None and not value > 0:
-            raise UsageError(f"--{name} {value}: must be above 0")
-    for name in ("warmup", "decay"):
-        if getattr(args, name) > 1:
-            raise UsageError(f"--{name} {getattr(args, name)}: it is a share of the run, at most 1")
 
 
 # ------------------------------------------------------------------------------------------------ set-up
@@ -208,7 +100,7 @@ def setup(stage: str, args: argparse.Namespace, minutes: float) -> Run:
     """Processes, device, seed, and the model: new, from --from_weight, or from the resume state.
 
     `minutes` is the budget on the starter corpus when no flag gives one."""
-    _check(args)
+    check(args)
     if args.epochs is args.steps is args.minutes is None:
         args.minutes, args.epochs = (minutes, None) if args.data_path is None else (None, 1.0)
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -274,61 +166,7 @@ def _starting_model(args: argparse.Namespace) -> MiniMindLM:
 
 def _is_finished(run: Run) -> bool:
     path = run.path(".pth")
-    return path.exists() and checkpoint.load_meta(path).get("finished") == _identity(run.args)
-
-
-def _identity(args: argparse.Namespace) -> dict:
-    """The arguments that decide what comes out of a run."""
-    machine = ("from_resume", "device", "num_workers", "log_interval", "use_wandb", "wandb_project", "out_dir", "keep")
-    return {k: v for k, v in vars(args).items() if k not in machine}
-
-
-# ------------------------------------------------------------------------------------------------ speed
-
-
-def matmul_peak(device: torch.device, dtype: torch.dtype, size: int | None = None, repeat: int = 5) -> float:
-    """FLOP/s of a square matrix product on this machine, the best of `repeat`: what MFU is a share of."""
-    size = size or (8192 if device.type == "cuda" else 2048)
-    if size > 256 and 2 * size**3 / matmul_peak(device, dtype, 256, 2) > 5:  # a dtype that the hardware does not have
-        size = 256
-    generator = torch.Generator(device).manual_seed(0)  # its own: a resumed run measures again, and must not draw more
-    a = torch.randn(size, size, device=device, dtype=dtype, generator=generator)
-    best = math.inf
-    for _ in range(repeat):
-        synchronize(device)
-        start = time.perf_counter()
-        a @ a
-        synchronize(device)
-        best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
-
-
-def compile_if_worth(run: Run, expected_seconds: float) -> bool:
-    """Compile the model's layers if the flag says so, or, on auto, if the run is long enough to win back the 5 to 20
-    seconds it costs (a step is then about 1.8 times as fast on a CPU) and the machine has what it takes."""
-    wish = run.args.compile
-    if wish == "0" or run.device.type == "mps" or (wish == "auto" and expected_seconds < 60):
-        return False
-    try:
-        torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=run.device))
-    except Exception as error:  # whatever a missing or broken C++ compiler raises, training goes on without it
-        if wish == "1":
-            raise UsageError(f"--compile 1: torch.compile does not work here: {_first_line(error)}") from None
-        run.reporter.say(f"torch.compile does not work here, training goes on without: {_first_line(error)}")
-        return False
-    run.model.compile_layers()
-    return True
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0][:150]
+    return path.exists() and checkpoint.load_meta(path).get("finished") == identity(run.args)
 
 
 # ------------------------------------------------------------------------------------------------ budget
@@ -487,7 +325,7 @@ def train(run: Run, loss_fn: LossFn, train_rows, val_rows, tokenizer) -> None:
         reporter.interrupted(progress)
         sys.exit(130)
     if run.is_main:
-        checkpoint.save(run.path(".pth"), run.model, reporter.figures(progress) | {"finished": _identity(args)})
+        checkpoint.save(run.path(".pth"), run.model, reporter.figures(progress) | {"finished": identity(args)})
         reporter.finish(progress)
         checkpoint.remove_resume(run.path("_resume"))
 
@@ -558,14 +396,14 @@ def _save_resume(run: Run, progress: Progress, optimizers: list, scaler) -> None
         "rng": rng,
         "progress": vars(progress).copy(),
         "arguments": vars(run.args).copy(),
-        "identity": _identity(run.args),
+        "identity": identity(run.args),
     }
     checkpoint.save_resume(run.path("_resume"), state, progress.step, run.args.keep)
 
 
 def _restore(run: Run, optimizers: list, scaler) -> Progress:
     state = run.resume
-    changed = [k for k, v in _identity(run.args).items() if state["identity"].get(k, v) != v]
+    changed = [k for k, v in identity(run.args).items() if state["identity"].get(k, v) != v]
     if changed:
         old = state["identity"]
         was = ", ".join(f"no --{k}" if old[k] is None else f"--{k} {old[k]}" for k in changed)
