@@ -38,7 +38,7 @@ def arguments(stage: str, description: str, **defaults) -> argparse.ArgumentPars
     add("--val_path", help="held-out JSONL file (default: the starter corpus's, or none with your own --data_path)")
     add("--max_seq_len", type=int, default=256, help="tokens in a row")
     add("--num_workers", type=int, default=0, help="processes that prepare batches")
-    add("--val_tokens", type=int, default=100_000, help="validate on at most this many tokens, 0 = all")
+    add("--val_tokens", type=int, default=32_768, help="validate on at most this many tokens, 0 = all")
 
     add = parser.add_argument_group(
         "budget (the first that is used up ends the run; default: a few minutes, or one epoch of your own --data_path)"
