@@ -44,7 +44,7 @@ CONTINUED = [
 ]  # fmt: skip
 ANSWERED = [  # each a conversation: the user's messages
     ["Who are you?"], ["你是谁？"], ["What is the capital of France?", "And its population?"], ["7 + 15 = ?"],
-    ["把“猫”翻译成英语"], ["Tell me a short story about a cat."], ["Sort these numbers: 7, 3, 9"],
+    ["把“书”翻译成英语。"], ["Tell me a short story about a cat."], ["Sort these numbers: 7, 3, 9"],
     ["日本的首都是哪里？", "那人口呢？"],
 ]  # fmt: skip
 
