@@ -31,7 +31,10 @@ class Muon(torch.optim.Optimizer):
             for p in group["params"]:
                 if p.grad is None:  # an expert that no token chose
                     continue
-                buffer = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+                state = self.state[p]
+                if not state:
+                    state["momentum_buffer"] = torch.zeros_like(p)
+                buffer = state["momentum_buffer"]
                 buffer.lerp_(p.grad, 1 - group["momentum"])
                 update = orthogonalize(p.grad.lerp(buffer, group["momentum"]), compute_dtype(p.device))
                 p.mul_(1 - group["lr"] * group["weight_decay"])
