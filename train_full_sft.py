@@ -6,7 +6,6 @@ python train_full_sft.py --data_path FILE.jsonl --epochs 2       # {"conversatio
 
 from dataset.chat import load_tokenizer
 from dataset.lm_dataset import sft_dataset
-from dataset.starter import ensure_starter
 from trainer import cli, trainer
 
 
@@ -16,22 +15,14 @@ def loss_fn(model, batch):
     A row packs several conversations; segment_ids keep each from attending to the others.
     """
     out = model(batch["input_ids"], labels=batch["labels"], segment_ids=batch["segment_ids"])
-    if out.aux_loss is None:
-        return out.loss, {}
-    return out.loss + out.aux_loss, {"aux_loss": out.aux_loss, "expert_load": out.expert_load.mean(0)}
+    return trainer.with_balance(out, out.loss, {})
 
 
 def main():
     args = cli.arguments("full_sft", __doc__, from_weight="pretrain").parse_args()
     run = trainer.setup("full_sft", args, minutes=5.75)
     tokenizer = load_tokenizer()
-
-    train_path, val_path = args.data_path, args.val_path
-    if train_path is None:
-        starter = ensure_starter()
-        train_path, val_path = starter / "sft.jsonl", starter / "sft_val.jsonl"
-    train_rows = sft_dataset(train_path, tokenizer, args.max_seq_len)
-    val_rows = sft_dataset(val_path, tokenizer, args.max_seq_len) if val_path else None
+    train_rows, val_rows = trainer.datasets(args, "sft", sft_dataset, tokenizer)
 
     trainer.train(run, loss_fn, train_rows, val_rows, tokenizer)
 

@@ -7,29 +7,20 @@ torchrun --nproc_per_node 2 train_pretrain.py ...                          # sev
 
 from dataset.chat import load_tokenizer
 from dataset.lm_dataset import pretrain_dataset
-from dataset.starter import ensure_starter
 from trainer import cli, trainer
 
 
 def loss_fn(model, batch):
     """Mean of -log p(next token) over all tokens; a MoE adds its load-balancing loss."""
     out = model(batch["input_ids"], labels=batch["labels"])
-    if out.aux_loss is None:
-        return out.loss, {}
-    return out.loss + out.aux_loss, {"aux_loss": out.aux_loss, "expert_load": out.expert_load.mean(0)}
+    return trainer.with_balance(out, out.loss, {})
 
 
 def main():
     args = cli.arguments("pretrain", __doc__).parse_args()
     run = trainer.setup("pretrain", args, minutes=3.0)
     tokenizer = load_tokenizer()
-
-    train_path, val_path = args.data_path, args.val_path
-    if train_path is None:
-        starter = ensure_starter()
-        train_path, val_path = starter / "pretrain.jsonl", starter / "pretrain_val.jsonl"
-    train_rows = pretrain_dataset(train_path, tokenizer, args.max_seq_len)
-    val_rows = pretrain_dataset(val_path, tokenizer, args.max_seq_len) if val_path else None
+    train_rows, val_rows = trainer.datasets(args, "pretrain", pretrain_dataset, tokenizer)
 
     trainer.train(run, loss_fn, train_rows, val_rows, tokenizer)
 

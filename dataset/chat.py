@@ -87,12 +87,15 @@ def render_chat(
     *,
     add_generation_prompt: bool = False,
     enable_thinking: bool | None = None,
+    thinking_off: bool = False,
 ) -> tuple[list[int], list[int]]:
     """Token ids of a conversation and its loss mask (1 = train on this token), both of the same length.
 
     Trained on: an assistant turn's thinking, content, tool calls and its <|im_end|>; nothing else. Markers are written
     as ids, data as text, so literal markers in a message stay text. `tools` (OpenAI schemas, a list or a JSON string)
-    goes before the system message's own "tools". Raises ValueError for what cannot be rendered (see validate_messages).
+    goes before the system message's own "tools". With `thinking_off` a last answer without reasoning is written as one
+    with thinking switched off: after the empty thinking block that `enable_thinking=False` puts into the prompt.
+    Raises ValueError for what cannot be rendered (see validate_messages).
     """
     out = _Writer(tokenizer)
     has_system = bool(messages) and messages[0]["role"] == "system"
@@ -107,18 +110,17 @@ def render_chat(
         if message["role"] == "tool":
             _tool_result(out, messages, i)
         elif message["role"] == "assistant":
-            _assistant_turn(out, message)
+            _assistant_turn(out, message, thinking_off and i == len(messages) - 1)
         elif not (has_system and i == 0):
             _plain_turn(out, message["role"], _content(message))
     if add_generation_prompt:
         out.marker(BOS, 0)
         out.write("assistant\n", 0)
-        if enable_thinking is not None:
+        if enable_thinking:
             out.marker(THINK, 0)
-            out.write("\n" if enable_thinking else "\n\n", 0)
-        if enable_thinking is False:
-            out.marker(END_THINK, 0)
-            out.write("\n\n", 0)
+            out.write("\n", 0)
+        elif enable_thinking is False:
+            _empty_thinking(out)
     out.flush()
     return out.ids, out.mask
 
@@ -144,7 +146,14 @@ def _tool_result(out: _Writer, messages: list[dict], i: int) -> None:
         out.write("\n", 0)
 
 
-def _assistant_turn(out: _Writer, message: dict) -> None:
+def _empty_thinking(out: _Writer) -> None:
+    out.marker(THINK, 0)
+    out.write("\n\n", 0)
+    out.marker(END_THINK, 0)
+    out.write("\n\n", 0)
+
+
+def _assistant_turn(out: _Writer, message: dict, thinking_off: bool) -> None:
     out.marker(BOS, 0)
     out.write("assistant\n", 0)
     content = _without_blank_lines(_content(message))
@@ -154,6 +163,8 @@ def _assistant_turn(out: _Writer, message: dict) -> None:
         out.write(f"\n{reasoning}\n", 1)
         out.marker(END_THINK, 1)
         out.write("\n\n", 1)
+    elif thinking_off:
+        _empty_thinking(out)
     out.write(content, 1)
     for i, call in enumerate(parse_tool_calls(message.get("tool_calls"))):
         out.write("\n" if content or i else "", 1)

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     import torch
     from datasets import Dataset
 
-__all__ = ["DataError", "batches", "collate", "pretrain_dataset", "read_jsonl", "sft_dataset", "summary"]
-__all__ += ["token_bytes", "validation_batches"]
+__all__ = ["DataError", "batches", "collate", "preference_dataset", "pretrain_dataset", "read_jsonl"]
+__all__ += ["reason_dataset", "sft_dataset", "summary", "token_bytes", "validation_batches"]
 
 CACHE_DIR = Path(__file__).resolve().parent.parent / "out" / "cache"
 FIRST_TEXT_ID = 16  # ids below are markers
@@ -45,6 +45,18 @@ def sft_dataset(path: str | Path, tokenizer: Tokenizer, seq_len: int, **options)
     """{"conversations"} lines -> rows of up to seq_len tokens (columns input_ids, loss_mask, segment_lengths).
     Options: cache_dir, num_proc, quiet."""
     return _packed_dataset("sft", Path(path), tokenizer, seq_len, **options)
+
+
+def reason_dataset(path: str | Path, tokenizer: Tokenizer, seq_len: int, **options) -> Dataset:
+    """As sft_dataset; an answer without "reasoning_content" gets the empty thinking block of thinking switched off."""
+    return _packed_dataset("reason", Path(path), tokenizer, seq_len, **options)
+
+
+def preference_dataset(path: str | Path, tokenizer: Tokenizer, seq_len: int, **options) -> Dataset:
+    """{"chosen", "rejected"} lines -> rows as sft_dataset's. A pair is two segments of one row, chosen and rejected, so
+    odd segments are chosen and even ones rejected; labels are the tokens of the last answer. Pairs that are longer than
+    a row are skipped and counted."""
+    return _packed_dataset("preference", Path(path), tokenizer, seq_len, **options)
 
 
 def summary(dataset: Dataset) -> dict:
@@ -135,8 +147,9 @@ def _say(text: str, quiet: bool) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-def collate(rows: list[dict[str, np.ndarray]], seq_len: int) -> dict[str, torch.Tensor | int]:
-    """Rows of a packed dataset -> input_ids (B, T), labels (B, T), both int64, and `weight`, the number of labels.
+def collate(rows: list[dict[str, np.ndarray]], seq_len: int, kind: str) -> dict[str, torch.Tensor | int]:
+    """Rows of a packed dataset -> input_ids (B, T), labels (B, T), both int64; `tokens`, the number of labels; and
+    `weight`, the number of items whose mean the loss is: the labels, or the pairs of preference rows.
 
     labels[b, t] is the token that follows input_ids[b, t], or -100. SFT rows also give segment_ids (B, T) int32, the
     number of the conversation inside the row from 1, 0 where there is padding. An empty dict is a row of padding.
@@ -146,7 +159,6 @@ def collate(rows: list[dict[str, np.ndarray]], seq_len: int) -> dict[str, torch.
     input_ids = np.full((len(rows), seq_len), END_OF_TEXT, np.int64)
     labels = np.full((len(rows), seq_len), IGNORE, np.int64)
     segment_ids = np.zeros((len(rows), seq_len), np.int32)
-    sft = False
     for b, row in enumerate(rows):
         if not row:
             continue
@@ -155,7 +167,6 @@ def collate(rows: list[dict[str, np.ndarray]], seq_len: int) -> dict[str, torch.
             input_ids[b, : len(ids) - 1] = ids[:-1]
             labels[b, : len(ids) - 1] = ids[1:]
             continue
-        sft = True
         lengths = np.asarray(row["segment_lengths"])
         segments = np.repeat(np.arange(1, len(lengths) + 1), lengths)
         input_ids[b, : len(ids)] = ids
@@ -163,9 +174,10 @@ def collate(rows: list[dict[str, np.ndarray]], seq_len: int) -> dict[str, torch.
         trained = np.asarray(row["loss_mask"])[1:] & (segments[1:] == segments[:-1])
         labels[b, : len(ids) - 1][trained] = ids[1:][trained]
     batch = {"input_ids": torch.from_numpy(input_ids), "labels": torch.from_numpy(labels)}
-    if sft:
+    if kind != "pretrain":
         batch["segment_ids"] = torch.from_numpy(segment_ids)
-    return batch | {"weight": int((labels != IGNORE).sum())}
+    tokens, pairs = int((labels != IGNORE).sum()), int(segment_ids.max(axis=1).sum()) // 2
+    return batch | {"tokens": tokens, "weight": pairs if kind == "preference" else tokens}
 
 
 class _Source:
@@ -221,21 +233,26 @@ def batches(
     from torch import Generator
     from torch.utils.data import DataLoader
 
-    source, seq_len = _Source(dataset), summary(dataset)["seq_len"]
+    source, to_batch = _Source(dataset), _collate_of(dataset)
     indices = _batch_indices(len(dataset), batch_size, seed, start_sample, shuffle, rank, world_size)
     if num_workers == 0:
-        return (collate(source.__getitems__(chosen), seq_len) for chosen in indices)
+        return (to_batch(source.__getitems__(chosen)) for chosen in indices)
     # Its own generator: the loader would draw its workers' seed from the global one, and so change the run.
-    options = {"num_workers": num_workers, "collate_fn": partial(collate, seq_len=seq_len), "generator": Generator()}
+    options = {"num_workers": num_workers, "collate_fn": to_batch, "generator": Generator()}
     return iter(DataLoader(source, batch_sampler=indices, **options))
 
 
 def validation_batches(dataset: Dataset, batch_size: int) -> Iterator[dict]:
     """Every row once, in order. The last batch is filled up with padding rows: all batches have one shape."""
-    source, seq_len = _Source(dataset), summary(dataset)["seq_len"]
+    source, to_batch = _Source(dataset), _collate_of(dataset)
     for start in range(0, len(dataset), batch_size):
         rows = source.__getitems__(range(start, min(start + batch_size, len(dataset))))
-        yield collate(rows + [{}] * (batch_size - len(rows)), seq_len)
+        yield to_batch(rows + [{}] * (batch_size - len(rows)))
+
+
+def _collate_of(dataset: Dataset) -> partial:
+    figures = summary(dataset)
+    return partial(collate, seq_len=figures["seq_len"], kind=figures["kind"])
 
 
 def token_bytes(tokenizer: Tokenizer) -> torch.Tensor:

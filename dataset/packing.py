@@ -13,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,15 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from dataset.chat import Fault, render_chat
-from dataset.jsonl import DataError, conversation_faults, kind_of, parse_line, read_lines, text_fault
+from dataset.jsonl import (
+    DataError,
+    conversation_faults,
+    kind_of,
+    parse_line,
+    preference_faults,
+    read_lines,
+    text_fault,
+)
 
 END_OF_TEXT = 0  # id of <|endoftext|>: before each document, and as padding
 CHUNK = 1 << 20  # bytes of lines that are tokenised together
@@ -29,36 +38,60 @@ PARALLEL_FROM = 4 << 20  # files above this size are tokenised by several proces
 PACK_BUFFER = 2000  # conversations among which the best-fitting one is looked for
 
 
-def _encode(kind: str, tokenizer: Tokenizer, lines: list[tuple[int, bytes]]) -> tuple[list, list[tuple[int, str]]]:
-    """Lines -> ([(ids, loss_mask or None)] of the rows that can be used, [(line number, why not)] of the others)."""
+@dataclass
+class Piece:
+    """What must stay together in one row: a conversation, or a preference pair as two segments, chosen and rejected."""
+
+    ids: np.ndarray
+    mask: np.ndarray | None = None  # bool, True = a label; None: plain text
+    lengths: list[int] | None = None  # of its segments; None: it is one
+
+
+def _encode(
+    kind: str, tokenizer: Tokenizer, seq_len: int, lines: list[tuple[int, bytes]]
+) -> tuple[list[Piece], list[tuple[int, str]]]:
+    """Lines -> (the rows that can be used, [(line number, why not)] of the others)."""
     dtype = np.uint16 if tokenizer.get_vocab_size() <= 1 << 16 else np.uint32
-    rows, skipped = [], []
+    faults_of = {"pretrain": lambda row: [text_fault(row)], "preference": preference_faults}
+    texts, pieces, skipped = [], [], []
     for number, line in lines:
         row, fault = parse_line(number, line)
-        faults = [fault] if fault else []
-        if row is not None:
-            faults = conversation_faults(row) if kind == "sft" else [text_fault(row)]
+        faults = [fault] if row is None else faults_of.get(kind, conversation_faults)(row)
         error = next((fault for fault in faults if fault and fault.level == "error"), None)
-        if error is None and kind == "sft":
-            try:
-                ids, mask = render_chat(tokenizer, row["conversations"])
-                rows.append((np.array(ids, dtype), np.array(mask, bool)))
-            except ValueError as refused:
-                error = Fault("error", f"cannot be rendered: {refused}")
+        if error is None and kind == "pretrain":
+            texts.append(row["text"])
         elif error is None:
-            rows.append(row["text"])
+            try:
+                if kind == "preference":
+                    pieces.append(_pair(tokenizer, row, seq_len, dtype))
+                else:
+                    ids, mask = render_chat(tokenizer, row["conversations"], thinking_off=kind == "reason")
+                    pieces.append(Piece(np.array(ids, dtype), np.array(mask, bool)))
+            except ValueError as refused:
+                error = Fault("error", f"{refused}")
         if error is not None:
             skipped.append((number, error.text))
     if kind == "pretrain":
-        encodings = tokenizer.encode_batch_fast(rows, add_special_tokens=False)
-        rows = [(np.array([END_OF_TEXT, *encoding.ids], dtype), None) for encoding in encodings]
-    return rows, skipped
+        encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        pieces = [Piece(np.array([END_OF_TEXT, *encoding.ids], dtype)) for encoding in encodings]
+    return pieces, skipped
 
 
-def _start_worker(kind: str, tokenizer_json: str) -> None:
+def _pair(tokenizer: Tokenizer, row: dict, seq_len: int, dtype: type) -> Piece:
+    """Both conversations of a preference pair; labels are the last answer alone, not earlier ones in the prompt."""
+    prompt = render_chat(tokenizer, row["chosen"][:-1], add_generation_prompt=True)[0]
+    sides = [render_chat(tokenizer, row[side]) for side in ("chosen", "rejected")]
+    ids = np.concatenate([np.array(ids, dtype) for ids, _ in sides])
+    if len(ids) > seq_len:
+        raise ValueError(f"pair longer than a row: {len(ids)} tokens with both answers; raise --max_seq_len")
+    mask = np.concatenate([np.array([0] * len(prompt) + mask[len(prompt) :], bool) for _, mask in sides])
+    return Piece(ids, mask, [len(ids) for ids, _ in sides])
+
+
+def _start_worker(kind: str, tokenizer_json: str, seq_len: int) -> None:
     global _worker
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process per core already
-    _worker = (kind, Tokenizer.from_str(tokenizer_json))
+    _worker = (kind, Tokenizer.from_str(tokenizer_json), seq_len)
     # A worker must not outlive a killed parent: it was forked with the cache's lock, and would hold it for ever.
     threading.Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
 
@@ -67,13 +100,15 @@ def _encode_in_worker(lines: list[tuple[int, bytes]]) -> tuple[list, list]:
     return _encode(*_worker, lines)
 
 
-def _encode_all(kind: str, tokenizer: Tokenizer, chunks: Iterable, num_proc: int) -> Iterator[tuple[list, list]]:
+def _encode_all(
+    kind: str, tokenizer: Tokenizer, seq_len: int, chunks: Iterable, num_proc: int
+) -> Iterator[tuple[list, list]]:
     """_encode over all chunks, in order; with several processes only a few chunks are in flight, so RAM stays flat."""
     if num_proc <= 1:
-        yield from (_encode(kind, tokenizer, chunk) for chunk in chunks)
+        yield from (_encode(kind, tokenizer, seq_len, chunk) for chunk in chunks)
         return
     context = get_context("fork" if sys.platform == "linux" else "spawn")
-    with ProcessPoolExecutor(num_proc, context, _start_worker, (kind, tokenizer.to_str())) as pool:
+    with ProcessPoolExecutor(num_proc, context, _start_worker, (kind, tokenizer.to_str(), seq_len)) as pool:
         waiting: deque = deque()
         for chunk in chunks:
             waiting.append(pool.submit(_encode_in_worker, chunk))
@@ -112,22 +147,22 @@ def pack_documents(documents: Iterable[np.ndarray], seq_len: int) -> Iterator[di
         yield {"input_ids": np.concatenate(parts)}
 
 
-def split_conversation(ids: np.ndarray, mask: np.ndarray, seq_len: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def split_conversation(piece: Piece, seq_len: int) -> Iterator[Piece]:
     """Windows of at most seq_len tokens; each repeats the last seq_len // 2 tokens of the one before, masked, as
     context. So every label is trained exactly once. Windows without a label are left out."""
     repeat = seq_len // 2
-    for start in range(0, max(len(ids) - repeat, 1), seq_len - repeat):
-        window, labels = ids[start : start + seq_len], mask[start : start + seq_len].copy()
+    for start in range(0, max(len(piece.ids) - repeat, 1), seq_len - repeat):
+        window, labels = piece.ids[start : start + seq_len], piece.mask[start : start + seq_len].copy()
         if start:
             labels[:repeat] = False
         if labels.any():
-            yield window, labels
+            yield Piece(window, labels, piece.lengths)
 
 
-def pack_conversations(pieces: Iterable[tuple[np.ndarray, np.ndarray]], seq_len: int) -> Iterator[dict]:
+def pack_pieces(pieces: Iterable[Piece], seq_len: int) -> Iterator[dict]:
     """Best fit: a row begins with the longest of the buffer and adds the longest that still fits, till none does."""
     buffer: list[tuple[int, int]] = []  # (length, serial number), sorted
-    stored: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+    stored: dict[int, Piece] = {}
 
     def next_row() -> dict:
         space, chosen = seq_len, []
@@ -135,15 +170,16 @@ def pack_conversations(pieces: Iterable[tuple[np.ndarray, np.ndarray]], seq_len:
             length, serial = buffer.pop(at - 1)
             chosen.append(stored.pop(serial))
             space -= length
+        lengths = [length for piece in chosen for length in piece.lengths or [len(piece.ids)]]
         return {
-            "input_ids": np.concatenate([ids for ids, _ in chosen]),
-            "loss_mask": np.concatenate([mask for _, mask in chosen]),
-            "segment_lengths": np.array([len(ids) for ids, _ in chosen], np.uint32),
+            "input_ids": np.concatenate([piece.ids for piece in chosen]),
+            "loss_mask": np.concatenate([piece.mask for piece in chosen]),
+            "segment_lengths": np.array(lengths, np.uint32),
         }
 
     for serial, piece in enumerate(pieces):
         stored[serial] = piece
-        bisect.insort(buffer, (len(piece[0]), serial))
+        bisect.insort(buffer, (len(piece.ids), serial))
         if len(buffer) >= PACK_BUFFER:
             yield next_row()
     while buffer:
@@ -168,8 +204,8 @@ def build(
             progress.add(len(line))
             yield number, line
 
-    def encoded() -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
-        for rows, skipped in _encode_all(kind, tokenizer, chunks_of(lines()), num_proc):
+    def encoded() -> Iterator[Piece]:
+        for rows, skipped in _encode_all(kind, tokenizer, seq_len, chunks_of(lines()), num_proc):
             figures["used"] += len(rows)
             for number, why in skipped:
                 reason = figures["skipped"].setdefault(kind_of(why), {"count": 0, "lines": []})
@@ -177,19 +213,19 @@ def build(
                 reason["lines"] += [number] if len(reason["lines"]) < 5 else []
             yield from rows
 
-    def pieces() -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        for ids, mask in encoded():
-            figures["labels"] += int(mask[1:].sum())
-            windows = list(split_conversation(ids, mask, seq_len))
-            if len(ids) > seq_len:
+    def pieces() -> Iterator[Piece]:
+        for piece in encoded():
+            figures["labels"] += int(piece.mask[1:].sum())
+            windows = list(split_conversation(piece, seq_len))
+            if len(piece.ids) > seq_len:
                 figures["continued"] += 1
                 figures["windows"] += len(windows)
             yield from windows
 
     if kind == "pretrain":
-        packed = pack_documents((ids for ids, _ in encoded()), seq_len)
+        packed = pack_documents((piece.ids for piece in encoded()), seq_len)
     else:
-        packed = pack_conversations(pieces(), seq_len)
+        packed = pack_pieces(pieces(), seq_len)
     _write_arrow(folder / "rows.arrow", packed, figures)
     progress.end()
     if kind == "pretrain":
@@ -241,7 +277,7 @@ def describe(path: Path, figures: dict, cached: bool) -> str:
     if figures["continued"]:
         text += f"; {figures['continued']:,} longer than a row, continued in {figures['windows']:,} windows"
     text += f"; {figures['tokens']:,} tokens"
-    text += f" ({figures['labels']:,} trained)" if figures["kind"] == "sft" else ""
+    text += f" ({figures['labels']:,} trained)" if figures["kind"] != "pretrain" else ""
     text += f" in {figures['rows']:,} rows of {figures['seq_len']}, {100 * figures['fill']:.1f} % full"
     return text + ("; cached" if cached else f"; {figures['seconds']} s")
 

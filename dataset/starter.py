@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `python dataset/
 from dataset import starter_chat as chat
 from dataset import starter_lists as lists
 from dataset import starter_skills as skills
+from dataset import starter_stages as stages
 from dataset import starter_stories as stories
 from dataset import starter_words as words
 from dataset.starter_facts import LIFE, NATURE, WORLD
@@ -30,7 +31,6 @@ from dataset.starter_skills import NAMES, Item, is_held_out
 HERE = Path(__file__).resolve().parent
 DEFAULT = HERE / "starter_data"
 LANGUAGES = ("zh", "en")
-FILES = ("pretrain.jsonl", "pretrain_val.jsonl", "sft.jsonl", "sft_val.jsonl", "heldout.jsonl")
 STAMP = "stamp.json"
 
 SFT_ROWS = 60_000  # at size 1.0
@@ -66,14 +66,37 @@ SKILLS: dict[str, tuple[float, Skill]] = {
 TALK = ("identity", "greeting", "story", "system_prompt", "unknown")  # left out of plain-text dialogues
 WORKED = {"arithmetic": 7, "times_table": 1, "comparing": 2, "units_dates": 1, "opposites": 0.5}  # true on their own
 
+# The stages after SFT: by file, the share of each subject. A part of the rows repeats SFT conversations, lest the model
+# forget them.
+STAGES: dict[str, dict[str, tuple[float, Skill]]] = {
+    "lora_identity": {"persona": (1, stages.persona)},
+    "lora_medical": {"health": (1, stages.health)},
+    "reason": {name: (share, stages.problem_of(name)) for name, (share, _) in stages.PROBLEMS.items()},
+}
+STAGE_ROWS = {"lora_identity": 3_000, "lora_medical": 3_000, "reason": 24_000}  # at size 1.0
+REPEATED = {"lora_identity": 0.5, "lora_medical": 0.5, "reason": 0.1}
+THINKING = 0.6  # share of the problems whose steps are shown
+PREFERENCES = 6_000  # at size 1.0
+FILES = (
+    "pretrain.jsonl",
+    "pretrain_val.jsonl",
+    "sft.jsonl",
+    "sft_val.jsonl",
+    "heldout.jsonl",
+    "dpo.jsonl",
+    "dpo_val.jsonl",
+)
+FILES += tuple(f"{stage}{part}.jsonl" for stage in STAGES for part in ("", "_val", "_heldout"))
+
 # Share of the pretraining bytes, in percent.
 TEXTS = {"story": 10, "description": 12, "facts": 13, "dialogue": 37, "worked": 20, "translation": 8}
 
 
-def draw(rng: random.Random, name: str, lang: str, held: bool = False) -> Item:
+def draw(rng: random.Random, skill: str | Skill, lang: str, held: bool = False) -> Item:
     """An Item of the skill that lies on the wanted side of the split."""
+    make = SKILLS[skill][1] if isinstance(skill, str) else skill
     while True:
-        item = SKILLS[name][1](rng, lang, held)
+        item = make(rng, lang, held)
         if is_held_out(item.key) == held:
             return item
 
@@ -133,7 +156,8 @@ def to_messages(item: Item, with_answer: bool = True) -> list[dict[str, str]]:
     for question, answer in item.history:
         messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     messages.append({"role": "user", "content": item.question})
-    return messages + [{"role": "assistant", "content": item.answer}] * with_answer
+    thinking = {"reasoning_content": item.reasoning} if item.reasoning else {}
+    return messages + [{"role": "assistant", "content": item.answer, **thinking}] * with_answer
 
 
 def make_conversation(rng: random.Random, name: str, lang: str) -> list[dict[str, str]]:
@@ -168,14 +192,14 @@ def make_sft(rng: random.Random, rows: int, exclude: frozenset[str] = frozenset(
     return conversations, counts
 
 
-def make_heldout(rng: random.Random) -> list[dict]:
+def make_heldout(rng: random.Random, skills: dict[str, tuple[float, Skill]]) -> list[dict]:
     """The scoreboard: for each skill, half Chinese and half English questions, all different."""
     rows = []
-    for name in SKILLS:
+    for name, (_, make) in skills.items():
         for lang in LANGUAGES:
             asked: set[str] = set()
             for _ in range(100 * HELD_OUT_PER_SKILL):
-                item = draw(rng, name, lang, held=True)
+                item = draw(rng, make, lang, held=True)
                 messages = to_messages(item, with_answer=False)
                 shown = json.dumps(messages, ensure_ascii=False)
                 if shown.lower() in asked:
@@ -192,12 +216,42 @@ def make_heldout(rng: random.Random) -> list[dict]:
     return rows
 
 
+def make_stage(rng: random.Random, stage: str, rows: int) -> list[list]:
+    """Conversations of a later stage, mixed with some of the SFT."""
+    makers, shares = [make for _, make in STAGES[stage].values()], [share for share, _ in STAGES[stage].values()]
+    names, weights = list(SKILLS), [share for share, _ in SKILLS.values()]
+    repeated = [name for name in names if name != "identity"] if stage == "lora_identity" else names
+    conversations = []
+    for i in range(rows):
+        lang = LANGUAGES[i % 2]
+        if rng.random() < REPEATED[stage]:
+            name = rng.choices(names, weights)[0]
+            conversations.append(make_conversation(rng, name if name in repeated else rng.choice(repeated), lang))
+            continue
+        item = draw(rng, rng.choices(makers, shares)[0], lang)
+        if rng.random() > THINKING:
+            item.reasoning = ""
+        conversations.append(to_messages(item))
+    return conversations
+
+
+def make_preferences(rng: random.Random, rows: int, held: bool) -> list[dict]:
+    """Pairs that differ in the answer alone."""
+    pairs = []
+    while len(pairs) < rows:
+        item, worse = stages.preference(rng, LANGUAGES[len(pairs) % 2], held)
+        if is_held_out(item.key) == held:
+            messages = to_messages(item)
+            pairs.append({"chosen": messages, "rejected": messages[:-1] + [{"role": "assistant", "content": worse}]})
+    return pairs
+
+
 def write_jsonl(path: Path, rows: list[dict]) -> None:
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
 def write_starter(out_dir: str | Path = DEFAULT, size: float = 1.0, seed: int = 0) -> dict[str, Counter]:
-    """Writes the five files and the stamp into out_dir; returns the number of rows by file and by skill."""
+    """Writes all FILES and the stamp into out_dir; returns the number of rows by file and by skill."""
     out_dir = Path(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
     (out_dir / STAMP).unlink(missing_ok=True)  # an interrupted run must not look finished
@@ -213,13 +267,20 @@ def write_starter(out_dir: str | Path = DEFAULT, size: float = 1.0, seed: int = 
     sft, counts = make_sft(rng_for("sft"), int(SFT_ROWS * size))
     trained = frozenset(json.dumps(messages, ensure_ascii=False) for messages in sft)
     sft_val, _ = make_sft(rng_for("sft_val"), SFT_VAL_ROWS, trained)
-    heldout = make_heldout(rng_for("heldout"))
+    heldout = make_heldout(rng_for("heldout"), SKILLS)
 
     write_jsonl(out_dir / "pretrain.jsonl", [{"text": text} for text in pretrain])
     write_jsonl(out_dir / "pretrain_val.jsonl", [{"text": text} for text in pretrain_val])
     write_jsonl(out_dir / "sft.jsonl", [{"conversations": messages} for messages in sft])
     write_jsonl(out_dir / "sft_val.jsonl", [{"conversations": messages} for messages in sft_val])
     write_jsonl(out_dir / "heldout.jsonl", heldout)
+    write_jsonl(out_dir / "dpo.jsonl", make_preferences(rng_for("dpo"), int(PREFERENCES * size), held=False))
+    write_jsonl(out_dir / "dpo_val.jsonl", make_preferences(rng_for("dpo_val"), 300, held=True))
+    for stage in STAGES:
+        for part, rows in (("", int(STAGE_ROWS[stage] * size)), ("_val", 200)):
+            conversations = make_stage(rng_for(stage + part), stage, rows)
+            write_jsonl(out_dir / f"{stage}{part}.jsonl", [{"conversations": messages} for messages in conversations])
+        write_jsonl(out_dir / f"{stage}_heldout.jsonl", make_heldout(rng_for(f"{stage}_heldout"), STAGES[stage]))
     (out_dir / STAMP).write_text(json.dumps(stamp(size, seed)), encoding="utf-8")
     return {"sft": counts, "heldout": Counter(row["skill"] for row in heldout)}
 
@@ -257,10 +318,10 @@ def main() -> None:
         counts = write_starter(args.out, args.size, args.seed)
     except OSError as error:
         sys.exit(f"error: --out {args.out}: {error.strerror}; choose a folder that can be written to")
-    print(f"{'file':<20}{'rows':>8}{'bytes':>12}")
+    print(f"{'file':<28}{'rows':>8}{'bytes':>12}")
     for name in FILES:
         data = (args.out / name).read_bytes()
-        print(f"{name:<20}{data.count(10):>8}{len(data):>12}")
+        print(f"{name:<28}{data.count(10):>8}{len(data):>12}")
     print(f"\n{'skill':<20}{'sft':>8}{'heldout':>12}")
     for name in SKILLS:
         print(f"{name:<20}{counts['sft'][name]:>8}{counts['heldout'][name]:>12}")

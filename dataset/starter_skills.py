@@ -35,6 +35,7 @@ class Item:
     history: list[tuple[str, str]] = field(default_factory=list)
     accepted: list[str] = field(default_factory=list)  # further answers that count as right
     must_contain: list[str] = field(default_factory=list)
+    reasoning: str = ""  # the steps, where they are written apart from the answer
 
 
 def is_held_out(key: str) -> bool:

@@ -352,7 +352,7 @@ class Decoder(nn.Module):
 class ModelOutput(NamedTuple):
     """What a forward returns. `loss` is the mean over the labels, without aux_loss."""
 
-    logits: Tensor | None  # (B, T, vocab) when no labels were given
+    logits: Tensor | None  # (B, T, vocab), or (N, vocab) at the positions asked for; None when labels were given
     loss: Tensor | None  # () fp32
     aux_loss: Tensor | None  # () router balance, already times its coefficient; None when dense
     expert_load: Tensor | None  # (layers, E) share of the tokens; None when dense
@@ -390,13 +390,19 @@ class MiniMindLM(nn.Module):
                 nn.init.normal_(p, std=std / math.sqrt(2 * self.config.num_hidden_layers) if into_residual else std)
 
     def forward(
-        self, input_ids: Tensor, labels: Tensor | None = None, segment_ids: Tensor | None = None, cache=None
+        self,
+        input_ids: Tensor,
+        labels: Tensor | None = None,
+        segment_ids: Tensor | None = None,
+        cache=None,
+        logits_at: Tensor | None = None,
     ) -> ModelOutput:
         """Logits, or the loss when labels are given.
 
         input_ids: (B, T) int64. labels: (B, T) int64, already shifted: labels[b, t] is the token that follows
         input_ids[b, t], -100 where nothing is to be learnt. segment_ids: (B, T) int; a position attends only to earlier
         positions of its own segment (packed conversations). cache: a generation.KVCache, which then says the positions.
+        logits_at: (B, T) bool, where logits are wanted: all others are never computed.
         """
         B, T = input_ids.shape
         positions = cache.positions(T) if cache is not None else torch.arange(T, device=input_ids.device)[None]
@@ -421,13 +427,11 @@ class MiniMindLM(nn.Module):
             expert_load = torch.stack(loads)
 
         if labels is None:
-            return ModelOutput(self.head(x), None, aux_loss, expert_load)
-        return ModelOutput(None, self.head(x, labels), aux_loss, expert_load)
+            return ModelOutput(self.logits(x if logits_at is None else x[logits_at]), None, aux_loss, expert_load)
+        return ModelOutput(None, self.loss(x, labels), aux_loss, expert_load)
 
-    def head(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Final norm and output layer: logits (B, T, vocab), or with labels the mean cross-entropy in nats, fp32."""
-        if labels is None:
-            return self.logits(x)
+    def loss(self, x: Tensor, labels: Tensor) -> Tensor:
+        """Mean cross-entropy in nats, fp32, from the last block's output (B, T, hidden) and labels (B, T)."""
         x, labels = x.flatten(0, 1), labels.flatten()
         trained = labels != -100
         if not trained.all():  # SFT learns from a third of its tokens: no logits for the others
@@ -435,6 +439,7 @@ class MiniMindLM(nn.Module):
         return self.cross_entropy(x, labels) / max(len(labels), 1)  # a batch without labels has loss 0, not 0/0
 
     def logits(self, x: Tensor) -> Tensor:
+        """Final norm and output layer: (..., hidden) -> (..., vocab)."""
         return F.linear(self.model.norm(x), self.model.embed_tokens.weight)
 
     def cross_entropy(self, x: Tensor, labels: Tensor) -> Tensor:

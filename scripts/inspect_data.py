@@ -25,6 +25,7 @@ from dataset import faults as faults_of  # noqa: E402
 from dataset import jsonl, packing  # noqa: E402
 from dataset.chat import TOKENIZER_DIR, Fault, load_tokenizer, render_chat  # noqa: E402
 from dataset.jsonl import DataError  # noqa: E402
+from dataset.packing import Piece  # noqa: E402
 
 KEYS = {"text": "pretrain", "conversations": "sft", "chosen": "dpo", "rejected": "dpo"}
 PARTS = {"sft": ("conversations",), "dpo": ("chosen", "rejected")}
@@ -121,18 +122,18 @@ class Report:
 
     def _packed(self) -> Iterator[dict]:
         if self.kind == "pretrain":
-            return packing.pack_documents((ids for ids, _ in self._encoded()), self.seq_len)
-        return packing.pack_conversations(self._windows(), self.seq_len)
+            return packing.pack_documents((piece.ids for piece in self._encoded()), self.seq_len)
+        return packing.pack_pieces(self._windows(), self.seq_len)
 
-    def _windows(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        for ids, mask in self._encoded():
-            windows = list(packing.split_conversation(ids, mask, self.seq_len))
-            self.continued += len(ids) > self.seq_len
-            self.windows += len(windows) if len(ids) > self.seq_len else 0
-            self.trained += int(mask.sum())
+    def _windows(self) -> Iterator[Piece]:
+        for piece in self._encoded():
+            windows = list(packing.split_conversation(piece, self.seq_len))
+            self.continued += len(piece.ids) > self.seq_len
+            self.windows += len(windows) if len(piece.ids) > self.seq_len else 0
+            self.trained += int(piece.mask.sum())
             yield from windows
 
-    def _encoded(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def _encoded(self) -> Iterator[Piece]:
         """Checks, counts and tokenises every line."""
         for chunk in packing.chunks_of(jsonl.read_lines(self.path)):
             texts = []
@@ -148,10 +149,10 @@ class Report:
                 for part in PARTS[self.kind]:
                     ids, mask = render_chat(self.tokenizer, row[part])
                     self.tokens.append(len(ids))
-                    yield np.array(ids, np.uint32), np.array(mask, bool)
+                    yield Piece(np.array(ids, np.uint32), np.array(mask, bool))
             for encoding in self.tokenizer.encode_batch_fast(texts, add_special_tokens=False):
                 self.tokens.append(len(encoding))
-                yield np.array([packing.END_OF_TEXT, *encoding.ids]), np.empty(0, bool)
+                yield Piece(np.array([packing.END_OF_TEXT, *encoding.ids]))
 
     def _check(self, number: int, line: bytes) -> dict | None:
         """Files the faults of a line and counts what it holds; returns the row if training would use it."""

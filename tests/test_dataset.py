@@ -189,7 +189,7 @@ def test_sft_rows_are_well_filled(tmp_path, tokenizer):
 
 def test_collate_pads_with_nothing_to_learn():
     row = {"input_ids": [1, 5, 6, 1, 7], "loss_mask": [False, True, True, True, True], "segment_lengths": [3, 2]}
-    batch = collate([row, {}], 6)
+    batch = collate([row, {}], 6, "sft")
     assert batch["input_ids"].tolist() == [[1, 5, 6, 1, 7, 0], [0] * 6]
     assert batch["labels"].tolist() == [[5, 6, -100, 7, -100, -100], [-100] * 6]
     assert batch["segment_ids"].tolist() == [[1, 1, 1, 2, 2, 0], [0] * 6]

@@ -66,7 +66,7 @@ def sft_rows(label_counts: list[int], seed: int = 0):
     ids = torch.randint(16, 6400, (len(label_counts), SEQ), generator=generator).tolist()
     masks = [[False] * (SEQ - n) + [True] * n for n in label_counts]
     columns = {"input_ids": ids, "loss_mask": masks, "segment_lengths": [[SEQ]] * len(ids)}
-    return Dataset.from_dict(columns, info=DatasetInfo(description=json.dumps({"seq_len": SEQ})))
+    return Dataset.from_dict(columns, info=DatasetInfo(description=json.dumps({"kind": "sft", "seq_len": SEQ})))
 
 
 def start(out_dir, **flags) -> trainer.Run:
@@ -79,9 +79,7 @@ def start(out_dir, **flags) -> trainer.Run:
 
 def loss_fn(model, batch):
     out = model(batch["input_ids"], labels=batch["labels"], segment_ids=batch.get("segment_ids"))
-    if out.aux_loss is None:
-        return out.loss, {}
-    return out.loss + out.aux_loss, {"aux_loss": out.aux_loss}
+    return trainer.with_balance(out, out.loss, {})
 
 
 def weights(run) -> dict[str, torch.Tensor]:
@@ -265,6 +263,11 @@ def bytes_of_token(tokenizer, i: int) -> bytes:
     return bytes(table[c] for c in tokenizer.id_to_token(i))
 
 
+def validate(run, rows, tokenizer) -> tuple[float, float]:
+    figures = trainer.validate(run, loss_fn, rows, token_bytes(tokenizer))
+    return figures["val_loss"], figures["val_bpb"]
+
+
 @pytest.mark.parametrize("moe", [0, 1])
 def test_bits_per_byte(tmp_path, text, tokenizer, moe):
     """Whatever the batch size, the padding rows that fill the last batch, and a MoE's balancing loss."""
@@ -278,7 +281,7 @@ def test_bits_per_byte(tmp_path, text, tokenizer, moe):
     )
     for batch_size in (1, 3, len(text) - 1, len(text) + 5):
         run.args.batch_size = batch_size
-        assert trainer.validate(run, loss_fn, text, token_bytes(tokenizer)) == pytest.approx(expected, rel=1e-5)
+        assert validate(run, text, tokenizer) == pytest.approx(expected, rel=1e-5)
     assert run.model.training
 
 
@@ -287,15 +290,14 @@ def test_val_tokens_limit_does_not_depend_on_the_batch_size(tmp_path, text, toke
     expected = bits_per_byte_by_hand(run.model, text.select(range(5)))
     for batch_size in (1, 4, 16):
         run.args.batch_size = batch_size
-        assert trainer.validate(run, loss_fn, text, token_bytes(tokenizer)) == pytest.approx(expected, rel=1e-5)
+        assert validate(run, text, tokenizer) == pytest.approx(expected, rel=1e-5)
     run.args.val_tokens = 1  # one row at least
     expected = bits_per_byte_by_hand(run.model, text.select(range(1)))
-    assert trainer.validate(run, loss_fn, text, token_bytes(tokenizer)) == pytest.approx(expected, rel=1e-5)
+    assert validate(run, text, tokenizer) == pytest.approx(expected, rel=1e-5)
 
 
 def test_validation_of_rows_without_labels(tmp_path, tokenizer):
-    loss, bits = trainer.validate(start(tmp_path), loss_fn, sft_rows([0, 0, 0]), token_bytes(tokenizer))
-    assert (loss, bits) == (0.0, 0.0)
+    assert validate(start(tmp_path), sft_rows([0, 0, 0]), tokenizer) == (0.0, 0.0)
 
 
 def test_when_validation_happens(tmp_path, text, tokenizer):

@@ -103,15 +103,20 @@ class Reporter:
         speed = f"{self.rate:,.0f} tokens/s  MFU {self.mfu:.2f}  " if self.rate else ""
         eta = progress.seconds / share * (1 - share) if share > 0 else 0
         done = int(share * 20)
-        val = f"  val {self.val['val_bpb']:.3f} bits/byte" if self.val else ""
+        val = f"  val {self._val_figure('bits/byte')}" if self.val else ""
         line = (
             f"[{'#' * done}{'.' * (20 - done)}] {share:4.0%}  step {progress.step}  loss {loss:.3f}{val}  "
             f"{speed}{int(eta // 60)}:{int(eta % 60):02d} left"
         )
         print(f"\r\033[K{line}" if self.tty else line, end="" if self.tty else "\n", file=sys.stderr, flush=True)
 
-    def validation(self, progress, loss: float, bits_per_byte: float) -> None:
-        self.val = {"val_loss": loss, "val_bpb": bits_per_byte}
+    def _val_figure(self, unit: str) -> str:
+        if "val_bpb" in self.val:
+            return f"{self.val['val_bpb']:.3f} {unit}"
+        return f"accuracy {self.val['val_accuracy']:.1%}" if "val_accuracy" in self.val else ""
+
+    def validation(self, progress, figures: dict[str, float]) -> None:
+        self.val = figures
         self._log({"step": progress.step, "seconds": round(progress.seconds, 2), "tokens": progress.tokens} | self.val)
 
     def _log(self, row: dict) -> None:
@@ -144,7 +149,7 @@ class Reporter:
         if self.tty:
             print(file=sys.stderr)
         skipped = f", {progress.skipped} steps skipped" if progress.skipped else ""
-        val = f", val {self.val['val_bpb']:.3f} bits per byte (loss {self.val['val_loss']:.3f})" if self.val else ""
+        val = f", val {self._val_figure('bits per byte')} (loss {self.val['val_loss']:.3f})" if self.val else ""
         self.say(
             f"{run.stage}: {progress.step} steps, {progress.tokens:,} tokens in {progress.seconds / 60:.1f} min{val}"
             f"{skipped}\nwrote {run.path('.pth')}, {self.log_path.name}"
@@ -174,7 +179,8 @@ def cut_log(path: Path, step: int) -> None:
 
 
 def draw_curve(log_path: Path, picture: Path) -> bool:
-    """Training loss and validation bits per byte over tokens, as a PNG. False without matplotlib."""
+    """Training loss and validation figure (bits per byte, else accuracy) over tokens, as a PNG. False without
+    matplotlib."""
     try:
         import matplotlib
     except ImportError:
@@ -184,18 +190,22 @@ def draw_curve(log_path: Path, picture: Path) -> bool:
 
     rows = list(read_log(log_path))
     train = [(r["tokens"], r["loss"]) for r in rows if r.get("loss") is not None]
-    val = [(r["tokens"], r["val_bpb"]) for r in rows if "val_bpb" in r]
+    measured = {name for r in rows for name in r}
     figure, left = plt.subplots(figsize=(8, 4.5), dpi=120)
     if train:
-        left.plot(*zip(*train, strict=True), color="tab:blue", linewidth=1, label="training loss")
+        left.plot(*zip(*train, strict=True), color="tab:blue", linewidth=1)
     left.set_xlabel("tokens trained on")
-    left.set_ylabel("nats per token", color="tab:blue")
-    if val:
-        right = left.twinx()
-        right.plot(*zip(*val, strict=True), color="tab:orange", marker="o", markersize=3, label="validation")
-        right.set_ylabel("validation bits per byte", color="tab:orange")
-        right.set_ylim(bottom=0)
-        right.annotate(f"{val[-1][1]:.3f}", val[-1], textcoords="offset points", xytext=(-10, 8), color="tab:orange")
+    left.set_ylabel("training loss", color="tab:blue")
+    for name, label in (("val_bpb", "bits per byte"), ("val_accuracy", "accuracy")):
+        if name in measured:
+            val = [(r["tokens"], r[name]) for r in rows if name in r]
+            right = left.twinx()
+            right.plot(*zip(*val, strict=True), color="tab:orange", marker="o", markersize=3)
+            right.set_ylabel(f"validation {label}", color="tab:orange")
+            right.set_ylim(bottom=0)
+            end = f"{val[-1][1]:.3f}"
+            right.annotate(end, val[-1], textcoords="offset points", xytext=(-10, 8), color="tab:orange")
+            break
     left.set_ylim(bottom=0)
     left.set_title(log_path.stem)
     left.grid(alpha=0.3)

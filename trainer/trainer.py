@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dataset.lm_dataset import batches, token_bytes, validation_batches
+from dataset.starter import ensure_starter
 from model import checkpoint
 from model.model import PRESETS, MiniMindConfig, MiniMindLM, compute_dtype
 from trainer.cli import DTYPES, UsageError, check, identity
@@ -96,10 +97,11 @@ def find_dtype(device: torch.device, name: str | None) -> torch.dtype:
     return torch.float16 if device.type == "cuda" and fast == torch.float32 else fast
 
 
-def setup(stage: str, args: argparse.Namespace, minutes: float) -> Run:
+def setup(stage: str, args: argparse.Namespace, minutes: float, rate: float = 1.0) -> Run:
     """Processes, device, seed, and the model: new, from --from_weight, or from the resume state.
 
-    `minutes` is the budget on the starter corpus when no flag gives one."""
+    `minutes` is the budget on the starter corpus when no flag gives one; `rate` the stage's share of the learning rate
+    of a training from nothing."""
     check(args)
     if args.epochs is args.steps is args.minutes is None:
         args.minutes, args.epochs = (minutes, None) if args.data_path is None else (None, 1.0)
@@ -116,7 +118,7 @@ def setup(stage: str, args: argparse.Namespace, minutes: float) -> Run:
 
     model = _starting_model(args)
     if args.learning_rate is None:  # wide matrices want smaller steps (Yang et al. 2022, arXiv:2203.03466)
-        args.learning_rate = LEARNING_RATES[args.optimizer] * 256 / model.config.hidden_size
+        args.learning_rate = rate * LEARNING_RATES[args.optimizer] * 256 / model.config.hidden_size
     run = Run(stage, args, device, find_dtype(device, args.dtype), model, rank, world_size)
     try:
         Path(args.out_dir).mkdir(parents=True, exist_ok=True)
@@ -167,6 +169,23 @@ def _starting_model(args: argparse.Namespace) -> MiniMindLM:
 def _is_finished(run: Run) -> bool:
     path = run.path(".pth")
     return path.exists() and checkpoint.load_meta(path).get("finished") == identity(run.args)
+
+
+def datasets(args: argparse.Namespace, stage: str, make: Callable, tokenizer) -> tuple:
+    """Training and validation rows by make(path, tokenizer, seq_len): of --data_path and --val_path (None without), or
+    of the starter corpus' files for the stage."""
+    paths = [args.data_path, args.val_path]
+    if args.data_path is None:
+        starter = ensure_starter()
+        paths = [starter / f"{stage}.jsonl", args.val_path or starter / f"{stage}_val.jsonl"]
+    return tuple(make(path, tokenizer, args.max_seq_len) if path else None for path in paths)
+
+
+def with_balance(out, loss: Tensor, metrics: dict) -> tuple[Tensor, dict]:
+    """What a loss_fn returns; a MoE adds its load-balancing loss and the share of the tokens that each expert got."""
+    if out.aux_loss is None:
+        return loss, metrics
+    return loss + out.aux_loss, metrics | {"aux_loss": out.aux_loss, "expert_load": out.expert_load.mean(0)}
 
 
 # ------------------------------------------------------------------------------------------------ budget
@@ -220,6 +239,8 @@ def train(run: Run, loss_fn: LossFn, train_rows, val_rows, tokenizer) -> None:
     """Train run.model until the budget is used up; write weights, resume state, metrics log and curve.
 
     loss_fn(model, batch) -> (loss, metrics): the mean loss over the batch's `weight` items, and further figures to log.
+    Bits per byte are measured from the metric `cross_entropy` if there is one, else from the loss; a loss that is not a
+    mean over tokens has none.
     """
     args, device = run.args, run.device
     progress = Progress()
@@ -259,7 +280,7 @@ def train(run: Run, loss_fn: LossFn, train_rows, val_rows, tokenizer) -> None:
         due = progress.step % args.val_interval == 0 if args.val_interval else share + 1e-9 >= progress.next_val
         if val_rows is not None and (due or share >= 1) and not stop:
             progress.next_val = 0.1 * (math.floor(share * 10 + 1e-6) + 1)
-            reporter.validation(progress, *validate(run, loss_fn, val_rows, bytes_of))
+            reporter.validation(progress, validate(run, loss_fn, val_rows, bytes_of))
         if stop or share >= 1:
             break
 
@@ -295,7 +316,7 @@ def train(run: Run, loss_fn: LossFn, train_rows, val_rows, tokenizer) -> None:
         if finite:
             for optimizer in optimizers:
                 scaler.step(optimizer)
-            progress.tokens += int(weight)
+            progress.tokens += int(_total(run, sum(batch["tokens"] for batch in micro_batches)))
             bad_steps = 0
         else:
             progress.skipped += 1
@@ -331,10 +352,12 @@ def train(run: Run, loss_fn: LossFn, train_rows, val_rows, tokenizer) -> None:
 
 
 @torch.no_grad()
-def validate(run: Run, loss_fn: LossFn, rows, bytes_of: Tensor) -> tuple[float, float]:
-    """(mean loss in nats per token, bits per byte) over the first rows, up to --val_tokens in all."""
+def validate(run: Run, loss_fn: LossFn, rows, bytes_of: Tensor) -> dict[str, float]:
+    """val_loss, val_bpb (bits per byte, if the loss is a mean over tokens) and val_<name> of each scalar metric, over
+    the first rows, up to --val_tokens in all."""
     args = run.args
-    nats, tokens, n_bytes = 0.0, 0, 0
+    sums: dict[str, float] = {}
+    weight, tokens, n_bytes = 0, 0, 0
     if args.val_tokens:
         rows = rows.select(range(min(len(rows), max(1, args.val_tokens // args.max_seq_len))))
     run.model.eval()
@@ -342,13 +365,20 @@ def validate(run: Run, loss_fn: LossFn, rows, bytes_of: Tensor) -> tuple[float, 
         batch = _to_device(batch, run.device)
         with run.autocast():
             loss, metrics = loss_fn(run.model, batch)
-        # Bits per byte measure the text: how well a MoE balances its experts is no part of it.
-        nats += float(loss - metrics.get("aux_loss", 0.0)) * batch["weight"]
-        tokens += batch["weight"]
+        # How well a MoE balances its experts is no part of how well it knows the text.
+        figures = {"loss": loss - metrics.pop("aux_loss", 0.0)}
+        figures |= {name: value for name, value in metrics.items() if torch.as_tensor(value).ndim == 0}
+        for name, value in figures.items():
+            sums[name] = sums.get(name, 0.0) + float(value) * batch["weight"]
+        weight += batch["weight"]
+        tokens += batch["tokens"]
         labels = batch["labels"]
         n_bytes += bytes_of[labels[labels >= 0]].sum().item()
     run.model.train()
-    return nats / max(tokens, 1), nats / math.log(2) / max(n_bytes, 1)
+    means = {f"val_{name}": value / max(weight, 1) for name, value in sums.items()}
+    if weight == tokens:
+        means["val_bpb"] = sums.get("cross_entropy", sums["loss"]) / math.log(2) / max(n_bytes, 1)
+    return means
 
 
 def _to_device(batch: dict, device: torch.device) -> dict:

@@ -1,0 +1,84 @@
+"""White-box distillation: a small student learns the teacher's whole distribution, not only the right token.
+
+python train_distill.py                # a student of hidden_size 192 from nothing, the teacher is out/full_sft_*.pth
+python train_distill.py --teacher FILE_OR_FOLDER --from_weight pretrain --alpha 0.5 --temperature 2 --kl reverse
+
+Black-box distillation, when only the teacher's answers can be seen: scripts/ask_teacher.py, then train_full_sft.py.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from dataset.chat import load_tokenizer
+from dataset.lm_dataset import IGNORE, sft_dataset
+from model import checkpoint
+from trainer import cli, trainer
+
+
+def distillation_loss(student, teacher, temperature, kl):
+    """T^2 * KL between softmax(teacher / T) and softmax(student / T), logits (N, vocab), mean over N (Hinton et al.
+    2015, arXiv:1503.02531). forward: KL(teacher || student), the student covers all that the teacher might say;
+    reverse: KL(student || teacher), it keeps to what the teacher says most (Gu et al. 2023, arXiv:2306.08543)."""
+    log_s = (student.float() / temperature).log_softmax(-1)
+    log_t = (teacher.float() / temperature).log_softmax(-1)
+    log_p, log_q = (log_t, log_s) if kl == "forward" else (log_s, log_t)
+    return temperature**2 * (log_p.exp() * (log_p - log_q)).sum(-1).sum() / max(len(log_p), 1)
+
+
+def make_loss_fn(teacher, args):
+    """alpha * cross-entropy with the labels + (1 - alpha) * distillation, over the tokens of the answers."""
+
+    def loss_fn(model, batch):
+        labels = batch["labels"]
+        answer = labels != IGNORE
+        inputs = {"input_ids": batch["input_ids"], "segment_ids": batch["segment_ids"], "logits_at": answer}
+        out = model(**inputs)
+        cross_entropy = F.cross_entropy(out.logits.float(), labels[answer], reduction="sum") / max(answer.sum(), 1)
+        loss, metrics = args.alpha * cross_entropy, {"cross_entropy": cross_entropy.detach()}
+        if args.alpha < 1:
+            with torch.no_grad():
+                teacher_logits = teacher(**inputs).logits
+            divergence = distillation_loss(out.logits, teacher_logits, args.temperature, args.kl)
+            loss, metrics = loss + (1 - args.alpha) * divergence, metrics | {"divergence": divergence.detach()}
+        return trainer.with_balance(out, loss, metrics)
+
+    return loss_fn
+
+
+def load_teacher(args, student, device):
+    """The teacher, frozen; refused if its tokens are not the student's."""
+    path = checkpoint.find_weights(args.out_dir, args.teacher)
+    teacher, _ = checkpoint.load(path, device)
+    same_tokens = teacher.config.vocab_size == student.config.vocab_size
+    if path.is_dir() and (path / "tokenizer.json").exists():
+        same_tokens = same_tokens and load_tokenizer(path).get_vocab() == load_tokenizer().get_vocab()
+    if not same_tokens:
+        raise checkpoint.CheckpointError(
+            f"--teacher {path} has another vocabulary ({teacher.config.vocab_size} tokens; the student has "
+            f"{student.config.vocab_size}): its probabilities cannot be compared; use scripts/ask_teacher.py"
+        )
+    return teacher.requires_grad_(False)
+
+
+def main():
+    parser = cli.arguments("distill", __doc__)
+    add = parser.add_argument_group("distillation").add_argument
+    add("--teacher", default="full_sft", help="a stage in --out_dir, a .pth, or a Hugging Face folder; dense or MoE")
+    add("--alpha", type=float, default=0.0, help="share of the labels in the loss; 1 = no teacher")
+    add("--temperature", type=float, default=1.0, help="above 1, unlikely tokens count more")
+    add("--kl", choices=("forward", "reverse"), default="forward")
+    args = parser.parse_args()
+    if not 0 <= args.alpha <= 1 or not args.temperature > 0:
+        raise cli.UsageError("--alpha must be between 0 and 1, --temperature above 0")
+    if args.from_weight == "none" and not (args.preset or args.hidden_size):
+        args.hidden_size = 192
+    run = trainer.setup("distill", args, minutes=2.0)
+    teacher = load_teacher(args, run.model, run.device)
+    tokenizer = load_tokenizer()
+    train_rows, val_rows = trainer.datasets(args, "sft", sft_dataset, tokenizer)
+
+    trainer.train(run, make_loss_fn(teacher, args), train_rows, val_rows, tokenizer)
+
+
+if __name__ == "__main__":
+    cli.run(main)

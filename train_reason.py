@@ -1,0 +1,52 @@
+"""Reasoning: the model learns to write its steps between <think> and </think> before it answers.
+
+python train_reason.py                                         # starter problems, from out/full_sft_*.pth
+python train_reason.py --data_path FILE.jsonl --epochs 2       # {"conversations": [...]} with "reasoning_content"
+python eval_model.py --model_mode 3                            # think, then answer; --thinking 0 = at once
+"""
+
+import torch
+import torch.nn.functional as F
+
+from dataset.chat import END_THINK_ID, END_TOOL_CALL_ID, THINK_ID, TOOL_CALL_ID, load_tokenizer
+from dataset.lm_dataset import IGNORE, reason_dataset
+from trainer import cli, trainer
+
+MARKERS = (THINK_ID, END_THINK_ID, TOOL_CALL_ID, END_TOOL_CALL_ID)
+
+
+def make_loss_fn(marker_weight):
+    """Cross-entropy over the tokens of thinking and answer, in which the four markers count `marker_weight` times.
+
+    The sum is divided by the number of tokens, not of weights: the rest is learnt as in plain SFT, and only the format
+    harder. A thinking block that never closes costs the whole answer, and its marker is one token in a hundred."""
+
+    def loss_fn(model, batch):
+        labels = batch["labels"]
+        answer = labels != IGNORE
+        out = model(batch["input_ids"], segment_ids=batch["segment_ids"], logits_at=answer)
+        losses = F.cross_entropy(out.logits.float(), labels[answer], reduction="none")  # (N,)
+        is_marker = torch.isin(labels[answer], torch.tensor(MARKERS, device=labels.device))
+        count = max(len(losses), 1)
+        loss = (losses * torch.where(is_marker, marker_weight, 1.0)).sum() / count
+        metrics = {"cross_entropy": losses.detach().sum() / count}
+        return trainer.with_balance(out, loss, metrics)
+
+    return loss_fn
+
+
+def main():
+    parser = cli.arguments("reason", __doc__, from_weight="full_sft")
+    parser.add_argument("--marker_weight", type=float, default=10.0, help="of <think>, </think> and the tool markers")
+    args = parser.parse_args()
+    if not args.marker_weight > 0:
+        raise cli.UsageError(f"--marker_weight {args.marker_weight}: must be above 0")
+    run = trainer.setup("reason", args, minutes=2.0, rate=0.5)
+    tokenizer = load_tokenizer()
+    train_rows, val_rows = trainer.datasets(args, "reason", reason_dataset, tokenizer)
+
+    trainer.train(run, make_loss_fn(args.marker_weight), train_rows, val_rows, tokenizer)
+
+
+if __name__ == "__main__":
+    cli.run(main)
