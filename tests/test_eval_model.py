@@ -21,7 +21,7 @@ from tokenizers.pre_tokenizers import Whitespace
 
 import eval_model
 from dataset.chat import TOKENIZER_DIR, load_tokenizer
-from dataset.heldout import Question, read_heldout
+from dataset.heldout import read_heldout
 from dataset.jsonl import DataError
 from model import checkpoint
 from model.generation import SamplingParams, generate
@@ -334,39 +334,6 @@ def test_every_question_gets_its_own_answer(weights, tmp_path, run):
     answers = [q["answer"] for q in json.loads((tmp_path / "scores.json").read_text(encoding="utf-8"))["questions"]]
     assert answers == [run(*options, "--ask", q).out.strip() for q in questions]
     assert len(set(answers)) == 3
-
-
-@pytest.mark.parametrize(
-    ("answer", "right", "exact"),
-    [
-        (" Paris.\n", True, False), ("paris", True, False), ("PARIS。", True, False), ("Paris..", False, False),
-        ("Paris!", False, False), ("It is Paris", False, False), ("", False, False),
-        ("Paris", True, True), ("Paris.", True, True), ("paris", False, True),
-    ],
-)  # fmt: skip
-def test_what_counts_as_right(answer, right, exact):
-    assert Question(1, "capital", [], ["London", "Paris."], [], exact).is_right(answer) is right
-
-
-@pytest.mark.parametrize(
-    ("line", "fault"),
-    [
-        ('{"skill": "x"', "line 2: invalid JSON"),
-        ('{"conversations": [{"role": "user", "content": "?"}], "answers": ["a"]}', '"skill"'),
-        ('{"skill": "x", "answers": ["a"]}', '"conversations"'),
-        ('{"skill": "x", "conversations": [{"role": "user"}], "answers": ["a"]}', "message 1: content is null"),
-        ('{"skill": "x", "conversations": [{"role": "user", "content": "?"}]}', 'either "answers" or'),
-        ('{"skill": "x", "conversations": [{"role": "user", "content": "?"}], "answers": "a"}', "list of strings"),
-        ('{"skill": "x", "conversations": [{"role": "assistant", "content": "?"}], "answers": ["a"]}', "the user's"),
-    ],
-)
-def test_faults_of_a_heldout_file_name_the_line(tmp_path, line, fault):
-    path = tmp_path / "heldout.jsonl"
-    good = '{"skill": "x", "conversations": [{"role": "user", "content": "?"}], "answers": ["a"]}'
-    path.write_text(f"{good}\n{line}\n", encoding="utf-8")
-    with pytest.raises(DataError, match="line 2") as caught:
-        read_heldout(path)
-    assert fault in str(caught.value)
 
 
 # ------------------------------------------------------------------------------------------------ mistakes
