@@ -23,7 +23,7 @@ import eval_model
 from dataset.chat import TOKENIZER_DIR, load_tokenizer
 from dataset.heldout import read_heldout
 from dataset.jsonl import DataError
-from model import checkpoint
+from model import chatbot, checkpoint
 from model.generation import SamplingParams, generate
 from model.model import MiniMindConfig, MiniMindLM
 from trainer import cli
@@ -186,13 +186,13 @@ def test_manual_input_through_a_pipe_ends_politely(weights, run, stdin):
 
 def test_the_model_sees_the_conversation(weights, monkeypatch, run):
     seen = []
-    render = eval_model.render_chat
+    render = chatbot.render_chat
 
     def watched(tokenizer, messages, **options):
         seen.append(messages)
         return render(tokenizer, messages, **options)
 
-    monkeypatch.setattr(eval_model, "render_chat", watched)
+    monkeypatch.setattr(chatbot, "render_chat", watched)
 
     def prompts(*args, stdin):
         seen.clear()
@@ -370,7 +370,7 @@ def test_weights_that_cannot_be_had(weights, tmp_path, monkeypatch):
     ]
     for args, text in cases:
         with pytest.raises(checkpoint.CheckpointError) as caught:
-            eval_model.load_chatbot(parsed(monkeypatch, *args))
+            chatbot.load_chatbot(parsed(monkeypatch, *args), torch.device("cpu"), None)
         assert text in str(caught.value) and "\n" not in str(caught.value)
     with pytest.raises(DataError, match="empty"):
         (tmp_path / "empty.jsonl").touch()
