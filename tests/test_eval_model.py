@@ -151,7 +151,11 @@ def test_another_tokenizer_goes_through_transformers(weights, tmp_path, run):
 
 
 def test_reasoning_answers_begin_with_thinking(weights, run):
-    assert run("--out_dir", weights, "--model_mode", 3, "--ask", "hi", *GREEDY).out.startswith("<think>\n")
+    def opens_with_thinking(*args):
+        return run("--out_dir", weights, *args, "--ask", "hi", *GREEDY).out.startswith("<think>\n")
+
+    assert opens_with_thinking("--model_mode", 3) and opens_with_thinking("--thinking", 1)
+    assert not opens_with_thinking("--model_mode", 3, "--thinking", 0) and not opens_with_thinking()
 
 
 def test_of_several_sizes_the_newest_is_taken_and_said(tmp_path, run):
@@ -381,7 +385,8 @@ def test_weights_that_cannot_be_had(weights, tmp_path, monkeypatch):
     "args",
     [["--load", "1"], ["--model_path", "x"], ["--history_cnt", "3"], ["--temperature", "-1"], ["--top_p", "0"],
      ["--ask", " "], ["--model_mode", "9"], ["--max_seq_len", "0"], ["--max_new_tokens", "0"], ["--show_wrong", "1"],
-     ["--stream", "maybe"]],
+     ["--stream", "maybe"], ["--thinking", "2"], ["--tools", "1", "--score", "FILE"],
+     ["--tools", "1", "--model_mode", "0"], ["--thinking", "0", "--model_mode", "0"]],
 )  # fmt: skip
 def test_bad_flags_are_usage_errors(args, monkeypatch, capsys):
     with pytest.raises(SystemExit) as caught:
