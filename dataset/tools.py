@@ -143,7 +143,7 @@ def convert(value: int | float, unit: str, to: str) -> str:
     to_kind, to_size, to_zero = UNITS[to]
     if kind != to_kind:
         raise ToolError("units do not fit")
-    return number_text((Fraction(repr(value)) * size + zero - to_zero) / to_size)
+    return number_text((Fraction(value) * size + zero - to_zero) / to_size)
 
 
 # ------------------------------------------------------------------------------------------------ calls

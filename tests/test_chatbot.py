@@ -1,6 +1,7 @@
 """Prompts and answers of a Chatbot: thinking, tools, transformers: `pytest tests/test_chatbot.py`."""
 
 import argparse
+import json
 
 import pytest
 import torch
@@ -44,6 +45,21 @@ def test_prompts_through_transformers_are_the_same(chatbot, tmp_path, messages):
         assert theirs.encode(messages) == ours.encode(messages)
     args.thinking, args.max_new_tokens = True, 4
     assert next(theirs.stream(messages, None)) == "<think>\n"
+
+
+def test_templates_of_other_models_get_tools_and_calls_in_their_form(chatbot, tmp_path):
+    pytest.importorskip("transformers")
+    checkpoint.save_hf(tmp_path / "hf", chatbot().model, TOKENIZER_DIR, torch.float32)
+    args = argparse.Namespace(**DEFAULTS)
+    bot = TransformersChatbot(tmp_path / "hf", torch.device("cpu"), torch.float32, args)
+    bot.tokenizer.chat_template = (
+        "{% for t in tools or [] %}{{ t.function.name }} {% endfor %}{% for m in messages if m.tool_calls %}"
+        "{% for c in m.tool_calls %}{{ c.type }} {{ c.function.arguments.expression }}{% endfor %}{% endfor %}"
+    )
+    as_text = {**ROUND[1], "tool_calls": json.dumps([CALL])}
+    prompt = bot.encode([{**SYSTEM, "tools": json.dumps(SCHEMAS)}, ROUND[0], as_text, ROUND[2]])
+    assert bot.tokenizer.decode(prompt) == "calculator add_days convert function 1 + 1"
+    assert bot.tokenizer.decode(bot.encode(ROUND)) == "function 1 + 1"
 
 
 def test_tools_stand_in_the_prompt(chatbot):
