@@ -4,6 +4,7 @@ python eval_model.py                                   # the SFT weights in out/
 python eval_model.py --model_mode 0                    # the pretrained weights continue a text
 python eval_model.py --ask "Who are you?"              # one answer, nothing else
 python eval_model.py --score dataset/starter_data/heldout.jsonl
+python eval_model.py --tools 1 --ask "Calculate 123 + 456."                # with calculator, dates and units
 python eval_model.py --load 1 --model_path FOLDER      # a Hugging Face folder
 """
 
@@ -13,31 +14,20 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
-import torch
-
-from dataset.chat import BOS_ID, EOS_ID, MARKER_IDS, PAD_ID, load_tokenizer, render_chat
+from dataset.chat import END_THINK, END_TOOL_CALL, THINK, TOOL_CALL
 from dataset.heldout import Question, read_heldout, scoreboard
 from dataset.jsonl import DataError
-from model import checkpoint
+from dataset.tools import SCHEMAS, parse_calls, run_tool
+from model.chatbot import SCORE_TOKENS, STAGES, THINKING_SCORE_TOKENS, final_answer, load_chatbot
 from model.checkpoint import CheckpointError
-from model.generation import SamplingParams, decode, generate_each
-from model.model import compute_dtype
+from model.generation import SamplingParams
 from trainer import cli, trainer
 from trainer.cli import UsageError
 
 ROOT = Path(__file__).resolve().parent
-STAGES = {  # --model_mode: what it is called, its files, how to get them
-    0: ("pretrained", ("pretrain",), "run python train_pretrain.py first"),
-    1: ("SFT", ("full_sft",), "run python train_full_sft.py first"),
-    2: ("RLHF", ("rlhf", "dpo"), "train them first"),
-    3: ("reasoning", ("reason",), "train them first"),
-}
-STOP_IDS = (PAD_ID, BOS_ID, EOS_ID)  # end of document, beginning of another turn, end of turn
-SCORE_TOKENS = 128  # longest answer when scoring
-
 CONTINUED = [
     ["The capital of France is"], ["法国的首都是"], ["One sunny day, a cat"], ["小猫有一个"], ["猫属于"],
     ["A horse is"], ["7 + 15 ="], ["中文：我买帽子。\n英语："],
@@ -47,6 +37,12 @@ ANSWERED = [  # each a conversation: the user's messages
     ["把“书”翻译成英语。"], ["Tell me a short story about a cat."], ["Sort these numbers: 7, 3, 9"],
     ["日本的首都是哪里？", "那人口呢？"],
 ]  # fmt: skip
+ANSWERED_WITH_TOOLS = [
+    ["Calculate 123 + 456."], ["3 公里是多少米？"], ["What date is 10 days after 2026-11-24?"],
+    ["计算 12.5 * 8。", "再减去 30 呢？"], ["Who are you?"],
+]  # fmt: skip
+TOOL_ROUNDS = 4  # calls, results, calls, ... for one question, at most
+TAG = re.compile("|".join((THINK, END_THINK, TOOL_CALL, END_TOOL_CALL)))
 
 
 def flag(text: str) -> bool:
@@ -78,9 +74,15 @@ def arguments() -> argparse.Namespace:
     add("--temperature", type=float, default=0.7, help="0 = always the likeliest token (default: 0.7)")
     add("--top_p", type=float, default=0.9, help="choose among the likeliest tokens of this share (default: 0.9)")
     add("--max_seq_len", type=int, help="tokens of prompt and answer (default: as it was trained)")
-    add("--max_new_tokens", type=int, help=f"tokens of an answer (default: 512; --score: {SCORE_TOKENS})")
-    add("--history_cnt", type=int, default=8, help="earlier messages the model sees, an even number (default: 8)")
+    score_tokens = f"{SCORE_TOKENS}, with thinking {THINKING_SCORE_TOKENS}"
+    add("--max_new_tokens", type=int, help=f"tokens of an answer (default: 512; --score: {score_tokens})")
+    add("--history_cnt", type=int, default=8, help="earlier messages the model sees, an even number; tool calls "
+        "and results come with them, uncounted (default: 8)")  # fmt: skip
     add("--system", metavar="TEXT", help="system message")
+    add("--thinking", type=flag, metavar="{0,1}", help="1 = the answer begins with thinking, 0 = without it "
+        "(default: 1 with --model_mode 3, else as the model likes)")  # fmt: skip
+    add("--tools", type=flag, metavar="{0,1}", default=False,
+        help="1 = the model may call a calculator, dates and unit conversion (default: 0)")  # fmt: skip
     add("--stream", type=flag, metavar="{0,1}", default=True, help="show the answer as it is generated (default: 1)")
     add("--seed", type=int, help="the same answers every time")
     add("--device", help="cuda, mps or cpu (default: the best one found)")
@@ -104,174 +106,18 @@ def arguments() -> argparse.Namespace:
         parser.error(f"--max_seq_len {args.max_seq_len}: must be at least 16")
     if args.ask is not None and not args.ask.strip():
         parser.error("--ask: there is nothing to answer")
+    if args.model_mode == 0 and (args.tools or args.thinking is not None):
+        parser.error("--tools and --thinking are of answers, and --model_mode 0 continues texts")
+    if args.tools and args.score:
+        parser.error("--tools 1: the questions of --score bring their own tools; leave it out")
+    if args.thinking is None and args.model_mode == 3:
+        args.thinking = True
     try:
         new = 1 if args.max_new_tokens is None else args.max_new_tokens
         SamplingParams(temperature=args.temperature, top_p=args.top_p, max_new_tokens=new)
     except ValueError as error:
         parser.error(f"--{error}")
     return args
-
-
-# ------------------------------------------------------------------------------------------------ the model
-
-
-def find_weights(args: argparse.Namespace) -> Path:
-    """The file of the stage in out_dir; the newest, if there are several."""
-    if args.weight:
-        return Path(args.weight)
-    name, stages, remedy = STAGES[args.model_mode]
-    kind = "(_moe)?" if args.use_moe is None else "_moe" * args.use_moe
-    pattern = re.compile(rf"({'|'.join(stages)})_{args.hidden_size or '[0-9]+'}{kind}\.pth")
-    found = [path for path in Path(args.out_dir).glob("*.pth") if pattern.fullmatch(path.name)]
-    if not found:
-        which = " of this size or kind" if args.hidden_size or args.use_moe is not None else ""
-        files = " or ".join(f"{stage}_*.pth" for stage in stages)
-        raise CheckpointError(
-            f"no {name} weights{which} ({files}) in {args.out_dir}: {remedy}, or give --out_dir or --weight"
-        )
-    found.sort(key=lambda path: path.stat().st_mtime)
-    if len(found) > 1:
-        names = ", ".join(path.name for path in found)
-        print(f"note: {names}: taking the newest, {found[-1].name}; --hidden_size or --weight choose", file=sys.stderr)
-    return found[-1]
-
-
-def load_chatbot(args: argparse.Namespace):
-    """A Chatbot, or for a Hugging Face folder with another tokenizer a TransformersChatbot."""
-    device = trainer.find_device(args.device)
-    tokenizer = load_tokenizer()
-    if args.load == 1:
-        path = Path(args.model_path)
-        if path.is_dir() and (path / "config.json").exists():
-            tokenizer = load_own_tokenizer(path)
-        if tokenizer is None:
-            print(f"note: {path} has a tokenizer of another kind: answering through transformers", file=sys.stderr)
-            return TransformersChatbot(path, device, args)
-    else:
-        path = find_weights(args)
-    model, meta = checkpoint.load(path, device)
-    if args.lora_name:
-        kind = "_moe" if model.config.is_moe else ""
-        adapter = Path(args.out_dir) / "lora" / f"{args.lora_name}_{model.config.hidden_size}{kind}.pth"
-        if not adapter.exists():
-            raise CheckpointError(f"--lora_name {args.lora_name}: there is no {adapter}; check the name and --out_dir")
-        raise CheckpointError(f"{adapter}: this version cannot load LoRA adapters yet; leave out --lora_name")
-    if model.config.vocab_size < tokenizer.get_vocab_size():
-        raise CheckpointError(
-            f"{path} has {model.config.vocab_size} tokens, the tokenizer {tokenizer.get_vocab_size()}: "
-            "they do not belong together; train again, or give a Hugging Face folder with its own tokenizer"
-        )
-    if not meta and args.load == 0:
-        print(f"note: {path} does not say which tokenizer it needs: taking model/tokenizer", file=sys.stderr)
-    trained_len = meta.get("finished", {}).get("max_seq_len", 2048)
-    return Chatbot(path, model, tokenizer, trained_len, args)
-
-
-def load_own_tokenizer(folder: Path):
-    """The tokenizer of a Hugging Face folder if it is one of ours, with the same markers; else None."""
-    try:
-        tokenizer = load_tokenizer(folder)
-    except (FileNotFoundError, ValueError):
-        return None
-    return tokenizer if all(tokenizer.token_to_id(m) == i for m, i in MARKER_IDS.items()) else None
-
-
-class Chatbot:
-    """Prompts are texts, which are continued, or lists of messages, which are answered."""
-
-    def __init__(self, path: Path, model, tokenizer, trained_len: int, args: argparse.Namespace):
-        device = model.model.norm.weight.device
-        self.dtype = cli.DTYPES[args.dtype] if args.dtype else compute_dtype(device)
-        self.model, self.tokenizer, self.args = model.to(self.dtype), tokenizer, args
-        self.max_len = min(args.max_seq_len or trained_len, model.config.max_position_embeddings)
-        self.opening = "<think>\n" if args.model_mode == 3 else ""  # of each answer; the prompt ends with it
-        self.tokens = 0  # generated so far
-        precision = str(self.dtype).removeprefix("torch.")
-        size = f"{model.num_parameters() / 1e6:.1f} M parameters"
-        self.title = f"{path.name}: {size}, {precision} on {device}, context {self.max_len} tokens"
-        self.name = str(path)
-
-    def encode(self, prompt: str | list[dict]) -> list[int]:
-        if isinstance(prompt, str):
-            return [PAD_ID, *self.tokenizer.encode(prompt, add_special_tokens=False).ids]
-        thinking = True if self.opening else None  # None: as the model likes
-        return render_chat(self.tokenizer, prompt, add_generation_prompt=True, enable_thinking=thinking)[0]
-
-    def overflow(self, prompt: str | list[dict]) -> int:
-        """By how many tokens the prompt is too long to leave room for an answer; 0 if it fits."""
-        reserved = min(self.args.max_new_tokens or 128, self.max_len // 2)
-        return max(0, len(self.encode(prompt)) + reserved - self.max_len)
-
-    def params(self, default_tokens: int, **changes) -> SamplingParams:
-        new = self.args.max_new_tokens or default_tokens
-        return SamplingParams(max_new_tokens=new, stop_token_ids=STOP_IDS, **changes)
-
-    def stream(self, prompt: str | list[dict], seed: int | None) -> Iterator[str]:
-        """The answer, piece by piece."""
-        sampling = self.params(512, temperature=self.args.temperature, top_p=self.args.top_p, seed=seed)
-        yield self.opening
-        for (event,) in decode(self.model, [self.encode(prompt)], [sampling], self.tokenizer, max_len=self.max_len):
-            self.tokens += 1
-            yield event.text
-
-    def answer_all(self, prompts: list[list[dict]]) -> Iterator[tuple[int, str]]:
-        """(number, answer) of all prompts, greedy, as they are done."""
-        sampling = self.params(SCORE_TOKENS, temperature=0)
-        ids = [self.encode(prompt) for prompt in prompts]
-        for i, result in generate_each(self.model, ids, sampling, self.tokenizer, max_len=self.max_len):
-            self.tokens += len(result.token_ids)
-            yield i, self.opening + result.text
-
-
-class TransformersChatbot:
-    """Any other model and tokenizer, by transformers: the same methods, slower, the answer in one piece."""
-
-    def __init__(self, path: Path, device: torch.device, args: argparse.Namespace):
-        try:
-            from transformers import AutoModelForCausalLM, AutoTokenizer
-        except ImportError:
-            raise UsageError(f"{path} needs transformers: pip install transformers") from None
-        dtype = cli.DTYPES[args.dtype] if args.dtype else compute_dtype(device)
-        try:
-            self.tokenizer = AutoTokenizer.from_pretrained(path)
-            self.model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval().to(device)
-        except Exception as error:  # transformers raises nearly anything for a folder that it cannot load
-            reason = (str(error).strip() or type(error).__name__).split("\n")[0]
-            raise CheckpointError(f"{path}: transformers cannot load it: {reason}") from None
-        self.args, self.tokens, self.name = args, 0, str(path)
-        self.max_len = args.max_seq_len or min(2048, getattr(self.model.config, "max_position_embeddings", 2048))
-        self.title = f"{path.name}: {self.model.num_parameters() / 1e6:.1f} M parameters, through transformers"
-
-    def encode(self, prompt: str | list[dict]) -> list[int]:
-        if isinstance(prompt, str):
-            return self.tokenizer(prompt)["input_ids"]
-        if not self.tokenizer.chat_template:
-            raise CheckpointError(f"{self.name} has no chat template: use --model_mode 0 to continue texts")
-        return self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
-
-    overflow = Chatbot.overflow
-
-    def stream(self, prompt: str | list[dict], seed: int | None, greedy: bool = False) -> Iterator[str]:
-        ids = torch.tensor([self.encode(prompt)], device=self.model.device)
-        if seed is not None:
-            torch.manual_seed(seed)
-        sampling = {"do_sample": False}
-        if self.args.temperature > 0 and not greedy:
-            sampling = {"do_sample": True, "temperature": self.args.temperature, "top_p": self.args.top_p, "top_k": 0}
-        new = min(self.args.max_new_tokens or (SCORE_TOKENS if greedy else 512), self.max_len - ids.shape[1])
-        out = self.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, **sampling)
-        out = out[0, ids.shape[1] :]
-        self.tokens += len(out)
-        yield self.tokenizer.decode(out, skip_special_tokens=True)
-
-    def answer_all(self, prompts: list[list[dict]]) -> Iterator[tuple[int, str]]:
-        for i, prompt in enumerate(prompts):
-            yield i, "".join(self.stream(prompt, None, greedy=True))
-
-
-def final_answer(text: str) -> str:
-    """Without the thinking before it."""
-    return (text.partition("</think>")[2] if text.startswith("<think>") else text).strip()
 
 
 # ------------------------------------------------------------------------------------------------ conversation
@@ -286,56 +132,125 @@ def clean(text: str) -> str:
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
-def show(text: str) -> None:
-    """On a terminal, the thinking is dim."""
-    if sys.stdout.isatty():
-        text = text.replace("<think>", "\033[2m<think>").replace("</think>", "</think>\033[0m")
-    print(text, end="", flush=True)
+class Screen:
+    """Shows an answer as it comes: thinking and tool calls with their tags on lines of their own, dim on a terminal."""
+
+    def __init__(self):
+        self.new_line, self.after_tag, self.is_dim = True, False, False
+
+    def show(self, text: str) -> None:
+        at = 0
+        for tag in TAG.finditer(text):
+            self._write(text[at : tag.start()])
+            self._tag(tag[0])
+            at = tag.end()
+        self._write(text[at:])
+        sys.stdout.flush()
+
+    def _tag(self, tag: str) -> None:
+        opens = tag in (THINK, TOOL_CALL)
+        if not self.new_line:
+            print()
+        if opens and sys.stdout.isatty():
+            print("\033[2m", end="")
+        print(tag, end="")
+        self.is_dim, self.new_line, self.after_tag = opens, False, True
+        if not opens and sys.stdout.isatty():
+            print("\033[0m", end="")
+
+    def _write(self, text: str) -> None:
+        if text:
+            print("" if text.startswith("\n") or not self.after_tag else "\n", text, sep="", end="")
+            self.new_line, self.after_tag = text.endswith("\n"), False
+
+    def close(self) -> None:
+        """After an answer that ended, or was stopped, between the tags."""
+        if self.is_dim and sys.stdout.isatty():
+            print("\033[0m", end="", flush=True)
 
 
-def say(bot, prompt: str | list[dict], args: argparse.Namespace, seed: int | None) -> str:
-    """Show the answer as it comes, then its speed. Ctrl-C ends the answer, not the conversation."""
-    begin, before, pieces, stopped = time.perf_counter(), bot.tokens, [], ""
+def say(bot, prompt: str | list[dict], args: argparse.Namespace, seed: int | None) -> tuple[str, bool]:
+    """Show the answer as it comes, then, in a conversation, its speed; returns it without its thinking, and whether
+    it was stopped. Ctrl-C ends the answer, not the conversation."""
+    begin, before, pieces, stopped = time.perf_counter(), bot.tokens, [], False
+    screen = Screen()
     try:
         for piece in bot.stream(prompt, seed):
             pieces.append(piece)
             if args.stream:
-                show(piece)
+                screen.show(piece)
     except KeyboardInterrupt:
-        stopped = ", stopped"
-    text = "".join(pieces)
-    if not args.stream:
-        show(text)
-    if "<think>" in text and "</think>" not in text and sys.stdout.isatty():
-        print("\033[0m", end="")
-    n, seconds = bot.tokens - before, time.perf_counter() - begin
-    print("\n" + dim(f"[{n} tokens, {n / seconds:.0f} tokens/s{stopped}]") + "\n", flush=True)
-    return final_answer(text)
+        if args.ask:
+            raise
+        stopped = True
+    finally:
+        if not args.stream:
+            screen.show("".join(pieces))
+        screen.close()
+    print()
+    if not args.ask:
+        n, seconds = bot.tokens - before, time.perf_counter() - begin
+        print(dim(f"[{n} tokens, {n / seconds:.0f} tokens/s{', stopped' * stopped}]") + "\n", flush=True)
+    return final_answer("".join(pieces)), stopped
 
 
-def respond(bot, history: list[dict], text: str, args: argparse.Namespace, n: int) -> list[dict]:
-    """Answer a user's message (the n-th of all), or continue a text; returns the conversation as the model saw it, with
-    the answer."""
-    system, prompt, dropped = system_message(args), text, 0
+def make_room(bot, system: list[dict], earlier: list[list[dict]], exchange: list[dict]) -> int:
+    """Drops the oldest exchanges until the rest fits; returns by how many tokens it is too long all the same."""
+    dropped = 0
+    while (over := bot.overflow([*system, *chain(*earlier), *exchange])) and earlier:
+        dropped += len(earlier.pop(0))
+    if dropped and not over:
+        print(dim(f"[the conversation outgrew {bot.max_len} tokens: its {dropped} oldest messages were dropped]"))
+    return over
+
+
+def answer(bot, earlier: list[list[dict]], exchange: list[dict], args: argparse.Namespace, seed: int | None) -> int:
+    """Adds the answer to the exchange, and before it the calls and results that it takes; shows all of it.
+
+    Earlier exchanges are dropped where there is no room. Returns by how many tokens the exchange is too long: then it
+    has no answer, and 0 if it has one.
+    """
+    system, name = system_message(args), "" if args.ask else "minimind> "
+    for turn in range(TOOL_ROUNDS + 1):
+        if over := make_room(bot, system, earlier, exchange):
+            return over
+        print(name, end="", flush=True)
+        text, stopped = say(bot, [*system, *chain(*earlier), *exchange], args, seed)
+        content, calls, faults = parse_calls(text) if args.tools and not stopped else (text, [], [])
+        for fault in faults:
+            print(dim(f"[{fault}]"))
+        if calls and turn == TOOL_ROUNDS:
+            print(dim(f"[that was call after call, {TOOL_ROUNDS} times: no more are carried out]"))
+        if not calls or turn == TOOL_ROUNDS:
+            exchange.append({"role": "assistant", "content": text})
+            return 0
+        exchange.append({"role": "assistant", "content": content, "tool_calls": calls})
+        for call in calls:
+            exchange.append({"role": "tool", "content": run_tool(**call)})
+            print(dim(f"tool> {exchange[-1]['content']}"))
+
+
+def respond(bot, history: list[list[dict]], text: str, args: argparse.Namespace, n: int) -> list[list[dict]]:
+    """Answer a user's message (the n-th of all), or continue a text; returns the exchanges as the model saw them, with
+    the new one. An exchange is a user's message and what it led to, so that no result is parted from its call."""
+    # Another seed for each message: the same question twice need not get the same answer.
+    seed = None if args.seed is None else args.seed + n
+    kept = args.history_cnt // 2
+    earlier, exchange = history[-kept:] if kept else [], [{"role": "user", "content": text}]
     if args.model_mode != 0:
-        kept = history[-args.history_cnt :] if args.history_cnt else []
-        prompt = [*system, *kept, {"role": "user", "content": text}]
-        while bot.overflow(prompt) and len(prompt) > len(system) + 1:
-            del prompt[len(system) : len(system) + 2]
-            dropped += 2
-    if over := bot.overflow(prompt):
+        over = answer(bot, earlier, exchange, args, seed)
+    elif not (over := bot.overflow(text)):
+        print(dim(text), end="", flush=True)
+        say(bot, text, args, seed)
+    if over:
         print(f"too long by {over} tokens for a context of {bot.max_len}: shorten it, or raise --max_seq_len\n")
         return history
-    if dropped:
-        print(dim(f"[the conversation outgrew {bot.max_len} tokens: its {dropped} oldest messages were dropped]"))
-    show(dim(text) if args.model_mode == 0 else "minimind> ")
-    # Another seed for each message: the same question twice need not get the same answer.
-    answer = say(bot, prompt, args, None if args.seed is None else args.seed + n)
-    return [] if args.model_mode == 0 else [*prompt[len(system) :], {"role": "assistant", "content": answer}]
+    return [*earlier, exchange]
 
 
 def system_message(args: argparse.Namespace) -> list[dict]:
-    return [{"role": "system", "content": args.system}] if args.system else []
+    message = {"role": "system", "content": args.system or ""} | ({"tools": SCHEMAS} if args.tools else {})
+    return [message] if args.system or args.tools else []
 
 
 def converse(bot, args: argparse.Namespace) -> None:
@@ -349,7 +264,8 @@ def converse(bot, args: argparse.Namespace) -> None:
 
 def automatic(bot, args: argparse.Namespace) -> None:
     n = 0
-    for conversation in CONTINUED if args.model_mode == 0 else ANSWERED:
+    questions = ANSWERED_WITH_TOOLS if args.tools else ANSWERED
+    for conversation in CONTINUED if args.model_mode == 0 else questions:
         history = []
         for text in conversation:
             if args.model_mode != 0:
@@ -378,12 +294,12 @@ def manual(bot, args: argparse.Namespace) -> None:
 
 
 def ask(bot, args: argparse.Namespace) -> None:
-    prompt = args.ask if args.model_mode == 0 else [*system_message(args), {"role": "user", "content": args.ask}]
-    if over := bot.overflow(prompt):
+    if args.model_mode != 0:
+        over = answer(bot, [], [{"role": "user", "content": args.ask}], args, args.seed)
+    elif not (over := bot.overflow(args.ask)):
+        say(bot, args.ask, args, args.seed)
+    if over:
         raise DataError(f"--ask: too long by {over} tokens for a context of {bot.max_len}; raise --max_seq_len")
-    for piece in bot.stream(prompt, args.seed) if args.stream else ["".join(bot.stream(prompt, args.seed))]:
-        print(piece, end="", flush=True)
-    print()
 
 
 # ------------------------------------------------------------------------------------------------ score
@@ -430,7 +346,7 @@ def main() -> None:
     if args.scores_out and not Path(args.scores_out).resolve().parent.is_dir():
         raise UsageError(f"--scores_out {args.scores_out}: no such folder")
     try:
-        bot = load_chatbot(args)
+        bot = load_chatbot(args, trainer.find_device(args.device), cli.DTYPES.get(args.dtype))
         if questions:
             score(bot, questions, args)
         elif args.ask is not None:

@@ -1,14 +1,20 @@
 """Held-out questions with known answers, and when an answer counts as right. eval_model.py --score uses it.
 
-One JSON object a line: {"skill": "sorting", "conversations": [... the last one the user's], "answers": ["3, 7, 9"]}, or
-"must_contain": ["cat", "lamp"] in place of "answers". "exact": true makes upper and lower case matter.
+One JSON object a line: {"skill": "sorting", "conversations": [... the last one the user's or a tool's], and one of
+"answers": ["3, 7, 9"]             one of these, as a whole
+"must_contain": ["cat", "lamp"]    all of these, anywhere
+"call": {"name": "calculator", "arguments": {"expression": "3 * 7"}}    this tool call and no other
+"exact": true makes upper and lower case of answers matter. The tools stand in the system message, as when training.
 """
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from dataset.chat import ROLES
-from dataset.jsonl import DataError, json_type, read_jsonl
+from dataset.chat import validate_messages
+from dataset.jsonl import DataError, read_jsonl
+from dataset.tools import parse_calls
 
 
 @dataclass
@@ -19,9 +25,14 @@ class Question:
     answers: list[str]  # one of these, as a whole
     must_contain: list[str]  # or all of these, anywhere
     exact: bool
+    call: dict | None = None  # or this one, as JSON values
 
     def is_right(self, answer: str) -> bool:
-        """Outer blanks, one final full stop and, unless `exact`, upper and lower case make no difference."""
+        """Outer blanks, one final full stop and, unless `exact`, upper and lower case make no difference.
+        A call may have words around it."""
+        if self.call:
+            _, calls, faults = parse_calls(answer)
+            return not faults and len(calls) == 1 and _same_json(calls[0], self.call)
         if self.must_contain:
             return all(self._fold(part) in self._fold(answer) for part in self.must_contain)
         return _bare(self._fold(answer)) in [_bare(self._fold(right)) for right in self.answers]
@@ -31,6 +42,8 @@ class Question:
 
     @property
     def expected(self) -> str:
+        if self.call:
+            return json.dumps(self.call, ensure_ascii=False)
         return " + ".join(self.must_contain) if self.must_contain else self.answers[0]
 
 
@@ -57,6 +70,15 @@ def scoreboard(questions: list[Question], answers: list[str], show_wrong: int = 
     return totals
 
 
+def _same_json(a: Any, b: Any) -> bool:
+    """3 is 3.0, but true is not 1."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(_same_json(a[key], b[key]) for key in a)
+    if isinstance(a, list) and isinstance(b, list):
+        return len(a) == len(b) and all(map(_same_json, a, b))
+    return a == b and isinstance(a, bool) == isinstance(b, bool)
+
+
 def _bare(text: str) -> str:
     text = text.strip()
     return text[:-1].rstrip() if text.endswith((".", "。")) else text
@@ -70,7 +92,8 @@ def read_heldout(path: str | Path) -> list[Question]:
         if error:
             raise DataError(f"{path}, line {number}: {error}")
         lists = [row.get("answers") or [], row.get("must_contain") or []]
-        questions.append(Question(number, row["skill"], row["conversations"], *lists, row.get("exact", False)))
+        rest = row.get("exact", False), row.get("call")
+        questions.append(Question(number, row["skill"], row["conversations"], *lists, *rest))
     if not questions:
         raise DataError(f"{path}: the file is empty; `python dataset/starter.py` writes the starter corpus")
     return questions
@@ -83,19 +106,27 @@ def _error(row: dict) -> str | None:
     messages = row.get("conversations")
     if not isinstance(messages, list) or not messages:
         return 'no "conversations" (a list of messages)'
-    for n, message in enumerate(messages, 1):
-        if not isinstance(message, dict) or message.get("role") not in ROLES:
-            return f"conversations: message {n} is not an object with a role of {', '.join(ROLES)}"
-        if not isinstance(message.get("content"), str):
-            return f"conversations: message {n}: content is {json_type(message.get('content'))}, not a string"
-    if messages[-1]["role"] != "user":
-        return "conversations: the last message must be the user's question"
+    call = row.get("call")
+    if call is not None and not _is_call(call):
+        return 'call: must be {"name": a string, "arguments": an object}'
+    # With an answer after them they must be a conversation that could be trained on.
+    answer = {"role": "assistant", "content": "?", "tool_calls": [call] if call is not None else None}
+    errors = [fault.text for fault in validate_messages([*messages, answer]) if fault.level == "error"]
+    if errors:
+        own = f"message {len(messages) + 1}: tool_calls: "
+        return errors[0].replace(own, "call: ") if own in errors[0] else f"conversations: {errors[0]}"
+    if messages[-1]["role"] not in ("user", "tool"):
+        return "conversations: the last message must be the user's question or a tool's result"
     if not isinstance(row.get("exact", False), bool):
         return "exact: must be true or false"
-    given = [key for key in ("answers", "must_contain") if row.get(key)]
+    given = [key for key in ("answers", "must_contain", "call") if row.get(key)]
     if len(given) != 1:
-        return 'needs either "answers" or "must_contain" (a list of strings)'
+        return 'needs one of "answers", "must_contain" (lists of strings) and "call" (a tool call)'
     right = row[given[0]]
-    if not isinstance(right, list) or not all(isinstance(text, str) and text.strip() for text in right):
+    if not call and (not isinstance(right, list) or not all(isinstance(text, str) and text.strip() for text in right)):
         return f"{given[0]}: must be a list of strings, none of them blank"
     return None
+
+
+def _is_call(call: Any) -> bool:
+    return isinstance(call, dict) and call.keys() == {"name", "arguments"} and isinstance(call["arguments"], dict)

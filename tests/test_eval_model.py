@@ -21,9 +21,9 @@ from tokenizers.pre_tokenizers import Whitespace
 
 import eval_model
 from dataset.chat import TOKENIZER_DIR, load_tokenizer
-from dataset.heldout import Question, read_heldout
+from dataset.heldout import read_heldout
 from dataset.jsonl import DataError
-from model import checkpoint
+from model import chatbot, checkpoint
 from model.generation import SamplingParams, generate
 from model.model import MiniMindConfig, MiniMindLM
 from trainer import cli
@@ -151,7 +151,11 @@ def test_another_tokenizer_goes_through_transformers(weights, tmp_path, run):
 
 
 def test_reasoning_answers_begin_with_thinking(weights, run):
-    assert run("--out_dir", weights, "--model_mode", 3, "--ask", "hi", *GREEDY).out.startswith("<think>\n")
+    def opens_with_thinking(*args):
+        return run("--out_dir", weights, *args, "--ask", "hi", *GREEDY).out.startswith("<think>\n")
+
+    assert opens_with_thinking("--model_mode", 3) and opens_with_thinking("--thinking", 1)
+    assert not opens_with_thinking("--model_mode", 3, "--thinking", 0) and not opens_with_thinking()
 
 
 def test_of_several_sizes_the_newest_is_taken_and_said(tmp_path, run):
@@ -186,13 +190,13 @@ def test_manual_input_through_a_pipe_ends_politely(weights, run, stdin):
 
 def test_the_model_sees_the_conversation(weights, monkeypatch, run):
     seen = []
-    render = eval_model.render_chat
+    render = chatbot.render_chat
 
     def watched(tokenizer, messages, **options):
         seen.append(messages)
         return render(tokenizer, messages, **options)
 
-    monkeypatch.setattr(eval_model, "render_chat", watched)
+    monkeypatch.setattr(chatbot, "render_chat", watched)
 
     def prompts(*args, stdin):
         seen.clear()
@@ -336,39 +340,6 @@ def test_every_question_gets_its_own_answer(weights, tmp_path, run):
     assert len(set(answers)) == 3
 
 
-@pytest.mark.parametrize(
-    ("answer", "right", "exact"),
-    [
-        (" Paris.\n", True, False), ("paris", True, False), ("PARIS。", True, False), ("Paris..", False, False),
-        ("Paris!", False, False), ("It is Paris", False, False), ("", False, False),
-        ("Paris", True, True), ("Paris.", True, True), ("paris", False, True),
-    ],
-)  # fmt: skip
-def test_what_counts_as_right(answer, right, exact):
-    assert Question(1, "capital", [], ["London", "Paris."], [], exact).is_right(answer) is right
-
-
-@pytest.mark.parametrize(
-    ("line", "fault"),
-    [
-        ('{"skill": "x"', "line 2: invalid JSON"),
-        ('{"conversations": [{"role": "user", "content": "?"}], "answers": ["a"]}', '"skill"'),
-        ('{"skill": "x", "answers": ["a"]}', '"conversations"'),
-        ('{"skill": "x", "conversations": [{"role": "user"}], "answers": ["a"]}', "message 1: content is null"),
-        ('{"skill": "x", "conversations": [{"role": "user", "content": "?"}]}', 'either "answers" or'),
-        ('{"skill": "x", "conversations": [{"role": "user", "content": "?"}], "answers": "a"}', "list of strings"),
-        ('{"skill": "x", "conversations": [{"role": "assistant", "content": "?"}], "answers": ["a"]}', "the user's"),
-    ],
-)
-def test_faults_of_a_heldout_file_name_the_line(tmp_path, line, fault):
-    path = tmp_path / "heldout.jsonl"
-    good = '{"skill": "x", "conversations": [{"role": "user", "content": "?"}], "answers": ["a"]}'
-    path.write_text(f"{good}\n{line}\n", encoding="utf-8")
-    with pytest.raises(DataError, match="line 2") as caught:
-        read_heldout(path)
-    assert fault in str(caught.value)
-
-
 # ------------------------------------------------------------------------------------------------ mistakes
 
 
@@ -403,7 +374,7 @@ def test_weights_that_cannot_be_had(weights, tmp_path, monkeypatch):
     ]
     for args, text in cases:
         with pytest.raises(checkpoint.CheckpointError) as caught:
-            eval_model.load_chatbot(parsed(monkeypatch, *args))
+            chatbot.load_chatbot(parsed(monkeypatch, *args), torch.device("cpu"), None)
         assert text in str(caught.value) and "\n" not in str(caught.value)
     with pytest.raises(DataError, match="empty"):
         (tmp_path / "empty.jsonl").touch()
@@ -414,7 +385,8 @@ def test_weights_that_cannot_be_had(weights, tmp_path, monkeypatch):
     "args",
     [["--load", "1"], ["--model_path", "x"], ["--history_cnt", "3"], ["--temperature", "-1"], ["--top_p", "0"],
      ["--ask", " "], ["--model_mode", "9"], ["--max_seq_len", "0"], ["--max_new_tokens", "0"], ["--show_wrong", "1"],
-     ["--stream", "maybe"]],
+     ["--stream", "maybe"], ["--thinking", "2"], ["--tools", "1", "--score", "FILE"],
+     ["--tools", "1", "--model_mode", "0"], ["--thinking", "0", "--model_mode", "0"]],
 )  # fmt: skip
 def test_bad_flags_are_usage_errors(args, monkeypatch, capsys):
     with pytest.raises(SystemExit) as caught:

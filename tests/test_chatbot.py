@@ -1,0 +1,100 @@
+"""Prompts and answers of a Chatbot: thinking, tools, transformers: `pytest tests/test_chatbot.py`."""
+
+import argparse
+import json
+
+import pytest
+import torch
+
+from dataset.chat import END_THINK_ID, THINK_ID, TOKENIZER_DIR, load_tokenizer
+from dataset.tools import SCHEMAS
+from model import checkpoint
+from model.chatbot import Chatbot, TransformersChatbot, final_answer
+
+DEFAULTS = dict(max_seq_len=None, max_new_tokens=None, temperature=0.7, top_p=0.9, thinking=None)
+CALL = {"name": "calculator", "arguments": {"expression": "1 + 1"}}
+ROUND = [
+    {"role": "user", "content": "1 + 1 = ?"},
+    {"role": "assistant", "content": "", "tool_calls": [CALL]},
+    {"role": "tool", "content": '{"result": 2}'},
+]
+SYSTEM = {"role": "system", "content": "Be brief.", "tools": SCHEMAS}
+
+
+@pytest.fixture
+def chatbot(tiny, tmp_path):
+    """chatbot(**settings) -> a Chatbot with random weights."""
+
+    def build(**settings):
+        model = tiny(vocab_size=6400, num_hidden_layers=1)
+        args = argparse.Namespace(**DEFAULTS | settings)
+        return Chatbot(tmp_path / "x.pth", model, load_tokenizer(), 2048, args)
+
+    return build
+
+
+@pytest.mark.parametrize("messages", [ROUND[:1], [SYSTEM, ROUND[0]], [SYSTEM, *ROUND], [*ROUND, *ROUND]])
+def test_prompts_through_transformers_are_the_same(chatbot, tmp_path, messages):
+    pytest.importorskip("transformers")
+    ours = chatbot()
+    checkpoint.save_hf(tmp_path / "hf", ours.model, TOKENIZER_DIR, torch.float32)
+    args = argparse.Namespace(**DEFAULTS)
+    theirs = TransformersChatbot(tmp_path / "hf", torch.device("cpu"), torch.float32, args)
+    for thinking in (None, True, False):
+        args.thinking = ours.args.thinking = thinking
+        assert theirs.encode(messages) == ours.encode(messages)
+    args.thinking, args.max_new_tokens = True, 4
+    assert next(theirs.stream(messages, None)) == "<think>\n"
+
+
+def test_templates_of_other_models_get_tools_and_calls_in_their_form(chatbot, tmp_path):
+    pytest.importorskip("transformers")
+    checkpoint.save_hf(tmp_path / "hf", chatbot().model, TOKENIZER_DIR, torch.float32)
+    args = argparse.Namespace(**DEFAULTS)
+    bot = TransformersChatbot(tmp_path / "hf", torch.device("cpu"), torch.float32, args)
+    bot.tokenizer.chat_template = (
+        "{% for t in tools or [] %}{{ t.function.name }} {% endfor %}{% for m in messages if m.tool_calls %}"
+        "{% for c in m.tool_calls %}{{ c.type }} {{ c.function.arguments.expression }}{% endfor %}{% endfor %}"
+    )
+    as_text = {**ROUND[1], "tool_calls": json.dumps([CALL])}
+    prompt = bot.encode([{**SYSTEM, "tools": json.dumps(SCHEMAS)}, ROUND[0], as_text, ROUND[2]])
+    assert bot.tokenizer.decode(prompt) == "calculator add_days convert function 1 + 1"
+    assert bot.tokenizer.decode(bot.encode(ROUND)) == "function 1 + 1"
+
+
+def test_tools_stand_in_the_prompt(chatbot):
+    bot = chatbot()
+    prompt = bot.tokenizer.decode(bot.encode([SYSTEM, ROUND[0]]), skip_special_tokens=False)
+    assert all(schema["function"]["name"] in prompt for schema in SCHEMAS) and "Be brief." in prompt
+
+
+def test_thinking_is_switched_by_the_template(chatbot):
+    plain, on, off = (chatbot(thinking=thinking) for thinking in (None, True, False))
+    prompt = ROUND[:1]
+    newline = plain.tokenizer.encode("\n").ids
+    assert on.encode(prompt) == [*plain.encode(prompt), THINK_ID, *newline]
+    assert off.encode(prompt)[: len(plain.encode(prompt)) + 1] == [*plain.encode(prompt), THINK_ID]
+    assert off.encode(prompt).count(END_THINK_ID) == 1
+    # What the template opened is part of the answer; an empty block is not.
+    assert [next(bot.stream(prompt, 0)) for bot in (plain, on, off)] == ["", "<think>\n", ""]
+
+
+@pytest.mark.parametrize(("thinking", "tokens"), [(None, 128), (False, 128), (True, 384)])
+def test_thinking_gets_more_room_when_scoring(chatbot, thinking, tokens):
+    bot = chatbot(thinking=thinking)
+    with torch.no_grad():
+        bot.model.model.embed_tokens.weight[:3] = 0  # no stop token: something else always has a logit above 0
+    ((_, text),) = bot.answer_all([ROUND[:1]])
+    assert bot.tokens == tokens
+    assert text.startswith("<think>\n") is bool(thinking)
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("Paris.", "Paris."), ("<think>\nhm\n</think>\n\nParis.", "Paris."), ("<think>\ncut off", ""),
+        ("<think>a</think>b</think>c", "b</think>c"), ("a <think>b</think> c", "a <think>b</think> c"),
+    ],
+)  # fmt: skip
+def test_final_answer_is_without_thinking(text, answer):
+    assert final_answer(text) == answer

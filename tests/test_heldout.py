@@ -1,0 +1,108 @@
+"""Held-out questions: which answers and calls are right, which files are refused: `pytest tests/test_heldout.py`."""
+
+import json
+
+import pytest
+
+from dataset.heldout import Question, read_heldout
+from dataset.jsonl import DataError
+from dataset.tools import SCHEMAS
+
+
+@pytest.mark.parametrize(
+    ("answer", "right", "exact"),
+    [
+        (" Paris.\n", True, False), ("paris", True, False), ("PARIS。", True, False), ("Paris..", False, False),
+        ("Paris!", False, False), ("It is Paris", False, False), ("", False, False),
+        ("Paris", True, True), ("Paris.", True, True), ("paris", False, True),
+    ],
+)  # fmt: skip
+def test_what_counts_as_right(answer, right, exact):
+    assert Question(1, "capital", [], ["London", "Paris."], [], exact).is_right(answer) is right
+
+
+CALL = {"name": "calculator", "arguments": {"expression": "1 + 1"}}
+
+
+def block(call) -> str:
+    return f"<tool_call>\n{json.dumps(call)}\n</tool_call>"
+
+
+@pytest.mark.parametrize(
+    ("answer", "right"),
+    [
+        (block(CALL), True),
+        ('<tool_call>{"arguments":{"expression":"1 + 1"},"name":"calculator"}</tool_call>', True),
+        ("I reckon: " + block(CALL), True),
+        (block(CALL) * 2, False),
+        (block(CALL) + "<tool_call>", False),
+        (block({**CALL, "arguments": {"expression": "1 + 2"}}), False),
+        (block({**CALL, "arguments": {"expression": "1 + 1", "x": 1}}), False),
+        (block({**CALL, "name": "calculate"}), False),
+        (json.dumps(CALL), False),
+        ("1 + 1 = 2", False),
+        ("", False),
+    ],
+)
+def test_which_call_is_right(answer, right):
+    assert Question(1, "tools", [], [], [], False, CALL).is_right(answer) is right
+
+
+def test_arguments_are_compared_as_json_values():
+    call = {"name": "x", "arguments": {"value": 3, "on": True, "list": [1, {"a": None}]}}
+    question = Question(1, "tools", [], [], [], False, call)
+    cases = {"3.0": True, "3": True, "4": False, '"3"': False, "true": False}
+    for value, right in cases.items():
+        assert question.is_right(block(call).replace("3", value)) is right
+    assert not question.is_right(block(call).replace("true", "1"))
+    assert not question.is_right(block(call).replace("null", "0"))
+
+
+def asks(*after: dict, **expected) -> str:
+    """A line with a question for the calculator."""
+    messages = [{"role": "system", "content": "", "tools": json.dumps(SCHEMAS)}, {"role": "user", "content": "?"}]
+    return json.dumps({"skill": "tools", "conversations": [*messages, *after], **expected})
+
+
+def test_questions_with_tools_are_read(tmp_path):
+    """A call is asked for; or an answer, once the result is there."""
+    call = {"role": "assistant", "content": None, "tool_calls": json.dumps([CALL])}
+    rows = [asks(call=CALL), asks(call, {"role": "tool", "content": '{"result": 2}'}, answers=["2"])]
+    (tmp_path / "heldout.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    first, second = read_heldout(tmp_path / "heldout.jsonl")
+    assert first.call == CALL and json.loads(first.expected) == CALL
+    assert second.is_right("2.") and second.messages[2]["content"] is None
+
+
+@pytest.mark.parametrize(
+    ("line", "fault"),
+    [
+        ('{"skill": "x"', "line 2: invalid JSON"),
+        ('{"conversations": [{"role": "user", "content": "?"}], "answers": ["a"]}', '"skill"'),
+        ('{"skill": "x", "answers": ["a"]}', '"conversations"'),
+        (
+            '{"skill": "x", "conversations": [{"role": "user"}], "answers": ["a"]}',
+            "message 1: content is missing or null",
+        ),
+        ('{"skill": "x", "conversations": [{"role": "user", "content": "?"}]}', 'needs one of "answers"'),
+        ('{"skill": "x", "conversations": [{"role": "user", "content": "?"}], "answers": "a"}', "list of strings"),
+        ('{"skill": "x", "conversations": [{"role": "assistant", "content": "?"}], "answers": ["a"]}', "the user's"),
+        (asks(call=CALL, answers=["2"]), "needs one of"),
+        (asks(call={}), "call: must be"),
+        (asks(call="1 + 1"), "call: must be"),
+        (asks(call={"name": "calculator"}), "call: must be"),
+        (asks(call={**CALL, "arguments": "{}"}), "call: must be"),
+        (asks(call={**CALL, "name": ""}), 'call: call 1 has no "name"'),
+        (asks(call={**CALL, "name": "rm"}), 'calls "rm", which tools does not list'),
+        (asks({"role": "tool", "content": "2"}, answers=["2"]), "a tool message without a call"),
+        (asks({"role": "assistant", "tool_calls": "[{"}, answers=["2"]), "message 3: tool_calls: not valid JSON"),
+        (asks({"role": "assistant", "tool_calls": [CALL]}, answers=["2"]), "or a tool's result"),
+    ],
+)
+def test_faults_of_a_heldout_file_name_the_line(tmp_path, line, fault):
+    path = tmp_path / "heldout.jsonl"
+    good = '{"skill": "x", "conversations": [{"role": "user", "content": "?"}], "answers": ["a"]}'
+    path.write_text(f"{good}\n{line}\n", encoding="utf-8")
+    with pytest.raises(DataError, match="line 2") as caught:
+        read_heldout(path)
+    assert fault in str(caught.value)
