@@ -1,7 +1,7 @@
 """Train the tokenizer: byte-level BPE on any JSONL of this project (pretrain, conversations, preference pairs).
 
 python train_tokenizer.py                         # on the starter corpus
-python train_tokenizer.py --data_path starter REAL.jsonl --weight 0.5 1 --eval_path REAL_VAL.jsonl  # model/tokenizer
+python train_tokenizer.py --data_path starter REAL.jsonl --weight 0.3 1 --eval_path REAL_VAL.jsonl  # model/tokenizer
 """
 
 import argparse
@@ -117,7 +117,8 @@ def find_files(names: list[str], weights: list[float], sample_mb: float) -> list
             from dataset.starter import ensure_starter
 
             folder = ensure_starter()
-            files += [(folder / "pretrain.jsonl", weight), (folder / "sft.jsonl", weight)]
+            names = ("pretrain", "sft", "lora_medical", "reason", "tools")
+            files += [(folder / f"{name}.jsonl", weight) for name in names]
         else:
             files.append((Path(name), weight))
     for path, _ in files:

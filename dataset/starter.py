@@ -77,6 +77,7 @@ STAGE_ROWS = {"lora_identity": 3_000, "lora_medical": 3_000, "reason": 24_000}  
 REPEATED = {"lora_identity": 0.5, "lora_medical": 0.5, "reason": 0.1}
 THINKING = 0.6  # share of the problems whose steps are shown
 PREFERENCES = 6_000  # at size 1.0
+TOOL_ROWS = 9_000  # at size 1.0
 FILES = (
     "pretrain.jsonl",
     "pretrain_val.jsonl",
@@ -86,7 +87,7 @@ FILES = (
     "dpo.jsonl",
     "dpo_val.jsonl",
 )
-FILES += tuple(f"{stage}{part}.jsonl" for stage in STAGES for part in ("", "_val", "_heldout"))
+FILES += tuple(f"{stage}{part}.jsonl" for stage in (*STAGES, "tools") for part in ("", "_val", "_heldout"))
 
 # Share of the pretraining bytes, in percent.
 TEXTS = {"story": 10, "description": 12, "facts": 13, "dialogue": 37, "worked": 20, "translation": 8}
@@ -235,6 +236,35 @@ def make_stage(rng: random.Random, stage: str, rows: int) -> list[list]:
     return conversations
 
 
+def make_tools(rng: random.Random, rows: int) -> list[list]:
+    """Conversations with tools; in some of them no tool is needed."""
+    names, weights = list(SKILLS), [share for share, _ in SKILLS.values()]
+    conversations = []
+    while len(conversations) < rows:
+        lang = LANGUAGES[len(conversations) % 2]
+        messages, key = stages.tool_conversation(rng, lang, False)
+        if rng.random() < 0.25:
+            plain = to_messages(draw(rng, rng.choices(names, weights)[0], lang))
+            if plain[0]["role"] != "system":
+                conversations.append(messages[:1] * (rng.random() < 0.5) + plain)
+        elif not is_held_out(key):
+            conversations.append(messages)
+    return conversations
+
+
+def make_tools_heldout(rng: random.Random) -> list[dict]:
+    """Is the right call made, and is its result used?"""
+    rows, asked = [], set()
+    while len(rows) < 4 * HELD_OUT_PER_SKILL:
+        messages, key = stages.tool_conversation(rng, LANGUAGES[len(rows) // 2 % 2], True)
+        if is_held_out(key) and key not in asked:
+            asked.add(key)
+            (call,) = json.loads(messages[2]["tool_calls"])
+            rows.append({"skill": "call", "conversations": messages[:2], "call": call})
+            rows.append({"skill": "result", "conversations": messages[:-1], "answers": [messages[-1]["content"]]})
+    return rows
+
+
 def make_preferences(rng: random.Random, rows: int, held: bool) -> list[dict]:
     """Pairs that differ in the answer alone."""
     pairs = []
@@ -276,6 +306,10 @@ def write_starter(out_dir: str | Path = DEFAULT, size: float = 1.0, seed: int = 
     write_jsonl(out_dir / "heldout.jsonl", heldout)
     write_jsonl(out_dir / "dpo.jsonl", make_preferences(rng_for("dpo"), int(PREFERENCES * size), held=False))
     write_jsonl(out_dir / "dpo_val.jsonl", make_preferences(rng_for("dpo_val"), 300, held=True))
+    write_jsonl(out_dir / "tools_heldout.jsonl", make_tools_heldout(rng_for("tools_heldout")))
+    for part, rows in (("", int(TOOL_ROWS * size)), ("_val", 100)):
+        conversations = make_tools(rng_for("tools" + part), rows)
+        write_jsonl(out_dir / f"tools{part}.jsonl", [{"conversations": messages} for messages in conversations])
     for stage in STAGES:
         for part, rows in (("", int(STAGE_ROWS[stage] * size)), ("_val", 200)):
             conversations = make_stage(rng_for(stage + part), stage, rows)

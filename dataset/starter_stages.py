@@ -1,8 +1,10 @@
-"""The starter corpus' files for the stages after SFT: two LoRA subjects, preference pairs, problems with worked steps.
+"""The starter corpus' files for the stages after SFT: two LoRA subjects, preference pairs, problems with worked steps,
+tool calls.
 
-Same contract as starter_skills.py, one function a subject, (rng, lang, held) -> Item; starter.py writes the files.
+One function a subject, (rng, lang, held) -> Item as in starter_skills.py, or messages; starter.py writes the files.
 """
 
+import json
 import random
 
 from dataset.starter_chat import IDENTITY
@@ -18,6 +20,7 @@ from dataset.starter_skills import (
     worked_sum,
 )
 from dataset.starter_words import UNITS, WEEKDAYS
+from dataset.tools import SCHEMAS, run_tool
 
 STAGES = load_json("stages")  # who the new identity is, everyday health, kind and unkind replies
 
@@ -154,3 +157,74 @@ def problem_of(kind: str):
         return Item(question, answer, f"{kind}|{lang}|{key}", reasoning=steps)
 
     return problem
+
+
+# --- tools -----------------------------------------------------------------------------------------------------------
+
+CALCULATE = {
+    "zh": ["计算 {}。", "{} 等于多少？", "算一下 {}", "请用计算器算 {}", "帮我算 {}。"],
+    "en": ["Calculate {}.", "What is {}?", "Work out {}", "Use the calculator: {}", "How much is {}?"],
+}
+DATES = {
+    "zh": ["{0} 之后 {1} 天是哪一天？", "从 {0} 开始，再过 {1} 天是几月几日？", "{0} 再过 {1} 天是什么日期？"],
+    "en": ["What date is {1} days after {0}?", "Which date comes {1} days after {0}?", "Add {1} days to {0}."],
+}
+CONVERSIONS = {
+    "zh": ["{0} {1}是多少{2}？", "把 {0} {1}换算成{2}。", "{0} {1}等于多少{2}？"],
+    "en": ["How many {2} are {0} {1}?", "Convert {0} {1} to {2}.", "What is {0} {1} in {2}?"],
+}
+MEASURES = [  # units that fit each other: {name in tools.UNITS: how people say it}
+    {
+        "km": ("公里", "kilometres"), "m": ("米", "metres"), "cm": ("厘米", "centimetres"),
+        "mm": ("毫米", "millimetres"), "mile": ("英里", "miles"), "foot": ("英尺", "feet"), "inch": ("英寸", "inches"),
+    },
+    {"kg": ("公斤", "kilograms"), "g": ("克", "grams"), "pound": ("磅", "pounds"), "ounce": ("盎司", "ounces")},
+    {"second": ("秒", "seconds"), "minute": ("分钟", "minutes"), "hour": ("小时", "hours"), "day": ("天", "days")},
+    {"celsius": ("摄氏度", "degrees Celsius"), "fahrenheit": ("华氏度", "degrees Fahrenheit")},
+    {"litre": ("升", "litres"), "ml": ("毫升", "millilitres"), "cup": ("杯", "cups")},
+]  # fmt: skip
+
+
+def tool_call(rng: random.Random, lang: str) -> tuple[str, str, dict, str]:
+    """(question, tool, arguments, answer with a place for the result) of one of the three tools."""
+    kind = rng.random()
+    if kind < 0.4:
+        numbers = [rng.randint(2, 10 ** rng.randint(1, 3)) for _ in range(rng.choice([2, 2, 3]))]
+        expression = str(numbers[0])
+        for number in numbers[1:]:
+            expression += f" {rng.choice('+-*/')} {number}"
+        question = rng.choice(CALCULATE[lang]).format(expression)
+        return question, "calculator", {"expression": expression}, f"{expression} = {{}}"
+    if kind < 0.65:
+        day = f"{rng.randint(1950, 2050)}-{rng.randint(1, 12):02d}-{rng.randint(1, 28):02d}"
+        days = rng.randint(1, 400)
+        answer = "那天是 {}。" if lang == "zh" else "It is {}."
+        return rng.choice(DATES[lang]).format(day, days), "add_days", {"date": day, "days": days}, answer
+    measure = rng.choice(MEASURES)
+    unit, to = rng.sample(list(measure), 2)
+    value, index = rng.randint(1, 10 ** rng.randint(1, 3)), lang == "en"
+    question = rng.choice(CONVERSIONS[lang]).format(value, measure[unit][index], measure[to][index])
+    answer = f"{value} {measure[unit][0]}是 {{}} {measure[to][0]}。"
+    if lang == "en":
+        answer = f"{value} {measure[unit][1]} are {{}} {measure[to][1]}."
+    return question, "convert", {"value": value, "unit": unit, "to": to}, answer
+
+
+def tool_conversation(rng: random.Random, lang: str, held: bool) -> tuple[list[dict], str]:
+    """(messages, key): the tools offered, a question, the call, its result, the answer. Unseen when held out: these
+    arguments."""
+    question, name, arguments, answer = tool_call(rng, lang)
+    output = run_tool(name, arguments)
+    result = str(json.loads(output, parse_float=str).get("result"))  # as the tool wrote it
+    messages = [
+        {"role": "system", "content": "", "tools": json.dumps(SCHEMAS)},
+        {"role": "user", "content": question},
+        {
+            "role": "assistant",
+            "content": "",
+            "tool_calls": json.dumps([{"name": name, "arguments": arguments}]),
+        },
+        {"role": "tool", "content": output},
+        {"role": "assistant", "content": answer.format(result)},
+    ]
+    return messages, f"tool|{name}|{json.dumps(arguments)}"

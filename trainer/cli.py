@@ -66,6 +66,7 @@ def arguments(stage: str, description: str, **defaults) -> argparse.ArgumentPars
 
     add = parser.add_argument_group("output").add_argument
     add("--out_dir", default=str(ROOT / "out"))
+    add("--save_weight", metavar="NAME", help=f"write out_dir/NAME_HIDDEN.pth (default: {stage})")
     add("--from_resume", type=int, choices=(0, 1), default=0, help="1 = go on where an interrupted run was")
     add("--save_interval", type=int, default=0, help="steps between resume states (default: every two minutes)")
     add("--keep", type=int, default=1, help="resume states to keep")

@@ -119,7 +119,7 @@ def setup(stage: str, args: argparse.Namespace, minutes: float, rate: float = 1.
     model = _starting_model(args)
     if args.learning_rate is None:  # wide matrices want smaller steps (Yang et al. 2022, arXiv:2203.03466)
         args.learning_rate = rate * LEARNING_RATES[args.optimizer] * 256 / model.config.hidden_size
-    run = Run(stage, args, device, find_dtype(device, args.dtype), model, rank, world_size)
+    run = Run(args.save_weight or stage, args, device, find_dtype(device, args.dtype), model, rank, world_size)
     try:
         Path(args.out_dir).mkdir(parents=True, exist_ok=True)
     except OSError as error:
