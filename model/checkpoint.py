@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from model.formats import CheckpointError, from_hf, from_minimind, hf_config, hf_state_dict
-from model.model import MiniMindConfig, MiniMindLM
+from model.model import MiniMindConfig, MiniMindLM, base_state_dict
 
 # ------------------------------------------------------------------------------------------------ paths
 
@@ -168,7 +168,8 @@ def _looks_like(path: Path, error: Exception) -> str:
 
 
 def save(path: str | Path, model: MiniMindLM, meta: dict | None = None, dtype: torch.dtype | None = None) -> None:
-    """Write {"config", "model", "meta"}, in fp32 or in `dtype`. meta: plain Python values.
+    """Write {"config", "model", "meta"}, in fp32 or in `dtype`. meta: plain Python values. LoRA adapters are not
+    written (adapters.py does), but for one that is merged: it is part of the weights.
 
     CheckpointError if it fails; what was there before is then untouched."""
     meta = meta or {}
@@ -179,7 +180,7 @@ def save(path: str | Path, model: MiniMindLM, meta: dict | None = None, dtype: t
 
 def _weights(model: MiniMindLM, dtype: torch.dtype) -> dict[str, Tensor]:
     """Names and weights on the CPU; the output layer is the embedding and has no entry of its own."""
-    weights = model.state_dict()
+    weights = base_state_dict(model)
     return {name.replace("_orig_mod.", ""): w.detach().to("cpu", dtype).contiguous() for name, w in weights.items()}
 
 
@@ -196,6 +197,8 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> tuple[MiniMind
         else:
             content = _read(path)
             if _is_ours(content):
+                if "lora" in content:
+                    raise CheckpointError("it is a LoRA adapter: give the weights that it was trained on")
                 config, tensors = MiniMindConfig.from_dict(content["config"]), content["model"]
                 meta = content.get("meta", {})
             else:
@@ -209,7 +212,7 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> tuple[MiniMind
 
 
 def load_meta(path: str | Path) -> dict:
-    """The meta of a file of save(), without reading its weights; {} for any other kind of weights."""
+    """The meta of a file of save() or of an adapter, without reading its weights; {} for any other kind of weights."""
     path = Path(path)
     if path.is_dir():
         return {}
