@@ -158,7 +158,7 @@ def load_chatbot(args: argparse.Namespace):
         adapter = Path(args.out_dir) / "lora" / f"{args.lora_name}_{model.config.hidden_size}{kind}.pth"
         if not adapter.exists():
             raise CheckpointError(f"--lora_name {args.lora_name}: there is no {adapter}; check the name and --out_dir")
-        load_adapter(adapter, model, "eval", base=path)
+        load_adapter(adapter, model, "chosen", base=path)
     if model.config.vocab_size < tokenizer.get_vocab_size():
         raise CheckpointError(
             f"{path} has {model.config.vocab_size} tokens, the tokenizer {tokenizer.get_vocab_size()}: "

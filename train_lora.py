@@ -10,6 +10,7 @@ W x becomes W x + alpha / rank * B A x in each linear layer; A and B, a few per 
 
 import re
 import sys
+from pathlib import Path
 
 import torch
 
@@ -64,6 +65,18 @@ def adapt(run: trainer.Run) -> None:
         )
 
 
+def starter_files(name: str) -> tuple[Path, Path]:
+    starter = ensure_starter()
+    train_path, val_path = starter / f"{name}.jsonl", starter / f"{name}_val.jsonl"
+    if not (train_path.exists() and val_path.exists()):
+        known = sorted(path.stem for path in starter.glob("lora_*.jsonl") if not path.stem.endswith("_val"))
+        raise UsageError(
+            f"--lora_name {name}: the starter corpus has no {name}.jsonl (it has {', '.join(known) or 'none'}): "
+            "give your own data with --data_path"
+        )
+    return train_path, val_path
+
+
 def main():
     args = arguments()
     if not re.fullmatch(r"[\w-]+", args.lora_name):
@@ -76,14 +89,7 @@ def main():
 
     train_path, val_path = args.data_path, args.val_path
     if train_path is None:
-        starter = ensure_starter()
-        train_path, val_path = starter / f"{args.lora_name}.jsonl", starter / f"{args.lora_name}_val.jsonl"
-        if not train_path.exists():
-            known = ", ".join(sorted(path.stem for path in starter.glob("lora_*.jsonl") if "_val" not in path.stem))
-            raise UsageError(
-                f"--lora_name {args.lora_name}: the starter corpus has no such file (it has {known or 'none'}): "
-                "give your own with --data_path"
-            )
+        train_path, val_path = starter_files(args.lora_name)
     train_rows = sft_dataset(train_path, tokenizer, args.max_seq_len)
     val_rows = sft_dataset(val_path, tokenizer, args.max_seq_len) if val_path else None
 

@@ -53,8 +53,9 @@ def _matrices(model: MiniMindLM, name: str) -> tuple[LoRAConfig, dict[str, Tenso
     layers = {key: layer for key, layer in lora_layers(model).items() if name in layer.configs}
     if not layers:
         raise ValueError(f"the model has no adapter {name}")
-    tensors = {f"{key}.lora_A": layer.lora_A[name] for key, layer in layers.items()}
-    tensors |= {f"{key}.lora_B": layer.lora_B[name] for key, layer in layers.items()}
+    tensors = {}
+    for key, layer in layers.items():
+        tensors[f"{key}.lora_A"], tensors[f"{key}.lora_B"] = layer.matrices(name)
     config = next(iter(layers.values())).configs[name]
     return config, {key: p.detach().to("cpu", torch.float32).contiguous() for key, p in tensors.items()}
 

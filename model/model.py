@@ -503,12 +503,11 @@ class LoRALinear(nn.Linear):
     arXiv:2106.09685), A (rank, in), B (out, rank), both fp32.
 
     It takes the place of a linear layer and owns that layer's weight under the same name. It holds any number of
-    adapters by name, of which at most one is active."""
+    adapters, as lora_A_<name> and lora_B_<name>, of which at most one is active."""
 
     def __init__(self, linear: nn.Linear):
         super().__init__(linear.in_features, linear.out_features, device="meta")
         self.weight, self.bias = linear.weight, linear.bias
-        self.lora_A, self.lora_B = nn.ParameterDict(), nn.ParameterDict()
         self.configs: dict[str, LoRAConfig] = {}
         self.active: str | None = None
         self.register_buffer("unmerged", None, persistent=False)  # the untouched weight while an adapter is merged
@@ -527,23 +526,26 @@ class LoRALinear(nn.Linear):
             nn.init.kaiming_uniform_(A, a=math.sqrt(5))
         if B is None:
             B = torch.zeros(self.out_features, config.rank, device=device)
-        self.lora_A[name] = nn.Parameter(A.to(device, torch.float32))
-        self.lora_B[name] = nn.Parameter(B.to(device, torch.float32))
+        self.register_parameter(f"lora_A_{name}", nn.Parameter(A.to(device, torch.float32)))
+        self.register_parameter(f"lora_B_{name}", nn.Parameter(B.to(device, torch.float32)))
         self.configs[name] = config
+
+    def matrices(self, name: str) -> tuple[nn.Parameter, nn.Parameter]:
+        return getattr(self, f"lora_A_{name}"), getattr(self, f"lora_B_{name}")
 
     def use(self, name: str | None) -> None:
         """Make this adapter the active and the only trainable one; without it, or with None, the base is alone."""
         self.unmerge()
         self.active = name if name in self.configs else None
-        for matrices in (self.lora_A, self.lora_B):
-            for key, p in matrices.items():
+        for key in self.configs:
+            for p in self.matrices(key):
                 p.requires_grad_(key == name)
 
     def forward(self, x: Tensor) -> Tensor:
         y = super().forward(x)
         if not self.adapts:
             return y
-        config, A, B = self.configs[self.active], self.lora_A[self.active], self.lora_B[self.active]
+        config, (A, B) = self.configs[self.active], self.matrices(self.active)
         low = F.linear(F.dropout(x.to(A.dtype), config.dropout, self.training), A)  # (..., rank)
         return (y + F.linear(low * config.scaling, B)).to(y.dtype)
 
@@ -551,7 +553,7 @@ class LoRALinear(nn.Linear):
     def merge(self) -> None:
         """Add the active adapter to the weight, which costs a copy of the weight to go back to."""
         if self.adapts:
-            config, A, B = self.configs[self.active], self.lora_A[self.active], self.lora_B[self.active]
+            config, (A, B) = self.configs[self.active], self.matrices(self.active)
             self.unmerged = self.weight.detach().clone()
             self.weight.copy_(self.weight.float() + config.scaling * (B.float() @ A.float()))
 
@@ -587,8 +589,8 @@ def add_lora(
     It becomes the active one, and all else is frozen. ValueError if name, targets or weights do not fit; the model is
     then as it was."""
     config = config or LoRAConfig()
-    if not re.fullmatch(r"[\w-]+", name) or hasattr(nn.ParameterDict(), name):
-        raise ValueError(f"name {name!r} must be of letters, digits, _ and -, and no method's, such as update")
+    if not re.fullmatch(r"[\w-]+", name):
+        raise ValueError(f"name {name!r}: use letters, digits, _ and -")
     if any(name in layer.configs for layer in lora_layers(model).values()):
         raise ValueError(f"name {name}: the model has that adapter already")
     targets = lora_targets(model, config)
@@ -638,4 +640,4 @@ def unmerge_lora(model: nn.Module) -> None:
 
 def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """The weights as they stand, without the adapters: a merged one is part of them."""
-    return {k: w for k, w in model.state_dict().items() if ".lora_A." not in k and ".lora_B." not in k}
+    return {k: w for k, w in model.state_dict().items() if ".lora_A_" not in k and ".lora_B_" not in k}
