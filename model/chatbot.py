@@ -25,6 +25,7 @@ from dataset.chat import (
     render_chat,
 )
 from model import checkpoint
+from model.adapters import load_adapter
 from model.checkpoint import CheckpointError
 from model.generation import SamplingParams, decode, generate_each
 from model.model import compute_dtype
@@ -78,6 +79,8 @@ def load_chatbot(args: argparse.Namespace, device: torch.device, dtype: torch.dt
         if path.is_dir() and (path / "config.json").exists():
             tokenizer = load_own_tokenizer(path)
         if tokenizer is None:
+            if args.lora_name:
+                raise CheckpointError(f"--lora_name: {path} has a tokenizer of another kind: adapters are for our own")
             print(f"note: {path} has a tokenizer of another kind: answering through transformers", file=sys.stderr)
             return TransformersChatbot(path, device, dtype, args)
     else:
@@ -88,7 +91,7 @@ def load_chatbot(args: argparse.Namespace, device: torch.device, dtype: torch.dt
         adapter = Path(args.out_dir) / "lora" / f"{args.lora_name}_{model.config.hidden_size}{kind}.pth"
         if not adapter.exists():
             raise CheckpointError(f"--lora_name {args.lora_name}: there is no {adapter}; check the name and --out_dir")
-        raise CheckpointError(f"{adapter}: this version cannot load LoRA adapters yet; leave out --lora_name")
+        load_adapter(adapter, model, "chosen", base=path)
     if model.config.vocab_size < tokenizer.get_vocab_size():
         raise CheckpointError(
             f"{path} has {model.config.vocab_size} tokens, the tokenizer {tokenizer.get_vocab_size()}: "

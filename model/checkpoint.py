@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from model.formats import CheckpointError, from_hf, from_minimind, hf_config, hf_state_dict
-from model.model import MiniMindConfig, MiniMindLM
+from model.model import MiniMindConfig, MiniMindLM, base_state_dict
 
 # ------------------------------------------------------------------------------------------------ paths
 
@@ -71,7 +71,7 @@ def _missing(path: Path) -> CheckpointError:
 # ------------------------------------------------------------------------------------------------ files
 
 
-def _write(path: Path, write: Callable[[BinaryIO], None]) -> None:
+def write_file(path: Path, write: Callable[[BinaryIO], None]) -> None:
     """Let write(file) fill a temporary file, then put it in the place of `path`, durably and in one step."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -109,20 +109,20 @@ def _sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
-def _check_plain(value: Any, where: str) -> None:
+def check_plain(value: Any, where: str) -> None:
     """TypeError if `value` holds something that could not be read back with weights_only=True."""
     if isinstance(value, dict):
         for key, item in value.items():
-            _check_plain(key, f"a key of {where}")
-            _check_plain(item, f"{where}[{key!r}]")
+            check_plain(key, f"a key of {where}")
+            check_plain(item, f"{where}[{key!r}]")
     elif isinstance(value, (list, tuple)):
         for i, item in enumerate(value):
-            _check_plain(item, f"{where}[{i}]")
+            check_plain(item, f"{where}[{i}]")
     elif value is not None and not isinstance(value, Tensor) and type(value) not in (str, int, float, bool):
         raise TypeError(f"{where} is a {type(value).__name__}: only tensors and plain Python values can be saved")
 
 
-def _read(path: Path, mmap: bool = False) -> Any:
+def read_file(path: Path, mmap: bool = False) -> Any:
     """torch.load of tensors and plain values, nothing else; CheckpointError for any other file."""
     if path.suffix == ".safetensors":
         raise CheckpointError(f"{path} is only the weights: give the folder that holds it and its config.json")
@@ -168,18 +168,19 @@ def _looks_like(path: Path, error: Exception) -> str:
 
 
 def save(path: str | Path, model: MiniMindLM, meta: dict | None = None, dtype: torch.dtype | None = None) -> None:
-    """Write {"config", "model", "meta"}, in fp32 or in `dtype`. meta: plain Python values.
+    """Write {"config", "model", "meta"}, in fp32 or in `dtype`. meta: plain Python values. LoRA adapters are not
+    written (adapters.py does), but for one that is merged: it is part of the weights.
 
     CheckpointError if it fails; what was there before is then untouched."""
     meta = meta or {}
-    _check_plain(meta, "meta")
+    check_plain(meta, "meta")
     content = {"config": model.config.to_dict(), "model": _weights(model, dtype or torch.float32), "meta": meta}
-    _write(Path(path), lambda file: torch.save(content, file))
+    write_file(Path(path), lambda file: torch.save(content, file))
 
 
 def _weights(model: MiniMindLM, dtype: torch.dtype) -> dict[str, Tensor]:
     """Names and weights on the CPU; the output layer is the embedding and has no entry of its own."""
-    weights = model.state_dict()
+    weights = base_state_dict(model)
     return {name.replace("_orig_mod.", ""): w.detach().to("cpu", dtype).contiguous() for name, w in weights.items()}
 
 
@@ -194,13 +195,15 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> tuple[MiniMind
         if path.is_dir():
             config, tensors = _read_folder(path)
         else:
-            content = _read(path)
-            if _is_ours(content):
+            content = read_file(path)
+            if is_ours(content):
+                if "lora" in content:
+                    raise CheckpointError("it is a LoRA adapter: give the weights that it was trained on")
                 config, tensors = MiniMindConfig.from_dict(content["config"]), content["model"]
                 meta = content.get("meta", {})
             else:
                 beside = path.parent / "config.json"
-                config, tensors = from_minimind(content, _read_json(beside) if beside.exists() else {})
+                config, tensors = from_minimind(content, read_json(beside) if beside.exists() else {})
         model = _build(config, tensors)
     except (CheckpointError, ValueError, TypeError) as error:
         text = str(error)
@@ -209,15 +212,15 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> tuple[MiniMind
 
 
 def load_meta(path: str | Path) -> dict:
-    """The meta of a file of save(), without reading its weights; {} for any other kind of weights."""
+    """The meta of a file of save() or of an adapter, without reading its weights; {} for any other kind of weights."""
     path = Path(path)
     if path.is_dir():
         return {}
-    content = _read(path, mmap=True)
-    return content.get("meta", {}) if _is_ours(content) else {}
+    content = read_file(path, mmap=True)
+    return content.get("meta", {}) if is_ours(content) else {}
 
 
-def _is_ours(content: Any) -> bool:
+def is_ours(content: Any) -> bool:
     if not isinstance(content, dict) or not isinstance(content.get("config"), dict):
         return False
     weights = content.get("model")
@@ -248,7 +251,7 @@ def _build(config: MiniMindConfig, tensors: dict[str, Tensor]) -> MiniMindLM:
 # ------------------------------------------------------------------------------------------------ Hugging Face folders
 
 
-def _read_json(path: Path) -> dict:
+def read_json(path: Path) -> dict:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -263,9 +266,9 @@ def _read_folder(folder: Path) -> tuple[MiniMindConfig, dict[str, Tensor]]:
         weights = ", ".join(path.name for path in sorted(folder.glob("*.pth"))[:8])
         hint = f"give one of its files: {weights}" if weights else "give a .pth file or a Hugging Face folder"
         raise CheckpointError(f"{folder} is a folder without config.json; {hint}")
-    config, tensors = _read_json(folder / "config.json"), {}
+    config, tensors = read_json(folder / "config.json"), {}
     for name in _weight_files(folder):
-        tensors |= _read_safetensors(folder / name) if name.endswith(".safetensors") else _read(folder / name)
+        tensors |= read_safetensors(folder / name) if name.endswith(".safetensors") else read_file(folder / name)
     if "minimind" in f"{config.get('architectures')} {config.get('model_type')}".lower():
         return from_minimind(tensors, config)
     return from_hf(tensors, config)
@@ -277,7 +280,7 @@ def _weight_files(folder: Path) -> list[str]:
             return [name]
         index = folder / f"{name}.index.json"
         if index.exists():
-            names = sorted(set(_read_json(index).get("weight_map", {}).values()))
+            names = sorted(set(read_json(index).get("weight_map", {}).values()))
             absent = [name for name in names if not (folder / name).exists()]
             if absent:
                 raise CheckpointError(f"{folder} lacks {', '.join(absent)}: copy or download the folder again")
@@ -285,7 +288,7 @@ def _weight_files(folder: Path) -> list[str]:
     raise CheckpointError(f"{folder} has a config.json but no model.safetensors: copy or download the folder again")
 
 
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
+def read_safetensors(path: Path) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -312,20 +315,20 @@ def save_hf(
     weights = to_bytes({name: w.to("cpu", dtype) for name, w in hf_state_dict(model).items()}, {"format": "pt"})
     for name in _TOKENIZER_FILES:
         if (tokenizer_folder / name).exists():
-            _write_bytes(folder / name, (tokenizer_folder / name).read_bytes())
+            write_bytes(folder / name, (tokenizer_folder / name).read_bytes())
         elif name == "tokenizer.json":
             raise CheckpointError(f"{tokenizer_folder} has no tokenizer.json: give a tokenizer folder")
-    _write_bytes(folder / "generation_config.json", _to_json(tokens))
-    _write_bytes(folder / "model.safetensors", weights)
-    _write_bytes(folder / "config.json", _to_json(config))
+    write_bytes(folder / "generation_config.json", to_json(tokens))
+    write_bytes(folder / "model.safetensors", weights)
+    write_bytes(folder / "config.json", to_json(config))
 
 
-def _to_json(content: dict) -> bytes:
+def to_json(content: dict) -> bytes:
     return (json.dumps(content, indent=2) + "\n").encode()
 
 
-def _write_bytes(path: Path, content: bytes) -> None:
-    _write(path, lambda file: file.write(content))
+def write_bytes(path: Path, content: bytes) -> None:
+    write_file(path, lambda file: file.write(content))
 
 
 # ------------------------------------------------------------------------------------------------ resume state
@@ -336,12 +339,12 @@ def save_resume(folder: str | Path, state: dict, step: int, keep: int = 1) -> No
     this one replaces, and go too. `state`: nested dicts and lists of tensors and plain Python values, kept as they are.
 
     CheckpointError if writing fails; what was there before is then untouched."""
-    _check_plain(state, "state")
+    check_plain(state, "state")
     folder = Path(folder)
     for stale in folder.glob(".state_*.tmp"):  # of a run that was killed while it wrote
         stale.unlink(missing_ok=True)
     path = folder / f"state_{step:08d}.pt"
-    _write(path, lambda file: torch.save(state, file))
+    write_file(path, lambda file: torch.save(state, file))
     others = [other for other in _states(folder) if other != path]  # newest first
     later = [other for other in others if other.name > path.name]
     earlier = [other for other in others if other.name < path.name]
@@ -354,7 +357,7 @@ def load_resume(folder: str | Path) -> dict | None:
     paths = _states(Path(folder))
     for path in paths:
         try:
-            return _read(path)
+            return read_file(path)
         except CheckpointError as error:
             print(f"warning: {error}; looking for an earlier state", file=sys.stderr)
     if paths:

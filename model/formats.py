@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.model import MiniMindConfig, MiniMindLM
+from model.model import MiniMindConfig, MiniMindLM, base_state_dict
 
 
 class CheckpointError(Exception):
@@ -224,4 +224,4 @@ def hf_config(config: MiniMindConfig) -> dict:
 def hf_state_dict(model: MiniMindLM) -> dict[str, Tensor]:
     """The weights by Hugging Face's names, which are ours; the tied output layer has no entry."""
     hf_config(model.config)  # refuses what has no counterpart
-    return {name.replace("_orig_mod.", ""): w.detach().contiguous() for name, w in model.state_dict().items()}
+    return {name.replace("_orig_mod.", ""): w.detach().contiguous() for name, w in base_state_dict(model).items()}

@@ -1,4 +1,4 @@
-"""The whole model in plain torch: configuration, RMSNorm, RoPE with YaRN, grouped-query attention, SwiGLU, MoE.
+"""The whole model in plain torch: configuration, RMSNorm, RoPE with YaRN, grouped-query attention, SwiGLU, MoE, LoRA.
 
     from model.model import MiniMindLM, PRESETS
     model = MiniMindLM(PRESETS["nano"])
@@ -9,6 +9,7 @@ a MoE with QK-norm and without shared experts is a `Qwen3MoeForCausalLM`.
 """
 
 import math
+import re
 from dataclasses import asdict, dataclass, fields
 from typing import Any, NamedTuple
 
@@ -257,7 +258,9 @@ class Experts(nn.ModuleList):
     def forward(self, x: Tensor, ends: Tensor) -> Tensor:
         """x (N, hidden) sorted by expert; expert e owns rows ends[e-1]:ends[e], ends (E,) int32 -> (N, hidden)."""
         dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
-        if dtype == torch.bfloat16 and x.shape[0] > 64:  # one kernel over all experts; stacking them costs a copy
+        adapted = any(isinstance(layer, LoRALinear) and layer.adapts for layer in self.modules())
+        # One kernel over all experts; stacking them costs a copy. It sees the weights alone, without an adapter.
+        if dtype == torch.bfloat16 and x.shape[0] > 64 and not adapted:
             x = x.to(dtype)
             gate = grouped_linear(x, [expert.gate_proj for expert in self], ends)
             up = grouped_linear(x, [expert.up_proj for expert in self], ends)
@@ -471,3 +474,175 @@ class MiniMindLM(nn.Module):
         c = self.config
         scores = 6 * c.num_hidden_layers * c.num_attention_heads * c.head_dim * seq_len
         return 6 * self.num_parameters(active=True) + scores * attention
+
+
+# ------------------------------------------------------------------------------------------------ LoRA
+
+
+@dataclass(frozen=True)
+class LoRAConfig:
+    """Size of an adapter, and the linear layers that get one: those whose dotted name ends in one of `targets`."""
+
+    rank: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.0  # of the adapter's input, in training only
+    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+    def __post_init__(self):
+        if self.rank < 1:
+            raise ValueError(f"rank {self.rank} must be at least 1")
+        if not 0 < self.alpha < math.inf:
+            raise ValueError(f"alpha {self.alpha} must be above 0")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout {self.dropout} must be at least 0 and below 1")
+        if not self.targets:
+            raise ValueError("targets: name at least one layer, such as q_proj")
+
+    @property
+    def scaling(self) -> float:
+        return self.alpha / self.rank
+
+
+class LoRALinear(nn.Linear):
+    """A frozen linear layer with low-rank updates: y = W x + alpha / rank * B A dropout(x) (Hu et al. 2021,
+    arXiv:2106.09685), A (rank, in), B (out, rank), both fp32.
+
+    It takes the place of a linear layer and owns that layer's weight under the same name. It holds any number of
+    adapters, as lora_A_<name> and lora_B_<name>, of which at most one is active."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__(linear.in_features, linear.out_features, device="meta")
+        self.weight, self.bias = linear.weight, linear.bias
+        self.configs: dict[str, LoRAConfig] = {}
+        self.active: str | None = None
+        self.register_buffer("unmerged", None, persistent=False)  # the untouched weight while an adapter is merged
+        self.train(linear.training)
+
+    @property
+    def adapts(self) -> bool:
+        """Whether the forward adds an update to what the weight gives."""
+        return self.active is not None and self.unmerged is None
+
+    def add(self, name: str, config: LoRAConfig, A: Tensor | None = None, B: Tensor | None = None) -> None:
+        """A new adapter, which changes nothing until B is trained, or the one of these matrices."""
+        device = self.weight.device
+        if A is None:
+            A = torch.empty(config.rank, self.in_features, device=device)
+            nn.init.kaiming_uniform_(A, a=math.sqrt(5))
+        if B is None:
+            B = torch.zeros(self.out_features, config.rank, device=device)
+        self.register_parameter(f"lora_A_{name}", nn.Parameter(A.to(device, torch.float32)))
+        self.register_parameter(f"lora_B_{name}", nn.Parameter(B.to(device, torch.float32)))
+        self.configs[name] = config
+
+    def matrices(self, name: str) -> tuple[nn.Parameter, nn.Parameter]:
+        return getattr(self, f"lora_A_{name}"), getattr(self, f"lora_B_{name}")
+
+    def use(self, name: str | None) -> None:
+        """Make this adapter the active and the only trainable one; without it, or with None, the base is alone."""
+        self.unmerge()
+        self.active = name if name in self.configs else None
+        for key in self.configs:
+            for p in self.matrices(key):
+                p.requires_grad_(key == name)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        if not self.adapts:
+            return y
+        config, (A, B) = self.configs[self.active], self.matrices(self.active)
+        low = F.linear(F.dropout(x.to(A.dtype), config.dropout, self.training), A)  # (..., rank)
+        return (y + F.linear(low * config.scaling, B)).to(y.dtype)
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Add the active adapter to the weight, which costs a copy of the weight to go back to."""
+        if self.adapts:
+            config, (A, B) = self.configs[self.active], self.matrices(self.active)
+            self.unmerged = self.weight.detach().clone()
+            self.weight.copy_(self.weight.float() + config.scaling * (B.float() @ A.float()))
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Put the original weight back, bit for bit."""
+        if self.unmerged is not None:
+            self.weight.copy_(self.unmerged)
+            self.unmerged = None
+
+
+def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
+    return {name: layer for name, layer in model.named_modules() if isinstance(layer, LoRALinear)}
+
+
+def lora_targets(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Linear]:
+    """The layers that an adapter works on, by name. ValueError if one of its targets is the name of none."""
+    linears = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
+    chosen = {target: [name for name in linears if f".{name}".endswith(f".{target}")] for target in config.targets}
+    for target, names in chosen.items():
+        if not names:
+            known = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in linears}))
+            raise ValueError(f"targets: no linear layer is called {target!r}; there are {known}")
+    wanted = set().union(*chosen.values())
+    return {name: layer for name, layer in linears.items() if name in wanted}
+
+
+def add_lora(
+    model: nn.Module, name: str, config: LoRAConfig | None = None, weights: dict[str, Tensor] | None = None
+) -> None:
+    """Give the model an adapter, a new one or that of `weights` ({layer}.lora_A and {layer}.lora_B for each layer).
+
+    It becomes the active one, and all else is frozen. ValueError if name, targets or weights do not fit; the model is
+    then as it was."""
+    config = config or LoRAConfig()
+    if not re.fullmatch(r"[\w-]+", name):
+        raise ValueError(f"name {name!r}: use letters, digits, _ and -")
+    if any(name in layer.configs for layer in lora_layers(model).values()):
+        raise ValueError(f"name {name}: the model has that adapter already")
+    targets = lora_targets(model, config)
+    if weights is not None:
+        shapes = {f"{key}.lora_A": [config.rank, layer.in_features] for key, layer in targets.items()}
+        shapes |= {f"{key}.lora_B": [layer.out_features, config.rank] for key, layer in targets.items()}
+        given = {key: list(w.shape) for key, w in weights.items()}
+        for key in sorted(shapes.keys() | given.keys()):
+            if given.get(key) != shapes.get(key):
+                raise ValueError(f"{key} is {given.get(key, 'missing')}, it should be {shapes.get(key, 'absent')}")
+    for key, layer in targets.items():
+        if not isinstance(layer, LoRALinear):
+            layer = LoRALinear(layer)
+            model.set_submodule(key, layer)
+        A, B = (weights[f"{key}.lora_A"], weights[f"{key}.lora_B"]) if weights else (None, None)
+        layer.add(name, config, A, B)
+    set_adapter(model, name)
+
+
+def set_adapter(model: nn.Module, name: str | None) -> None:
+    """Switch to another adapter, or with None to the base alone; what was merged is unmerged.
+
+    Only the active adapter is trainable. ValueError if there is none of that name."""
+    layers = lora_layers(model).values()
+    known = sorted({key for layer in layers for key in layer.configs})
+    if name is not None and name not in known:
+        raise ValueError(f"there is no adapter {name}; the model has {', '.join(known) or 'none'}")
+    model.requires_grad_(False)
+    for layer in layers:
+        layer.use(name)
+
+
+def merge_lora(model: nn.Module) -> None:
+    """Add the active adapter to the weights: nothing is left to compute for it. ValueError if none is active."""
+    layers = lora_layers(model).values()
+    if all(layer.active is None for layer in layers):
+        raise ValueError("no adapter is active: there is nothing to merge")
+    for layer in layers:
+        layer.merge()
+
+
+def unmerge_lora(model: nn.Module) -> None:
+    """Take the merged adapter out of the weights again, which are then as they were before, bit for bit."""
+    for layer in lora_layers(model).values():
+        layer.unmerge()
+
+
+def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The weights as they stand, without the adapters: a merged one is part of them."""
+    return {k: w for k, w in model.state_dict().items() if ".lora_A_" not in k and ".lora_B_" not in k}

@@ -208,17 +208,26 @@ def wait_for_step(out: Path, script: Script, step: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "script, moe", [("train_pretrain.py", 0), pytest.param("train_full_sft.py", 1, marks=pytest.mark.slow)]
+    "script, moe",
+    [
+        ("train_pretrain.py", 0),
+        pytest.param("train_full_sft.py", 1, marks=pytest.mark.slow),
+        pytest.param("train_lora.py", 0, marks=pytest.mark.slow),
+    ],
 )
 def test_killed_at_any_moment(tmp_path, data, pretrained, script, moe):
     """kill -9 again and again, most often in the middle of a save: the end is that of a run that was left alone."""
-    stage, kind = ("pretrain", "text") if script == "train_pretrain.py" else ("full_sft", "chat")
+    stage = {"train_pretrain.py": "pretrain", "train_lora.py": "lora/lora_identity"}.get(script, "full_sft")
+    kind = "text" if stage == "pretrain" else "chat"
     files = ["--data_path", data[kind], "--val_path", data["val" if kind == "text" else "chatval"]]
     flags = [*TINY, *files, "--steps", 24, "--accumulation_steps", 2, "--save_interval", 1, "--val_interval", 5]
     flags += ["--use_moe", moe]
-    if stage == "full_sft":
-        flags += ["--from_weight", pretrained / "pretrain_64_moe.pth"]
+    if stage != "pretrain":
+        flags += ["--from_weight", pretrained / f"pretrain_64{'_moe' if moe else ''}.pth"]
+    if script == "train_lora.py":
+        flags += ["--lora_dropout", 0.2]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
+    folder, name = (parts / stage).parent, f"{Path(stage).name}_64{'_moe' if moe else ''}"
     done = Script(tmp_path, script, *flags, "--out_dir", whole).wait()
     assert done.code == 0, done.err
 
@@ -226,18 +235,17 @@ def test_killed_at_any_moment(tmp_path, data, pretrained, script, moe):
     killed_at = []
     for after in (0, 1, 5, 9, 14, 20):
         running = Script(tmp_path, script, *flags, "--out_dir", parts, "--from_resume", 1)
-        wait_for_step(parts, running, after)
+        wait_for_step(folder, running, after)
         time.sleep(generator.uniform(0, 0.06))
         running.process.kill()
         code = running.wait().code
         assert code in (0, -signal.SIGKILL), running.read("err")
-        killed_at += [max(parts.glob("*_resume/state_*.pt"), default=Path("none")).stem] if code else []
+        killed_at += [max(folder.glob("*_resume/state_*.pt"), default=Path("none")).stem] if code else []
     assert len(set(killed_at)) >= 3, "too fast to be killed: give it more steps"
     done = Script(tmp_path, script, *flags, "--out_dir", parts, "--from_resume", 1).wait()
     assert done.code == 0, done.err
-    name = f"{stage}_64{'_moe' if moe else ''}"
-    assert_same(whole / f"{name}.pth", parts / f"{name}.pth")
-    assert sorted(os.listdir(parts)) == [f"{name}.jsonl", f"{name}.png", f"{name}.pth"]
+    assert_same(whole / folder.relative_to(parts) / f"{name}.pth", folder / f"{name}.pth")
+    assert sorted(os.listdir(folder)) == [f"{name}.jsonl", f"{name}.png", f"{name}.pth"]
 
 
 def test_ctrl_c_prints_the_command_that_goes_on(tmp_path, data):
@@ -282,12 +290,12 @@ def test_resume_of_nothing_and_of_a_finished_run(tmp_path, data):
 # ------------------------------------------------------------------------------------------------ several processes
 
 
-def torchrun(*flags, env: dict | None = None) -> list[str]:
+def torchrun(*flags, script: str = "train_pretrain.py") -> list[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
-    return [*launcher, str(ROOT / "train_pretrain.py"), *map(str, flags)]
+    return [*launcher, str(ROOT / script), *map(str, flags)]
 
 
 @pytest.mark.slow
@@ -307,6 +315,26 @@ def test_two_processes_are_one_with_twice_the_batch(tmp_path, data):
     for a, b in zip(log(two), log(one), strict=True):
         assert a == pytest.approx(b, rel=1e-3)
         assert a["tokens"] == b["tokens"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moe", [0, 1])
+def test_two_processes_train_one_adapter(tmp_path, data, pretrained, moe):
+    """Of a MoE too, with so few tokens that the adapters of some experts have no gradient."""
+    base = pretrained / f"pretrain_64{'_moe' if moe else ''}.pth"
+    flags = [*TINY, "--data_path", data["chat"], "--from_weight", base, "--steps", 6, "--learning_rate", 1e-3]
+    flags += ["--max_seq_len", 4, "--batch_size", 1] * moe
+    done = shell(*torchrun(*flags, "--out_dir", tmp_path / "two", script="train_lora.py"))
+    assert done.code == 0, done.err
+    assert done.err.count("optimizer state") == done.err.count("wrote ") == 1
+    two = weights(tmp_path / "two" / "lora" / f"lora_identity_64{'_moe' if moe else ''}.pth")
+    assert any(w.any() for name, w in two.items() if name.endswith("lora_B"))
+    if not moe:  # how evenly the experts are used is measured on each process alone
+        one = Script(tmp_path, "train_lora.py", *flags, "--batch_size", 4, "--out_dir", tmp_path / "one").wait()
+        assert one.code == 0, one.err
+        one = weights(tmp_path / "one" / "lora" / "lora_identity_64.pth")
+        assert two.keys() == one.keys()
+        assert max((two[name] - one[name]).abs().max().item() for name in one) < 1e-5
 
 
 @pytest.mark.slow
@@ -358,6 +386,10 @@ WRONG = {
     "other size": ("full_sft", "--data_path {chat} --from_weight {weight} --hidden_size 32", 2, "--hidden_size"),
     "other depth": ("full_sft", "--data_path {chat} --from_weight {weight} --num_hidden_layers 3", 2, "num_hidden_la"),
     "not a MoE": ("full_sft", "--data_path {chat} --from_weight {weight} --use_moe 1", 2, "--use_moe"),
+    "adapter of nothing": ("lora", "--data_path {chat} --from_weight none", 2, "--from_weight none"),
+    "adapter's file": ("lora", "--data_path {chat} --from_weight {weight} --lora_name a/b", 2, "--lora_name a/b"),
+    "adapter's rank": ("lora", "--data_path {chat} --from_weight {weight} --lora_rank 0", 2, "--lora_rank 0"),
+    "adapter's layers": ("lora", "--data_path {chat} --from_weight {weight} --lora_targets wq", 2, "--lora_targets"),
     "odd size": ("pretrain", "--data_path {text} --hidden_size 66", 2, "hidden_size 66"),
     "device unknown": ("pretrain", "--data_path {text} --device gpu7", 2, "--device gpu7"),
     "device absent": ("pretrain", "--data_path {text} --device xpu", 2, "--device xpu"),
@@ -437,6 +469,48 @@ def test_without_optional_packages(tmp_path, data):
     done = shell(*command, "--use_wandb", env={"PYTHONPATH": str(shim)})
     one_error(done, 2, "--use_wandb", "pip install wandb")
     assert (tmp_path / "out" / "pretrain_64.jsonl").read_bytes() == before
+
+
+def test_adapter_from_start_to_answer(tmp_path, data, pretrained):
+    """Trained, again finished with --from_resume, used by eval_model.py, and refused by it for another base."""
+    base, out = pretrained / "pretrain_64.pth", tmp_path / "out"
+    flags = [*TINY, "--data_path", data["chat"], "--val_path", data["chatval"], "--from_weight", base, "--steps", 4]
+    done = Script(tmp_path, "train_lora.py", *flags, "--out_dir", out, "--lora_rank", 4).wait()
+    assert done.code == 0, done.err
+    trained, state, full = re.search(
+        r"training ([\d,]+) .* state ([\d.]+) MB instead of the ([\d.]+) MB", done.err
+    ).groups()
+    path = out / "lora" / "lora_identity_64.pth"
+    assert int(trained.replace(",", "")) == sum(w.numel() for w in weights(path).values())
+    assert float(state) == pytest.approx(8e-6 * int(trained.replace(",", "")), abs=0.005)
+    assert float(full) == pytest.approx(8e-6 * sum(w.numel() for w in weights(base).values()), abs=0.005)
+    assert sorted(os.listdir(out)) == ["lora"] and path.stat().st_size < base.stat().st_size / 5
+    assert checkpoint.load_meta(path)["steps"] == 4
+    done = Script(tmp_path, "train_lora.py", *flags, "--out_dir", out, "--lora_rank", 4, "--from_resume", 1).wait()
+    assert done.code == 0 and f"{path} is complete" in done.out
+
+    ask = ["--out_dir", out, "--ask", "cat", "--max_new_tokens", 4, "--temperature", 0, "--device", "cpu"]
+    plain = Script(tmp_path, "eval_model.py", *ask, "--weight", base).wait()
+    done = Script(tmp_path, "eval_model.py", *ask, "--weight", base, "--lora_name", "lora_identity").wait()
+    assert plain.code == done.code == 0, done.err
+    other = tmp_path / "other.pth"
+    model, meta = checkpoint.load(base)
+    with torch.no_grad():
+        model.model.norm.weight += 0.1
+    checkpoint.save(other, model, meta)
+    done = Script(tmp_path, "eval_model.py", *ask, "--weight", other, "--lora_name", "lora_identity").wait()
+    one_error(done, 1, path, "other weights", base, other)
+
+
+def test_adapter_without_data(tmp_path, monkeypatch):
+    import train_lora
+
+    (tmp_path / "lora_medical.jsonl").touch()
+    (tmp_path / "lora_medical_val.jsonl").touch()
+    monkeypatch.setattr(train_lora, "ensure_starter", lambda: tmp_path)
+    assert train_lora.starter_files("lora_medical")[1] == tmp_path / "lora_medical_val.jsonl"
+    with pytest.raises(train_lora.UsageError, match=r"mine: .* no mine.jsonl \(it has lora_medical\): .*--data_path"):
+        train_lora.starter_files("mine")
 
 
 @pytest.mark.slow

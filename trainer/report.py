@@ -42,9 +42,12 @@ class Reporter:
         run, config = self.run, self.run.model.config
         if not self.on:
             return
+        # A frozen weight hands the gradient on (2 FLOPs, after 2 in the forward) but has none of its own (2 more).
+        trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad) / run.model.num_parameters()
+        per_weight = 4 + 2 * trained
         # Per position and per label: the output layer works only where there is something to learn.
-        self.head_flops = 6 * config.vocab_size * config.hidden_size
-        self.body_flops = 6 * run.model.num_parameters(active=True) - self.head_flops
+        self.head_flops = per_weight * config.vocab_size * config.hidden_size
+        self.body_flops = per_weight * run.model.num_parameters(active=True) - self.head_flops
         self.peak = peak * run.world_size
         if run.args.use_wandb:
             self.wandb = self._start_wandb()

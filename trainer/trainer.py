@@ -34,6 +34,7 @@ MAX_BAD_STEPS = 5  # non-finite steps in a row before a run gives up
 SAVE_SECONDS = 120  # between resume states, unless --save_interval says otherwise
 
 LossFn = Callable[[nn.Module, dict], tuple[Tensor, dict[str, float | Tensor]]]
+SaveFn = Callable[[Path, MiniMindLM, dict], None]
 
 
 # ------------------------------------------------------------------------------------------------ set-up
@@ -121,10 +122,10 @@ def setup(stage: str, args: argparse.Namespace, minutes: float, rate: float = 1.
         args.learning_rate = rate * LEARNING_RATES[args.optimizer] * 256 / model.config.hidden_size
     run = Run(args.save_weight or stage, args, device, find_dtype(device, args.dtype), model, rank, world_size)
     try:
-        Path(args.out_dir).mkdir(parents=True, exist_ok=True)
+        run.path(".pth").parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"--out_dir {args.out_dir}: cannot be made: {error.strerror}; choose another folder") from None
-    if not os.access(args.out_dir, os.W_OK):
+    if not os.access(run.path(".pth").parent, os.W_OK):
         raise UsageError(f"--out_dir {args.out_dir}: cannot be written to; choose another folder")
     if args.from_resume:
         run.resume = checkpoint.load_resume(run.path("_resume"))
@@ -235,12 +236,13 @@ class Interrupt:
 # ------------------------------------------------------------------------------------------------ the loop
 
 
-def train(run: Run, loss_fn: LossFn, train_rows, val_rows, tokenizer) -> None:
+def train(run: Run, loss_fn: LossFn, train_rows, val_rows, tokenizer, save: SaveFn = checkpoint.save) -> None:
     """Train run.model until the budget is used up; write weights, resume state, metrics log and curve.
 
     loss_fn(model, batch) -> (loss, metrics): the mean loss over the batch's `weight` items, and further figures to log.
     Bits per byte are measured from the metric `cross_entropy` if there is one, else from the loss; a loss that is not a
     mean over tokens has none.
+    save(path, model, meta): writes what was trained.
     """
     args, device = run.args, run.device
     progress = Progress()
@@ -346,7 +348,7 @@ def train(run: Run, loss_fn: LossFn, train_rows, val_rows, tokenizer) -> None:
         reporter.interrupted(progress)
         sys.exit(130)
     if run.is_main:
-        checkpoint.save(run.path(".pth"), run.model, reporter.figures(progress) | {"finished": identity(args)})
+        save(run.path(".pth"), run.model, reporter.figures(progress) | {"finished": identity(args)})
         reporter.finish(progress)
         checkpoint.remove_resume(run.path("_resume"))
 
