@@ -184,13 +184,9 @@ def cut_log(path: Path, step: int) -> None:
 def draw_curve(log_path: Path, picture: Path) -> bool:
     """Training loss and validation figure (bits per byte, else accuracy) over tokens, as a PNG. False without
     matplotlib."""
-    try:
-        import matplotlib
-    except ImportError:
+    plt = _pyplot()
+    if plt is None:
         return False
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     rows = list(read_log(log_path))
     train = [(r["tokens"], r["loss"]) for r in rows if r.get("loss") is not None]
     measured = {name for r in rows for name in r}
@@ -216,3 +212,34 @@ def draw_curve(log_path: Path, picture: Path) -> bool:
     figure.savefig(picture)
     plt.close(figure)
     return True
+
+
+def compare_curves(log_paths: list[Path], name: str, label: str, picture: Path) -> bool:
+    """One figure of several runs over tokens, as a PNG. False without matplotlib."""
+    plt = _pyplot()
+    if plt is None:
+        return False
+    figure, axes = plt.subplots(figsize=(8, 4.5), dpi=120)
+    for path in log_paths:
+        points = [(row["tokens"], row[name]) for row in read_log(path) if name in row]
+        axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=path.stem)
+    axes.set_xlabel("tokens trained on")
+    axes.set_ylabel(label)
+    axes.set_ylim(bottom=0)
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(picture)
+    plt.close(figure)
+    return True
+
+
+def _pyplot():
+    try:
+        import matplotlib
+    except ImportError:
+        return None
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt

@@ -1,0 +1,159 @@
+"""Train each stage after SFT on the starter corpus and print what it changed, in one table.
+
+bash scripts/lifecycle.sh     # or, in an environment that has requirements.txt: python scripts/lifecycle.py
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from dataset.starter import ensure_starter  # noqa: E402
+from trainer import cli  # noqa: E402
+from trainer.report import compare_curves, read_log  # noqa: E402
+
+
+@dataclass
+class Line:
+    """One line of the table."""
+
+    stage: str
+    changes: str  # what it should change
+    before: str
+    after: str
+    minutes: float = 0.0
+
+
+class Life:
+    """Runs the scripts; every training is timed, every scoreboard kept in out_dir/lifecycle."""
+
+    def __init__(self, out_dir: Path):
+        self.out, self.data = out_dir, ensure_starter()
+        self.scores = out_dir / "lifecycle"
+        self.scores.mkdir(exist_ok=True)
+        (weights,) = out_dir.glob("full_sft_*.pth")
+        self.size = weights.stem.removeprefix("full_sft_")
+        self.base = self.score("heldout", "full_sft")
+
+    def run(self, *command: str | Path) -> float:
+        """Minutes that the script took."""
+        begin = time.monotonic()
+        subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, check=True)
+        return (time.monotonic() - begin) / 60
+
+    def train(self, script: str, *flags: str | Path) -> float:
+        print(f"\n== {script} {' '.join(map(str, flags))}", flush=True)
+        return self.run(script, "--out_dir", self.out, "--from_resume", "1", *flags)
+
+    def score(self, questions: str, weights: str, *flags: str) -> dict[str, float]:
+        """Per cent right by skill, and "all"; quietly."""
+        path = self.scores / f"{questions}_{weights.replace('/', '_')}{''.join(flags)}.json"
+        file = self.data / f"{questions}.jsonl"
+        weight = ("--weight", self.out / f"{weights}_{self.size}.pth")
+        command = ["eval_model.py", *weight, "--out_dir", self.out, "--score", file, "--scores_out", path, *flags]
+        subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+        score = json.loads(path.read_text(encoding="utf-8"))["score"]
+        return {skill: counts["percent"] for skill, counts in score["skills"].items()} | {"all": score["percent"]}
+
+    def log(self, name: str) -> list[dict]:
+        """The validations of a run."""
+        return [row for row in read_log(self.out / f"{name}.jsonl") if "val_loss" in row]
+
+
+def percent(value: float) -> str:
+    return f"{value:.1f} %"
+
+
+def mean_of_others(scores: dict[str, float]) -> float:
+    """Over the skills that a new identity does not concern; all have the same number of questions."""
+    others = [value for skill, value in scores.items() if skill not in ("identity", "all")]
+    return sum(others) / len(others)
+
+
+def lora(life: Life, name: str, what: str) -> list[Line]:
+    before = life.score(f"{name}_heldout", "full_sft")
+    minutes = life.train("train_lora.py", "--lora_name", name)
+    after = life.score(f"{name}_heldout", "full_sft", "--lora_name", name)
+    others = life.score("heldout", "full_sft", "--lora_name", name)
+    return [
+        Line(f"LoRA {name}", what, percent(before["all"]), percent(after["all"]), minutes),
+        Line("", "the other skills stay", percent(mean_of_others(life.base)), percent(mean_of_others(others))),
+    ]
+
+
+def dpo(life: Life) -> list[Line]:
+    minutes = life.train("train_dpo.py")
+    first, *_, last = (row["val_accuracy"] for row in life.log(f"dpo_{life.size}"))
+    skills = life.score("heldout", "dpo")
+    return [
+        Line("DPO", "held-out pairs ranked right", percent(100 * first), percent(100 * last), minutes),
+        Line("", "the skills stay", percent(life.base["all"]), percent(skills["all"])),
+    ]
+
+
+def distill(life: Life) -> list[Line]:
+    """Two students of one size see the same tokens in the same order: one the labels, the other the teacher."""
+    labels = life.train("train_distill.py", "--steps", "150", "--alpha", "1", "--save_weight", "student_labels")
+    teacher = life.train("train_distill.py", "--steps", "150", "--alpha", "0", "--save_weight", "student_teacher")
+    logs = [next(life.out.glob(f"student_{kind}_*.jsonl")) for kind in ("labels", "teacher")]
+    compare_curves(logs, "val_bpb", "validation bits per byte", life.out / "distill.png")
+    before, after = (life.log(path.stem)[-1]["val_bpb"] for path in logs)
+    return [Line("distillation", "bits per byte: labels, teacher", f"{before:.4f}", f"{after:.4f}", labels + teacher)]
+
+
+def reason(life: Life) -> list[Line]:
+    minutes = life.train("train_reason.py")
+    off = life.score("reason_heldout", "reason", "--thinking", "0")
+    on = life.score("reason_heldout", "reason", "--thinking", "1")
+    return [Line("reasoning", "problems solved: thinking off, on", percent(off["all"]), percent(on["all"]), minutes)]
+
+
+def tools(life: Life) -> list[Line]:
+    before = life.score("tools_heldout", "full_sft", "--max_seq_len", "512")
+    data = ("--data_path", life.data / "tools.jsonl", "--val_path", life.data / "tools_val.jsonl")
+    minutes = life.train(
+        "train_full_sft.py", *data, "--from_weight", "full_sft", "--save_weight", "tools", "--max_seq_len", "512",
+        "--batch_size", "8", "--minutes", "2.5",
+    )  # fmt: skip
+    after = life.score("tools_heldout", "tools")
+    return [
+        Line("tool calls", "the right call is made", percent(before["call"]), percent(after["call"]), minutes),
+        Line("", "its result is used", percent(before["result"]), percent(after["result"])),
+    ]
+
+
+def table(lines: list[Line]) -> str:
+    rows = [("stage", "what it should change", "before", "after", "minutes")]
+    rows += [
+        (line.stage, line.changes, line.before, line.after, f"{line.minutes:.1f}" if line.minutes else "")
+        for line in lines
+    ]
+    widths = [max(len(row[i]) for row in rows) for i in range(5)]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out_dir", type=Path, default=ROOT / "out", help="with the weights of the quickstart")
+    out = parser.parse_args().out_dir
+    if len(list(out.glob("full_sft_*.pth"))) != 1:
+        raise cli.UsageError(f"--out_dir {out}: needs one full_sft_*.pth, which bash scripts/quickstart.sh makes")
+    begin, life = time.monotonic(), Life(out.resolve())
+    lines = lora(life, "lora_identity", "who it is: a new name and maker")
+    lines += lora(life, "lora_medical", "first aid, in unseen wordings")
+    lines += dpo(life) + distill(life) + reason(life) + tools(life)
+    print(f"\n{table(lines)}\n\n{(time.monotonic() - begin) / 60:.1f} minutes in all; the curves of the two students: "
+          f"{out / 'distill.png'}")  # fmt: skip
+
+
+if __name__ == "__main__":
+    try:
+        cli.run(main)
+    except subprocess.CalledProcessError as error:  # its own message stands above
+        sys.exit(error.returncode)
