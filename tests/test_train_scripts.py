@@ -95,6 +95,7 @@ def data(tmp_path_factory):
         "val": [json.dumps({"text": text(12)}) for _ in range(8)],
         "chat": [json.dumps({"conversations": chat(1 + i % 12)}) for i in range(60)],
         "chatval": [json.dumps({"conversations": chat(6)}) for i in range(6)],
+        "pairs": [json.dumps({"chosen": one, "rejected": [one[0], chat(4)[1]]}) for one in map(chat, [2, 3, 5] * 20)],
         "empty": [],
         "bad": ["not json", '{"txt": 1}', '{"text": 5}'],
     }
@@ -213,19 +214,25 @@ def wait_for_step(out: Path, script: Script, step: int) -> None:
         ("train_pretrain.py", 0),
         pytest.param("train_full_sft.py", 1, marks=pytest.mark.slow),
         pytest.param("train_lora.py", 0, marks=pytest.mark.slow),
+        pytest.param("train_dpo.py", 0, marks=pytest.mark.slow),
+        pytest.param("train_distill.py", 0, marks=pytest.mark.slow),
+        pytest.param("train_reason.py", 1, marks=pytest.mark.slow),
     ],
 )
 def test_killed_at_any_moment(tmp_path, data, pretrained, script, moe):
     """kill -9 again and again, most often in the middle of a save: the end is that of a run that was left alone."""
-    stage = {"train_pretrain.py": "pretrain", "train_lora.py": "lora/lora_identity"}.get(script, "full_sft")
-    kind = "text" if stage == "pretrain" else "chat"
-    files = ["--data_path", data[kind], "--val_path", data["val" if kind == "text" else "chatval"]]
+    base = pretrained / f"pretrain_64{'_moe' if moe else ''}.pth"
+    stage, files, more = {
+        "train_pretrain.py": ("pretrain", ("text", "val"), []),
+        "train_full_sft.py": ("full_sft", ("chat", "chatval"), ["--from_weight", base]),
+        "train_lora.py": ("lora/lora_identity", ("chat", "chatval"), ["--from_weight", base, "--lora_dropout", 0.2]),
+        "train_dpo.py": ("dpo", ("pairs", "pairs"), ["--from_weight", base, "--max_seq_len", 128]),
+        "train_distill.py": ("distill", ("chat", "chatval"), ["--teacher", base, "--alpha", 0.3]),
+        "train_reason.py": ("reason", ("chat", "chatval"), ["--from_weight", base]),
+    }[script]
+    files = ["--data_path", data[files[0]], "--val_path", data[files[1]]]
     flags = [*TINY, *files, "--steps", 24, "--accumulation_steps", 2, "--save_interval", 1, "--val_interval", 5]
-    flags += ["--use_moe", moe]
-    if stage != "pretrain":
-        flags += ["--from_weight", pretrained / f"pretrain_64{'_moe' if moe else ''}.pth"]
-    if script == "train_lora.py":
-        flags += ["--lora_dropout", 0.2]
+    flags += ["--use_moe", moe, *more]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     folder, name = (parts / stage).parent, f"{Path(stage).name}_64{'_moe' if moe else ''}"
     done = Script(tmp_path, script, *flags, "--out_dir", whole).wait()
