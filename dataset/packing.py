@@ -208,9 +208,7 @@ def build(
         for rows, skipped in _encode_all(kind, tokenizer, seq_len, chunks_of(lines()), num_proc):
             figures["used"] += len(rows)
             for number, why in skipped:
-                reason = figures["skipped"].setdefault(kind_of(why), {"count": 0, "lines": []})
-                reason["count"] += 1
-                reason["lines"] += [number] if len(reason["lines"]) < 5 else []
+                add_reason(figures["skipped"], number, why)
             yield from rows
 
     def pieces() -> Iterator[Piece]:
@@ -231,7 +229,7 @@ def build(
     if kind == "pretrain":
         figures["labels"] = figures["tokens"] = figures["tokens"] - figures["rows"]  # rows share a token
     if not figures["rows"]:
-        raise DataError(f"{path}: none of its {figures['lines']} lines can be used: {_reasons(figures['skipped'])}")
+        raise DataError(f"{path}: none of its {figures['lines']} lines can be used: {reasons(figures['skipped'])}")
     figures["fill"] = figures["tokens"] / (figures["rows"] * seq_len)
     figures["seconds"] = round(time.perf_counter() - started, 1)
     (folder / "summary.json").write_text(json.dumps(figures, ensure_ascii=False), encoding="utf-8")
@@ -257,7 +255,16 @@ def _write_arrow(path: Path, rows: Iterator[dict[str, np.ndarray]], figures: dic
             writer.close()
 
 
-def _reasons(skipped: dict, most: int = 6) -> str:
+def add_reason(skipped: dict, number: int, why: str) -> None:
+    """Counts a skipped line under the kind of its fault, with the numbers of the first five."""
+    reason = skipped.setdefault(kind_of(why), {"count": 0, "lines": []})
+    reason["count"] += 1
+    reason["lines"] += [number] if len(reason["lines"]) < 5 else []
+
+
+def reasons(skipped: dict, most: int = 6) -> str:
+    """What add_reason() counted, in one line, the most frequent first."""
+
     def lines(reason: dict) -> str:
         more = ", ..." if reason["count"] > len(reason["lines"]) else ""
         return ("lines " if reason["count"] > 1 else "line ") + ", ".join(map(str, reason["lines"])) + more
@@ -273,7 +280,7 @@ def describe(path: Path, figures: dict, cached: bool) -> str:
     """The figures of a packed dataset in one line."""
     count = figures["lines"] - figures["used"]
     text = f"{path.name}: {figures['lines']:,} lines, {figures['used']:,} used, {count:,} skipped"
-    text += f" [{_reasons(figures['skipped'])}]" if count else ""
+    text += f" [{reasons(figures['skipped'])}]" if count else ""
     if figures["continued"]:
         text += f"; {figures['continued']:,} longer than a row, continued in {figures['windows']:,} windows"
     text += f"; {figures['tokens']:,} tokens"

@@ -152,10 +152,22 @@ class Chatbot:
     def answer_all(self, prompts: list[list[dict]]) -> Iterator[tuple[int, str]]:
         """(number, answer) of all prompts, greedy, as they are done."""
         sampling = self.params(score_tokens(self.args.thinking), temperature=0)
+        return ((i, text) for i, text, _ in self._answers(prompts, [sampling] * len(prompts), 64))
+
+    def answer_each(
+        self, prompts: list[list[dict]], seeds: list[int | None], batch_size: int
+    ) -> Iterator[tuple[int, str, str]]:
+        """(number, answer, finish reason "stop" or "length") of all prompts, sampled, as they are done."""
+        temperature, top_p = self.args.temperature, self.args.top_p
+        sampling = [self.params(512, temperature=temperature, top_p=top_p, seed=seed) for seed in seeds]
+        return self._answers(prompts, sampling, batch_size)
+
+    def _answers(self, prompts: list[list[dict]], sampling: list[SamplingParams], batch_size: int) -> Iterator:
         ids = [self.encode(prompt) for prompt in prompts]
-        for i, result in generate_each(self.model, ids, sampling, self.tokenizer, max_len=self.max_len):
+        options = {"batch_size": batch_size, "max_len": self.max_len}
+        for i, result in generate_each(self.model, ids, sampling, self.tokenizer, **options):
             self.tokens += len(result.token_ids)
-            yield i, self.opening + result.text
+            yield i, self.opening + result.text, result.finish_reason
 
 
 class TransformersChatbot:
@@ -213,11 +225,21 @@ class TransformersChatbot:
         out = self.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, **sampling)
         out = out[0, ids.shape[1] :]
         self.tokens += len(out)
+        eos = self.model.generation_config.eos_token_id
+        self.finish_reason = "stop" if out[-1] in (eos if isinstance(eos, list) else [eos]) else "length"
         yield self.tokenizer.decode(out, skip_special_tokens=True)
 
     def answer_all(self, prompts: list[list[dict]]) -> Iterator[tuple[int, str]]:
         for i, prompt in enumerate(prompts):
             yield i, "".join(self.stream(prompt, None, greedy=True))
+
+    def answer_each(
+        self, prompts: list[list[dict]], seeds: list[int | None], batch_size: int
+    ) -> Iterator[tuple[int, str, str]]:
+        """As Chatbot's, but one after the other, whatever the batch_size."""
+        for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
+            text = "".join(self.stream(prompt, seed))
+            yield i, text, self.finish_reason
 
 
 def final_answer(text: str) -> str:
