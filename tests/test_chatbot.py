@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from dataset.chat import END_THINK_ID, THINK_ID, TOKENIZER_DIR, load_tokenizer
+from dataset.chat import END_THINK_ID, EOS_ID, THINK_ID, TOKENIZER_DIR, load_tokenizer
 from dataset.tools import SCHEMAS
 from model import checkpoint
 from model.chatbot import Chatbot, TransformersChatbot, final_answer
@@ -98,3 +98,16 @@ def test_thinking_gets_more_room_when_scoring(chatbot, thinking, tokens):
 )  # fmt: skip
 def test_final_answer_is_without_thinking(text, answer):
     assert final_answer(text) == answer
+
+
+def test_answers_of_many_prompts_end_for_the_same_reason_through_transformers(chatbot, tmp_path):
+    pytest.importorskip("transformers")
+    ours = chatbot(temperature=0, max_new_tokens=16)
+    with torch.no_grad():
+        ours.model.model.embed_tokens.weight[EOS_ID] *= 3  # some answers end
+    checkpoint.save_hf(tmp_path / "hf", ours.model, TOKENIZER_DIR, torch.float32)
+    theirs = TransformersChatbot(tmp_path / "hf", torch.device("cpu"), torch.float32, ours.args)
+    prompts = [[{"role": "user", "content": f"What is {n}?"}] for n in range(8)]
+    expected = sorted(ours.answer_each(prompts, [None] * 8, 3))
+    assert list(theirs.answer_each(prompts, [None] * 8, 3)) == expected
+    assert {reason for _, _, reason in expected} == {"stop", "length"}
