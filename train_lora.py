@@ -25,9 +25,9 @@ from trainer.optimizer import build_optimizers, state_bytes
 
 def arguments():
     parser = cli.arguments(
-        "lora", __doc__, from_weight="full_sft", optimizer="adamw", weight_decay=0.0, val_tokens=8192
+        "lora", __doc__, from_weight="full_sft", optimizer="adamw", weight_decay=0.0, val_tokens=4096, batch_size=2
     )
-    config = LoRAConfig()
+    config = LoRAConfig(rank=32, alpha=32)
     add = parser.add_argument_group("adapter").add_argument
     add("--lora_name", default="lora_identity", help="of the file, and of the starter corpus's data")
     add("--lora_rank", type=int, default=config.rank, help="columns of B and rows of A")
@@ -73,7 +73,7 @@ def main():
         )
     if args.from_weight == "none":
         raise UsageError("--from_weight none: an adapter needs trained weights to work on")
-    run = trainer.setup(f"lora/{args.lora_name}", args, minutes=1.5)
+    run = trainer.setup(f"lora/{args.lora_name}", args, minutes=1.0)
     adapt(run)
     tokenizer = load_tokenizer()
     train_rows, val_rows = trainer.datasets(args, args.lora_name, sft_dataset, tokenizer)
