@@ -74,10 +74,10 @@ STAGES: dict[str, dict[str, tuple[float, Skill]]] = {
     "reason": {name: (share, stages.problem_of(name)) for name, (share, _) in stages.PROBLEMS.items()},
 }
 STAGE_ROWS = {"lora_identity": 3_000, "lora_medical": 3_000, "reason": 24_000}  # at size 1.0
-REPEATED = {"lora_identity": 0.5, "lora_medical": 0.5, "reason": 0.1}
+REPEATED = {"lora_identity": 0.5, "lora_medical": 0.7, "reason": 0.1}
 THINKING = 0.6  # share of the problems whose steps are shown
 PREFERENCES = 6_000  # at size 1.0
-TOOL_ROWS = 9_000  # at size 1.0
+TOOL_ROWS = 6_000  # at size 1.0
 FILES = (
     "pretrain.jsonl",
     "pretrain_val.jsonl",
@@ -220,14 +220,14 @@ def make_heldout(rng: random.Random, skills: dict[str, tuple[float, Skill]]) -> 
 def make_stage(rng: random.Random, stage: str, rows: int) -> list[list]:
     """Conversations of a later stage, mixed with some of the SFT."""
     makers, shares = [make for _, make in STAGES[stage].values()], [share for share, _ in STAGES[stage].values()]
-    names, weights = list(SKILLS), [share for share, _ in SKILLS.values()]
-    repeated = [name for name in names if name != "identity"] if stage == "lora_identity" else names
+    # Who it was is not repeated to a model that becomes somebody else.
+    repeated = {name: share for name, (share, _) in SKILLS.items() if stage != "lora_identity" or name != "identity"}
+    names, weights = list(repeated), list(repeated.values())
     conversations = []
     for i in range(rows):
         lang = LANGUAGES[i % 2]
         if rng.random() < REPEATED[stage]:
-            name = rng.choices(names, weights)[0]
-            conversations.append(make_conversation(rng, name if name in repeated else rng.choice(repeated), lang))
+            conversations.append(to_messages(draw(rng, rng.choices(names, weights)[0], lang)))
             continue
         item = draw(rng, rng.choices(makers, shares)[0], lang)
         if rng.random() > THINKING:
@@ -237,18 +237,19 @@ def make_stage(rng: random.Random, stage: str, rows: int) -> list[list]:
 
 
 def make_tools(rng: random.Random, rows: int) -> list[list]:
-    """Conversations with tools; in some of them no tool is needed."""
+    """Conversations with tools, of several exchanges: the tools are listed once. Some exchanges need no tool."""
     names, weights = list(SKILLS), [share for share, _ in SKILLS.values()]
     conversations = []
-    while len(conversations) < rows:
-        lang = LANGUAGES[len(conversations) % 2]
-        messages, key = stages.tool_conversation(rng, lang, False)
-        if rng.random() < 0.25:
-            plain = to_messages(draw(rng, rng.choices(names, weights)[0], lang))
-            if plain[0]["role"] != "system":
-                conversations.append(messages[:1] * (rng.random() < 0.5) + plain)
-        elif not is_held_out(key):
-            conversations.append(messages)
+    for i in range(rows):
+        messages = [stages.TOOLS_OFFERED]
+        for _ in range(rng.choice([1, 2, 4])):
+            if rng.random() < 0.15:
+                item = draw(rng, rng.choices(names, weights)[0], LANGUAGES[i % 2])
+                messages += to_messages(item) if not item.system else []
+                continue
+            exchange, key = stages.tool_exchange(rng, LANGUAGES[i % 2])
+            messages += exchange if not is_held_out(key) else []
+        conversations += [messages] * (len(messages) > 1)
     return conversations
 
 
@@ -256,12 +257,14 @@ def make_tools_heldout(rng: random.Random) -> list[dict]:
     """Is the right call made, and is its result used?"""
     rows, asked = [], set()
     while len(rows) < 4 * HELD_OUT_PER_SKILL:
-        messages, key = stages.tool_conversation(rng, LANGUAGES[len(rows) // 2 % 2], True)
+        exchange, key = stages.tool_exchange(rng, LANGUAGES[len(rows) // 2 % 2])
         if is_held_out(key) and key not in asked:
             asked.add(key)
-            (call,) = json.loads(messages[2]["tool_calls"])
-            rows.append({"skill": "call", "conversations": messages[:2], "call": call})
-            rows.append({"skill": "result", "conversations": messages[:-1], "answers": [messages[-1]["content"]]})
+            (call,) = json.loads(exchange[1]["tool_calls"])
+            opening = [stages.TOOLS_OFFERED, exchange[0]]
+            rows.append({"skill": "call", "conversations": opening, "call": call})
+            conversation = [*opening, *exchange[1:-1]]
+            rows.append({"skill": "result", "conversations": conversation, "answers": [exchange[-1]["content"]]})
     return rows
 
 

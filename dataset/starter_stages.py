@@ -100,18 +100,29 @@ def two_sums(rng: random.Random, lang: str) -> tuple[str, str, str, str]:
     return question, steps, str(a + b - c), f"{a}|{b}|{c}"
 
 
+AHEAD = {
+    "zh": [
+        "今天是{0}，{1} 天后是星期几？",
+        "{0}再过 {1} 天是星期几？",
+        "从{0}起，{1} 天以后是哪一天？",
+        "{0}过后第 {1} 天是星期几？",
+    ],
+    "en": [
+        "Today is {0}. What day is it in {1} days?",
+        "Which day comes {1} days after {0}?",
+        "It is {0}. Which day is it {1} days later?",
+        "Start on {0} and go {1} days on. What day is it?",
+    ],
+}
+
+
 def days_ahead(rng: random.Random, lang: str) -> tuple[str, str, str, str]:
-    """The weekday in three to eight days, counted one by one."""
-    ring, start, n = WEEKDAYS[lang], rng.randrange(7), rng.randint(3, 8)
+    """The weekday in three to nine days, counted one by one."""
+    ring, start, n = WEEKDAYS[lang], rng.randrange(7), rng.randint(3, 9)
     days = [ring[(start + i) % 7] for i in range(n + 1)]
     steps = ", ".join(f"{i} {day}" for i, day in enumerate(days[1:], 1))
-    if lang == "zh":
-        wording, index = rng.choice([("今天是{0}，{1} 天后是星期几？", 0), ("{0}再过 {1} 天是星期几？", 1)])
-    else:
-        wording, index = rng.choice(
-            [("Today is {0}. What day is it in {1} days?", 0), ("Which day comes {1} days after {0}?", 1)]
-        )
-    return wording.format(days[0], n), steps, days[-1], f"{index}|{days[0]}|{n}"
+    index = rng.randrange(len(AHEAD[lang]))
+    return AHEAD[lang][index].format(days[0], n), steps, days[-1], f"{index}|{days[0]}|{n}"
 
 
 def mixed_units(rng: random.Random, lang: str) -> tuple[str, str, str, str]:
@@ -154,7 +165,7 @@ def problem_of(kind: str):
 
     def problem(rng: random.Random, lang: str, held: bool) -> Item:
         question, steps, answer, key = PROBLEMS[kind][1](rng, lang)
-        return Item(question, answer, f"{kind}|{lang}|{key}", reasoning=steps)
+        return Item(question, answer, f"{kind}|{key}", reasoning=steps)
 
     return problem
 
@@ -173,57 +184,53 @@ CONVERSIONS = {
     "zh": ["{0} {1}是多少{2}？", "把 {0} {1}换算成{2}。", "{0} {1}等于多少{2}？"],
     "en": ["How many {2} are {0} {1}?", "Convert {0} {1} to {2}.", "What is {0} {1} in {2}?"],
 }
-MEASURES = [  # units that fit each other: {name in tools.UNITS: how people say it}
-    {
-        "km": ("公里", "kilometres"), "m": ("米", "metres"), "cm": ("厘米", "centimetres"),
-        "mm": ("毫米", "millimetres"), "mile": ("英里", "miles"), "foot": ("英尺", "feet"), "inch": ("英寸", "inches"),
-    },
-    {"kg": ("公斤", "kilograms"), "g": ("克", "grams"), "pound": ("磅", "pounds"), "ounce": ("盎司", "ounces")},
-    {"second": ("秒", "seconds"), "minute": ("分钟", "minutes"), "hour": ("小时", "hours"), "day": ("天", "days")},
-    {"celsius": ("摄氏度", "degrees Celsius"), "fahrenheit": ("华氏度", "degrees Fahrenheit")},
-    {"litre": ("升", "litres"), "ml": ("毫升", "millilitres"), "cup": ("杯", "cups")},
-]  # fmt: skip
+# Small and big unit: the name in tools.UNITS, and how people say it. Questions go to the small one: results are whole.
+MEASURES = [
+    (("m", "米", "metres"), ("km", "公里", "kilometres")),
+    (("cm", "厘米", "centimetres"), ("m", "米", "metres")),
+    (("mm", "毫米", "millimetres"), ("cm", "厘米", "centimetres")),
+    (("g", "克", "grams"), ("kg", "公斤", "kilograms")),
+    (("second", "秒", "seconds"), ("minute", "分钟", "minutes")),
+    (("minute", "分钟", "minutes"), ("hour", "小时", "hours")),
+    (("hour", "小时", "hours"), ("day", "天", "days")),
+    (("ml", "毫升", "millilitres"), ("litre", "升", "litres")),
+]
 
 
 def tool_call(rng: random.Random, lang: str) -> tuple[str, str, dict, str]:
     """(question, tool, arguments, answer with a place for the result) of one of the three tools."""
     kind = rng.random()
     if kind < 0.4:
-        numbers = [rng.randint(2, 10 ** rng.randint(1, 3)) for _ in range(rng.choice([2, 2, 3]))]
-        expression = str(numbers[0])
-        for number in numbers[1:]:
-            expression += f" {rng.choice('+-*/')} {number}"
+        expression = f"{rng.randint(2, 99)} {rng.choice('+-*')} {rng.randint(2, 99)}"
         question = rng.choice(CALCULATE[lang]).format(expression)
         return question, "calculator", {"expression": expression}, f"{expression} = {{}}"
     if kind < 0.65:
-        day = f"{rng.randint(1950, 2050)}-{rng.randint(1, 12):02d}-{rng.randint(1, 28):02d}"
-        days = rng.randint(1, 400)
+        day = f"20{rng.randint(20, 29)}-{rng.randint(1, 12):02d}-{rng.randint(1, 28):02d}"
+        days = rng.randint(1, 60)
         answer = "那天是 {}。" if lang == "zh" else "It is {}."
         return rng.choice(DATES[lang]).format(day, days), "add_days", {"date": day, "days": days}, answer
-    measure = rng.choice(MEASURES)
-    unit, to = rng.sample(list(measure), 2)
-    value, index = rng.randint(1, 10 ** rng.randint(1, 3)), lang == "en"
-    question = rng.choice(CONVERSIONS[lang]).format(value, measure[unit][index], measure[to][index])
-    answer = f"{value} {measure[unit][0]}是 {{}} {measure[to][0]}。"
-    if lang == "en":
-        answer = f"{value} {measure[unit][1]} are {{}} {measure[to][1]}."
-    return question, "convert", {"value": value, "unit": unit, "to": to}, answer
+    small, big = rng.choice(MEASURES)
+    value, said = rng.randint(2, 99), 1 + (lang == "en")
+    question = rng.choice(CONVERSIONS[lang]).format(value, big[said], small[said])
+    answer = (
+        f"{value} {big[said]} are {{}} {small[said]}."
+        if lang == "en"
+        else f"{value} {big[said]}是 {{}} {small[said]}。"
+    )
+    return question, "convert", {"value": value, "unit": big[0], "to": small[0]}, answer
 
 
-def tool_conversation(rng: random.Random, lang: str, held: bool) -> tuple[list[dict], str]:
-    """(messages, key): the tools offered, a question, the call, its result, the answer. Unseen when held out: these
-    arguments."""
+TOOLS_OFFERED = {"role": "system", "content": "", "tools": json.dumps(SCHEMAS)}
+
+
+def tool_exchange(rng: random.Random, lang: str) -> tuple[list[dict], str]:
+    """(messages, key): a question, the call, its result, the answer. Unseen when held out: these arguments."""
     question, name, arguments, answer = tool_call(rng, lang)
     output = run_tool(name, arguments)
     result = str(json.loads(output, parse_float=str).get("result"))  # as the tool wrote it
     messages = [
-        {"role": "system", "content": "", "tools": json.dumps(SCHEMAS)},
         {"role": "user", "content": question},
-        {
-            "role": "assistant",
-            "content": "",
-            "tool_calls": json.dumps([{"name": name, "arguments": arguments}]),
-        },
+        {"role": "assistant", "content": "", "tool_calls": json.dumps([{"name": name, "arguments": arguments}])},
         {"role": "tool", "content": output},
         {"role": "assistant", "content": answer.format(result)},
     ]

@@ -99,8 +99,8 @@ def dpo(life: Life) -> list[Line]:
 
 def distill(life: Life) -> list[Line]:
     """Two students of one size see the same tokens in the same order: one the labels, the other the teacher."""
-    labels = life.train("train_distill.py", "--steps", "150", "--alpha", "1", "--save_weight", "student_labels")
-    teacher = life.train("train_distill.py", "--steps", "150", "--alpha", "0", "--save_weight", "student_teacher")
+    labels = life.train("train_distill.py", "--steps", "100", "--alpha", "1", "--save_weight", "student_labels")
+    teacher = life.train("train_distill.py", "--steps", "100", "--alpha", "0", "--save_weight", "student_teacher")
     logs = [next(life.out.glob(f"student_{kind}_*.jsonl")) for kind in ("labels", "teacher")]
     compare_curves(logs, "val_bpb", "validation bits per byte", life.out / "distill.png")
     before, after = (life.log(path.stem)[-1]["val_bpb"] for path in logs)
@@ -119,7 +119,7 @@ def tools(life: Life) -> list[Line]:
     data = ("--data_path", life.data / "tools.jsonl", "--val_path", life.data / "tools_val.jsonl")
     minutes = life.train(
         "train_full_sft.py", *data, "--from_weight", "full_sft", "--save_weight", "tools", "--max_seq_len", "512",
-        "--batch_size", "8", "--minutes", "2.5",
+        "--batch_size", "8", "--minutes", "3.5",
     )  # fmt: skip
     after = life.score("tools_heldout", "tools")
     return [

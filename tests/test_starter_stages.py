@@ -126,4 +126,3 @@ def test_the_new_identity_is_nobody_else(corpus):
     rows = [row["conversations"] for row in read(corpus, "lora_identity")]
     assert not any("MiniMind" in message["content"] for messages in rows for message in messages[1:])
     assert sum("小雨" in messages[-1]["content"] or "Rain" in messages[-1]["content"] for messages in rows) > 50
-
