@@ -33,8 +33,8 @@ from model.model import compute_dtype
 STAGES = {  # --model_mode: what it is called, its files, how to get them
     0: ("pretrained", ("pretrain",), "run python train_pretrain.py first"),
     1: ("SFT", ("full_sft",), "run python train_full_sft.py first"),
-    2: ("RLHF", ("rlhf", "dpo"), "train them first"),
-    3: ("reasoning", ("reason",), "train them first"),
+    2: ("RLHF", ("rlhf", "dpo"), "run python train_dpo.py first"),
+    3: ("reasoning", ("reason",), "run python train_reason.py first"),
 }
 STOP_IDS = (PAD_ID, BOS_ID, EOS_ID)  # end of document, beginning of another turn, end of turn
 SCORE_TOKENS, THINKING_SCORE_TOKENS = 128, 384  # longest answer when scoring

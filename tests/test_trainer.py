@@ -19,7 +19,8 @@ from model import checkpoint
 from trainer import cli, speed, trainer
 from trainer.cli import UsageError
 from trainer.report import cut_log, draw_curve, read_log
-from trainer.trainer import Interrupt, Progress
+from trainer.cli import Interrupt
+from trainer.trainer import Progress
 
 SEQ = 32
 DOCUMENTS = [

@@ -5,7 +5,9 @@ if __name__ == "__main__": cli.run(main)
 """
 
 import argparse
+import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -129,3 +131,19 @@ def identity(args: argparse.Namespace) -> dict:
     """The arguments that decide what comes out of a run."""
     machine = ("from_resume", "device", "num_workers", "log_interval", "use_wandb", "wandb_project", "out_dir", "keep")
     return {k: v for k, v in vars(args).items() if k not in machine}
+
+
+class Interrupt:
+    """Ctrl-C and SIGTERM ask for an orderly end; a second one ends at once."""
+
+    def __init__(self):
+        self.asked, self.when = False, 0.0
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._handle)
+
+    def _handle(self, number, frame):
+        # torchrun passes on to its processes a Ctrl-C that the terminal has already sent them: that is one, not two.
+        if self.asked and time.monotonic() - self.when > 1:
+            sys.exit(128 + number)
+        if not self.asked:
+            self.asked, self.when = True, time.monotonic()

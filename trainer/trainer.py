@@ -10,7 +10,6 @@ import argparse
 import contextlib
 import math
 import os
-import signal
 import sys
 import time
 from collections.abc import Callable
@@ -25,7 +24,7 @@ from dataset.lm_dataset import batches, token_bytes, validation_batches
 from dataset.starter import ensure_starter
 from model import checkpoint
 from model.model import PRESETS, MiniMindConfig, MiniMindLM, compute_dtype
-from trainer.cli import DTYPES, UsageError, check, identity
+from trainer.cli import DTYPES, Interrupt, UsageError, check, identity
 from trainer.optimizer import LEARNING_RATES, build_optimizers, learning_rate_scale, set_learning_rate
 from trainer.report import Reporter
 from trainer.speed import compile_if_worth, matmul_peak
@@ -215,22 +214,6 @@ class Progress:
         if args.minutes is not None:
             shares.append(self.seconds / max(args.minutes * 60, 1e-9))
         return max(shares)
-
-
-class Interrupt:
-    """Ctrl-C and SIGTERM ask for an orderly end; a second one ends at once."""
-
-    def __init__(self):
-        self.asked, self.when = False, 0.0
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._handle)
-
-    def _handle(self, number, frame):
-        # torchrun passes on to its processes a Ctrl-C that the terminal has already sent them: that is one, not two.
-        if self.asked and time.monotonic() - self.when > 1:
-            sys.exit(128 + number)
-        if not self.asked:
-            self.asked, self.when = True, time.monotonic()
 
 
 # ------------------------------------------------------------------------------------------------ the loop
