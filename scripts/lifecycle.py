@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from dataset.starter import ensure_starter  # noqa: E402
+from model import checkpoint  # noqa: E402
 from trainer import cli  # noqa: E402
 from trainer.report import compare_curves, read_log  # noqa: E402
 
@@ -31,7 +32,7 @@ class Line:
 
 
 class Life:
-    """Runs the scripts; every training is timed, every scoreboard kept in out_dir/lifecycle."""
+    """Runs the scripts; every scoreboard is kept in out_dir/lifecycle."""
 
     def __init__(self, out_dir: Path):
         self.out, self.data = out_dir, ensure_starter()
@@ -41,15 +42,12 @@ class Life:
         self.size = weights.stem.removeprefix("full_sft_")
         self.base = self.score("heldout", "full_sft")
 
-    def run(self, *command: str | Path) -> float:
-        """Minutes that the script took."""
-        begin = time.monotonic()
-        subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, check=True)
-        return (time.monotonic() - begin) / 60
-
-    def train(self, script: str, *flags: str | Path) -> float:
+    def train(self, script: str, name: str, *flags: str | Path) -> float:
+        """Minutes of training; `name` is that of the weights. What is complete is not trained again."""
         print(f"\n== {script} {' '.join(map(str, flags))}", flush=True)
-        return self.run(script, "--out_dir", self.out, "--from_resume", "1", *flags)
+        command = [script, "--out_dir", self.out, "--from_resume", "1", *flags]
+        subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, check=True)
+        return checkpoint.load_meta(self.out / f"{name}.pth")["seconds"] / 60
 
     def score(self, questions: str, weights: str, *flags: str) -> dict[str, float]:
         """Per cent right by skill, and "all"; quietly."""
@@ -78,7 +76,7 @@ def mean_of_others(scores: dict[str, float]) -> float:
 
 def lora(life: Life, name: str, what: str) -> list[Line]:
     before = life.score(f"{name}_heldout", "full_sft")
-    minutes = life.train("train_lora.py", "--lora_name", name)
+    minutes = life.train("train_lora.py", f"lora/{name}_{life.size}", "--lora_name", name)
     after = life.score(f"{name}_heldout", "full_sft", "--lora_name", name)
     others = life.score("heldout", "full_sft", "--lora_name", name)
     return [
@@ -88,7 +86,7 @@ def lora(life: Life, name: str, what: str) -> list[Line]:
 
 
 def dpo(life: Life) -> list[Line]:
-    minutes = life.train("train_dpo.py")
+    minutes = life.train("train_dpo.py", f"dpo_{life.size}")
     first, *_, last = (row["val_accuracy"] for row in life.log(f"dpo_{life.size}"))
     skills = life.score("heldout", "dpo")
     return [
@@ -99,16 +97,18 @@ def dpo(life: Life) -> list[Line]:
 
 def distill(life: Life) -> list[Line]:
     """Two students of one size see the same tokens in the same order: one the labels, the other the teacher."""
-    labels = life.train("train_distill.py", "--steps", "100", "--alpha", "1", "--save_weight", "student_labels")
-    teacher = life.train("train_distill.py", "--steps", "100", "--alpha", "0", "--save_weight", "student_teacher")
-    logs = [next(life.out.glob(f"student_{kind}_*.jsonl")) for kind in ("labels", "teacher")]
+    minutes, logs = 0.0, []
+    for name, alpha in (("student_labels", "1"), ("student_teacher", "0")):
+        flags = ("--hidden_size", "192", "--steps", "100", "--alpha", alpha, "--save_weight", name)
+        minutes += life.train("train_distill.py", f"{name}_192", *flags)
+        logs.append(life.out / f"{name}_192.jsonl")
     compare_curves(logs, "val_bpb", "validation bits per byte", life.out / "distill.png")
     before, after = (life.log(path.stem)[-1]["val_bpb"] for path in logs)
-    return [Line("distillation", "bits per byte: labels, teacher", f"{before:.4f}", f"{after:.4f}", labels + teacher)]
+    return [Line("distillation", "bits per byte: labels, teacher", f"{before:.4f}", f"{after:.4f}", minutes)]
 
 
 def reason(life: Life) -> list[Line]:
-    minutes = life.train("train_reason.py")
+    minutes = life.train("train_reason.py", f"reason_{life.size}")
     off = life.score("reason_heldout", "reason", "--thinking", "0")
     on = life.score("reason_heldout", "reason", "--thinking", "1")
     return [Line("reasoning", "problems solved: thinking off, on", percent(off["all"]), percent(on["all"]), minutes)]
@@ -117,10 +117,8 @@ def reason(life: Life) -> list[Line]:
 def tools(life: Life) -> list[Line]:
     before = life.score("tools_heldout", "full_sft", "--max_seq_len", "512")
     data = ("--data_path", life.data / "tools.jsonl", "--val_path", life.data / "tools_val.jsonl")
-    minutes = life.train(
-        "train_full_sft.py", *data, "--from_weight", "full_sft", "--save_weight", "tools", "--max_seq_len", "512",
-        "--batch_size", "8", "--minutes", "3.5",
-    )  # fmt: skip
+    flags = ("--from_weight", "full_sft", "--save_weight", "tools", "--max_seq_len", "512", "--batch_size", "8")
+    minutes = life.train("train_full_sft.py", f"tools_{life.size}", *data, *flags, "--minutes", "3.5")
     after = life.score("tools_heldout", "tools")
     return [
         Line("tool calls", "the right call is made", percent(before["call"]), percent(after["call"]), minutes),

@@ -17,9 +17,8 @@ from dataset.chat import load_tokenizer
 from dataset.lm_dataset import pretrain_dataset, token_bytes
 from model import checkpoint
 from trainer import cli, speed, trainer
-from trainer.cli import UsageError
+from trainer.cli import Interrupt, UsageError
 from trainer.report import cut_log, draw_curve, read_log
-from trainer.cli import Interrupt
 from trainer.trainer import Progress
 
 SEQ = 32
