@@ -4,7 +4,7 @@ python eval_model.py                                   # the SFT weights in out/
 python eval_model.py --model_mode 0                    # the pretrained weights continue a text
 python eval_model.py --ask "Who are you?"              # one answer, nothing else
 python eval_model.py --score dataset/starter_data/heldout.jsonl
-python eval_model.py --tools 1 --ask "Calculate 123 + 456."                # with calculator, dates and units
+python eval_model.py --tools 1 --ask "Calculate 12 + 45."                # with calculator, dates and units
 python eval_model.py --load 1 --model_path FOLDER      # a Hugging Face folder
 """
 
@@ -38,8 +38,8 @@ ANSWERED = [  # each a conversation: the user's messages
     ["日本的首都是哪里？", "那人口呢？"],
 ]  # fmt: skip
 ANSWERED_WITH_TOOLS = [
-    ["Calculate 123 + 456."], ["3 公里是多少米？"], ["What date is 10 days after 2026-11-24?"],
-    ["计算 12.5 * 8。", "再减去 30 呢？"], ["Who are you?"],
+    ["Calculate 12 + 45."], ["7 公里是多少米？"], ["What date is 10 days after 2026-11-24?"], ["计算 23 * 8。"],
+    ["Who are you?"],
 ]  # fmt: skip
 TOOL_ROUNDS = 4  # calls, results, calls, ... for one question, at most
 TAG = re.compile("|".join((THINK, END_THINK, TOOL_CALL, END_TOOL_CALL)))
