@@ -5,7 +5,7 @@ python train_lora.py --lora_name lora_medical                    # another adapt
 python train_lora.py --lora_name mine --data_path FILE.jsonl     # {"conversations": [...]} lines
 python eval_model.py --lora_name mine
 
-W x becomes W x + alpha / rank * B A x in each linear layer; A and B, a few per cent of the parameters, are trained.
+W x becomes W x + alpha / rank * B A x in each linear layer; A and B alone are trained.
 """
 
 import re
