@@ -509,15 +509,10 @@ def test_adapter_from_start_to_answer(tmp_path, data, pretrained):
     one_error(done, 1, path, "other weights", base, other)
 
 
-def test_adapter_without_data(tmp_path, monkeypatch):
-    import train_lora
-
-    (tmp_path / "lora_medical.jsonl").touch()
-    (tmp_path / "lora_medical_val.jsonl").touch()
-    monkeypatch.setattr(train_lora, "ensure_starter", lambda: tmp_path)
-    assert train_lora.starter_files("lora_medical")[1] == tmp_path / "lora_medical_val.jsonl"
-    with pytest.raises(train_lora.UsageError, match=r"mine: .* no mine.jsonl \(it has lora_medical\): .*--data_path"):
-        train_lora.starter_files("mine")
+def test_adapter_without_data(tmp_path, pretrained):
+    flags = [*TINY, "--from_weight", pretrained / "pretrain_64.pth", "--steps", 1, "--out_dir", tmp_path / "out"]
+    done = Script(tmp_path, "train_lora.py", *flags, "--lora_name", "mine").wait()
+    one_error(done, 2, "--lora_name mine", "lora_identity, lora_medical", "--data_path")
 
 
 @pytest.mark.slow
