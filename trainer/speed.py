@@ -37,7 +37,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def compile_if_worth(run: "Run", expected_seconds: float) -> bool:
-    """Compile the model's layers if the flag says so, or, on auto, if the run is long enough to win back the 5 to 30
+    """Compile the model's layers if the flag says so, or, on auto, if the run is long enough to win back the 5 to 45
     seconds it costs and the machine has what it takes."""
     wish = run.args.compile
     if wish == "0" or run.device.type == "mps" or (wish == "auto" and expected_seconds < 150):
