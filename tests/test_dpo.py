@@ -124,6 +124,27 @@ def test_loss_and_rewards_equal_trl(name, models, rows, trl_loss):
         assert float(metrics[our_name]) == pytest.approx(theirs[their_name], rel=1e-3, abs=1e-4), our_name
 
 
+@pytest.mark.parametrize("loss", ["dpo", "simpo"])
+def test_cdpo_and_simpo_equal_trl(loss):
+    """trl has them in CPOTrainer, whose loss is a function of log-probabilities: cDPO's are log-ratios, SimPO's are per
+    token."""
+    from trl.experimental.cpo import CPOTrainer
+
+    random = torch.Generator().manual_seed(0)
+    policy, reference = -10 * torch.rand(2, 6, 2, generator=random)
+    lengths = torch.randint(1, 9, (6, 2), generator=random).float()
+    args = arguments(loss=loss, label_smoothing=0.1)
+    of_trl = policy / lengths if loss == "simpo" else policy - reference
+    settings = argparse.Namespace(
+        alpha=0.0, beta=args.beta, label_smoothing=args.label_smoothing, simpo_gamma=args.simpo_gamma,
+        loss_type="simpo" if loss == "simpo" else "sigmoid", accelerator=argparse.Namespace(device="cpu"),
+    )  # fmt: skip
+    expected, *expected_rewards = CPOTrainer.cpo_loss(settings, *of_trl.unbind(1))
+    losses, rewards = train_dpo.preference_loss(policy, reference, lengths, args)
+    assert torch.allclose(losses, expected, rtol=1e-5)
+    assert torch.allclose(rewards, torch.stack(expected_rewards, 1), rtol=1e-5)
+
+
 # ------------------------------------------------------------------------------------------------ by hand
 
 

@@ -228,6 +228,7 @@ class Terminal:
     def __init__(self, *args):
         self.pid, self.fd = pty.fork()
         if self.pid == 0:
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit it ignored
             os.execve(sys.executable, [sys.executable, str(ROOT / "eval_model.py"), *args], {**ENV, "TERM": "xterm"})
         self.seen = ""
 
