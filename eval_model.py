@@ -25,6 +25,7 @@ from model.chatbot import SCORE_TOKENS, STAGES, THINKING_SCORE_TOKENS, final_ans
 from model.checkpoint import CheckpointError
 from model.generation import SamplingParams
 from trainer import cli, trainer
+from trainer.arguments import ArgumentParser
 from trainer.cli import UsageError
 
 ROOT = Path(__file__).resolve().parent
@@ -53,11 +54,9 @@ def flag(text: str) -> bool:
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         usage="python eval_model.py [options]   (--help lists them)",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     add = parser.add_argument_group("which model").add_argument
     add("--load", type=int, choices=(0, 1), default=0, help="0 = raw .pth (default), 1 = Hugging Face folder")

@@ -17,6 +17,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 
 from dataset.chat import BOS, EOS, MARKERS, PAD, SPECIAL_MARKERS, TOKENIZER_DIR, load_tokenizer
 from dataset.jsonl import DataError, parse_line, read_lines
+from trainer.arguments import ArgumentParser
 
 # Qwen2's split: transformers, vLLM and llama.cpp know it. Digits stand alone, so that arithmetic can be learnt.
 SPLIT = (
@@ -64,7 +65,7 @@ def main() -> None:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument(
         "--data_path",
         nargs="+",

@@ -30,15 +30,14 @@ from model.checkpoint import CheckpointError
 from model.endpoint import Endpoint
 from model.generation import SamplingParams
 from trainer import cli, trainer
+from trainer.arguments import ArgumentParser
 from trainer.cli import UsageError
 
 OPENING = b'{"conversations": ['  # how the lines of both output files begin
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = ArgumentParser(description=__doc__)
     add = parser.add_argument
     add("--teacher", required=True, help="a .pth file, a Hugging Face folder, or the address of an endpoint")
     add("--model", metavar="NAME", help="which model of the endpoint")

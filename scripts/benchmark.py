@@ -21,6 +21,7 @@ import torch
 
 from model.model import PRESETS, MiniMindLM
 from trainer import cli, speed, trainer
+from trainer.arguments import ArgumentParser
 from trainer.optimizer import LEARNING_RATES, build_optimizers
 
 
@@ -75,7 +76,7 @@ def benchmark_train(args: argparse.Namespace) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     train = commands.add_parser("train", help="training speed")
     train.add_argument("--preset", choices=list(PRESETS), default="nano")

@@ -4,7 +4,6 @@ python scripts/inspect_data.py dataset/starter_data/sft.jsonl
 python scripts/inspect_data.py dataset/starter_data/sft.jsonl --row 3
 """
 
-import argparse
 import itertools
 import json
 import os
@@ -26,6 +25,7 @@ from dataset import jsonl, packing  # noqa: E402
 from dataset.chat import TOKENIZER_DIR, Fault, load_tokenizer, render_chat  # noqa: E402
 from dataset.jsonl import DataError  # noqa: E402
 from dataset.packing import Piece  # noqa: E402
+from trainer.arguments import ArgumentParser  # noqa: E402
 
 KEYS = {"text": "pretrain", "conversations": "sft", "chosen": "dpo", "rejected": "dpo"}
 PARTS = {"sft": ("conversations",), "dpo": ("chosen", "rejected")}
@@ -33,7 +33,7 @@ PAIR = re.compile(r"(?<=: )of line \d+")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("file", type=Path, help="JSONL file: pretraining text, conversations or preference pairs")
     parser.add_argument("--kind", choices=["auto", "pretrain", "sft", "dpo"], default="auto", help="format of the rows")
     parser.add_argument("--row", type=int, metavar="N", help="show line N token by token")

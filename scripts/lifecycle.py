@@ -3,7 +3,6 @@
 bash scripts/lifecycle.sh     # or, in an environment that has requirements.txt: python scripts/lifecycle.py
 """
 
-import argparse
 import json
 import subprocess
 import sys
@@ -17,6 +16,7 @@ sys.path.insert(0, str(ROOT))
 from dataset.starter import ensure_starter  # noqa: E402
 from model import checkpoint  # noqa: E402
 from trainer import cli  # noqa: E402
+from trainer.arguments import ArgumentParser  # noqa: E402
 from trainer.report import compare_curves, read_log  # noqa: E402
 
 
@@ -137,7 +137,7 @@ def table(lines: list[Line]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("--out_dir", type=Path, default=ROOT / "out", help="with the weights of the quickstart")
     out = parser.parse_args().out_dir
     if len(list(out.glob("full_sft_*.pth"))) != 1:

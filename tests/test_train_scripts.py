@@ -426,9 +426,24 @@ def test_wrong_input_is_one_line(tmp_path, data, pretrained, case):
     assert not [path for path in out.rglob("*") if path.is_file()]
 
 
-def test_unknown_flag(tmp_path):
-    done = Script(tmp_path, "train_pretrain.py", "--learningrate", 1).wait()
-    assert done.code == 2 and done.err.splitlines()[-1].endswith("error: unrecognized arguments: --learningrate 1")
+COMMAND_LINES = [
+    "train_pretrain.py", "train_tokenizer.py", "eval_model.py", "scripts/inspect_data.py", "scripts/ask_teacher.py",
+    "scripts/lifecycle.py", "scripts/benchmark.py",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("script", COMMAND_LINES)
+def test_unknown_flag(tmp_path, script):
+    needed = {"scripts/inspect_data.py": ["FILE"], "scripts/benchmark.py": ["train"]}
+    needed["scripts/ask_teacher.py"] = ["--teacher", "a", "--prompts", "b", "--out", "c"]
+    done = Script(tmp_path, script, *needed.get(script, []), "--nonsense", 1).wait()
+    assert (done.code, done.out) == (2, "")
+    assert done.err == "error: unrecognized arguments: --nonsense 1; --help lists what there is\n"
+
+
+def test_a_slip_is_told_the_flag_that_was_meant(tmp_path):
+    done = Script(tmp_path, "train_pretrain.py", "--learningrate=1").wait()
+    assert done.err.startswith("error: unrecognized arguments: --learningrate=1 (did you mean --learning_rate?)")
 
 
 def test_full_disk(tmp_path, data, pretrained):

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from dataset.lm_dataset import DataError
 from model import checkpoint
 from model.model import PRESETS
+from trainer.arguments import ArgumentParser
 from trainer.optimizer import LEARNING_RATES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -25,9 +26,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 def arguments(stage: str, description: str, **defaults) -> argparse.ArgumentParser:
     """The flags that all train scripts have; `defaults` replaces the values that differ from stage to stage."""
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = ArgumentParser(description=description)
     add = parser.add_argument_group("model").add_argument
     add("--preset", choices=list(PRESETS), help="shape of a new model (default: nano)")
     add("--hidden_size", type=int, help="instead of the preset's")
