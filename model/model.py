@@ -17,6 +17,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 
 def compute_dtype(device: torch.device | str) -> torch.dtype:
@@ -367,6 +368,7 @@ class MiniMindLM(nn.Module):
     def __init__(self, config: MiniMindConfig):
         super().__init__()
         self.config = config
+        self.activation_checkpointing = False  # keep each block's input only, and compute the rest again in backward
         self.model = Decoder(config)
         self.set_rope()
         self.init_weights()
@@ -421,7 +423,10 @@ class MiniMindLM(nn.Module):
         x = self.model.embed_tokens(input_ids)  # (B, T, hidden)
         routing = []
         for i, block in enumerate(self.model.layers):
-            x, routed = block(x, cos, sin, mask, cache, i)
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x, routed = checkpoint(block, x, cos, sin, mask, use_reentrant=False)
+            else:
+                x, routed = block(x, cos, sin, mask, cache, i)
             routing.append(routed)
         aux_loss = expert_load = None
         if self.config.is_moe:
@@ -451,10 +456,13 @@ class MiniMindLM(nn.Module):
 
     def compile_layers(self) -> None:
         """torch.compile each block and the head on their own: all blocks share one graph, so that compiling takes
-        seconds rather than the minute that the unrolled model takes, at the same speed."""
+        seconds rather than the minute that the unrolled model takes, at the same speed.
+
+        Whether a size is dynamic is fixed: left to the compiler, it depends on the shapes seen before, and a resumed
+        run, which sees others first, would round differently."""
         for block in self.model.layers:
-            block.compile()
-        self.cross_entropy = torch.compile(self.cross_entropy)
+            block.compile(dynamic=False)
+        self.cross_entropy = torch.compile(self.cross_entropy, dynamic=True)
 
     # -------------------------------------------------------------------------------------------- sizes
 

@@ -4,7 +4,7 @@ python scripts/benchmark.py train --preset small --seq_len 512 --seconds 60
 
 Whole training steps (forward, backward, clipping, optimizer) on random tokens; the last line is one JSON object.
 `mfu` is 6 * active parameters * tokens/s over the peak of a 2048^3 product in the same precision and process;
-`mfu_with_attention` counts the attention scores too.
+`mfu_with_attention` counts the attention scores too. `memory_mb` is what the peak in CPU memory rose by after import.
 """
 
 import argparse
@@ -25,12 +25,20 @@ from trainer.arguments import ArgumentParser
 from trainer.optimizer import LEARNING_RATES, build_optimizers
 
 
+def peak_rss_mb() -> float:
+    """The most that this process has held in memory so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
 def benchmark_train(args: argparse.Namespace) -> dict:
     device = trainer.find_device(args.device)
     dtype = trainer.find_dtype(device, args.dtype)
+    peaks = [speed.matmul_peak(device, dtype)]
+    baseline = peak_rss_mb()
     torch.manual_seed(0)
     model = MiniMindLM(PRESETS[args.preset]).to(device).train()
     optimizers = build_optimizers(model, args.optimizer)
+    model.activation_checkpointing = bool(args.activation_checkpointing)
     if args.compile:
         model.compile_layers()
     ids = torch.randint(16, model.config.vocab_size, (args.batch_size, args.seq_len + 1), device=device)
@@ -50,7 +58,7 @@ def benchmark_train(args: argparse.Namespace) -> dict:
     step()
     first = time.perf_counter() - start
     step()
-    peaks, times = [speed.matmul_peak(device, dtype)], []
+    times = []
     end = time.perf_counter() + args.seconds
     while time.perf_counter() < end:
         start = time.perf_counter()
@@ -60,6 +68,7 @@ def benchmark_train(args: argparse.Namespace) -> dict:
             f"\r{len(times)} steps, {ids[:, 1:].numel() / times[-1]:,.0f} tokens/s", end="", file=sys.stderr, flush=True
         )
     print(file=sys.stderr)
+    rss = peak_rss_mb()
     peaks.append(speed.matmul_peak(device, dtype))
     peak, tokens_per_second = max(peaks), ids[:, 1:].numel() / statistics.median(times)
     return {
@@ -69,7 +78,8 @@ def benchmark_train(args: argparse.Namespace) -> dict:
         "matmul_peak_gflops": round(peak / 1e9, 1),
         "mfu": round(tokens_per_second * model.flops_per_token(args.seq_len, attention=False) / peak, 4),
         "mfu_with_attention": round(tokens_per_second * model.flops_per_token(args.seq_len) / peak, 4),
-        "peak_rss_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
+        "peak_rss_mb": round(rss), "memory_mb": round(rss - baseline),
+        "activation_checkpointing": args.activation_checkpointing,
         "compile_seconds": round(first - statistics.median(times), 1) if args.compile else 0,
         "steps": len(times), "torch": torch.__version__, "threads": torch.get_num_threads(),
     }  # fmt: skip
@@ -85,6 +95,7 @@ def main() -> None:
     train.add_argument("--seconds", type=float, default=60)
     train.add_argument("--optimizer", choices=list(LEARNING_RATES), default="adamw")
     train.add_argument("--compile", type=int, choices=(0, 1), default=1)
+    train.add_argument("--activation_checkpointing", type=int, choices=(0, 1), default=0)
     train.add_argument("--device")
     train.add_argument("--dtype", choices=list(cli.DTYPES))
     print(json.dumps(benchmark_train(parser.parse_args())))

@@ -5,17 +5,21 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from model import checkpoint
 from model.model import (
     PRESETS,
     Experts,
     FeedForward,
+    LoRAConfig,
     MiniMindConfig,
     MiniMindLM,
     MoEFeedForward,
+    add_lora,
     blocked_attention,
     grouped_linear,
+    lora_layers,
 )
 
 
@@ -438,3 +442,51 @@ def test_compiled_layers_equal_eager(tiny, moe):
     assert losses[:2] == pytest.approx(losses[2:], abs=1e-5)
     for (name, a), b in zip(eager.named_parameters(), compiled.parameters(), strict=True):
         assert (a.grad - b.grad).abs().max() < 1e-4 * a.grad.abs().max() + 1e-6, name
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("experts", [0, 4])
+def test_activation_checkpointing_changes_no_bit(tiny, experts, autocast):
+    """Loss, balance and gradients, with a mask and with the random numbers of the adapters' dropout."""
+    ids, segments = tokens(2, 40), torch.arange(40).div(20, rounding_mode="floor").expand(2, 40)
+    results = []
+    for on in (False, True):
+        model = tiny(qk_norm=True, num_experts=experts).train()
+        add_lora(model, "mine", LoRAConfig(rank=4, dropout=0.3))
+        model.requires_grad_(True)
+        for layer in lora_layers(model).values():
+            nn.init.normal_(layer.lora_B_mine, std=0.1)
+        model.activation_checkpointing = on
+        torch.manual_seed(3)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            out = model(ids, labels=ids.roll(-1, 1), segment_ids=segments)
+        loss = out.loss + (out.aux_loss if experts else 0)
+        loss.backward()
+        results.append([loss.detach(), torch.get_rng_state(), *(p.grad for p in model.parameters())])
+    for a, b in zip(*results, strict=True):
+        assert (a is None) == (b is None) and (a is None or torch.equal(a, b))
+
+
+def test_activation_checkpointing_holds_less(tiny):
+    """Elements that the operations of a forward keep for the backward."""
+    ids, held = tokens(2, 128), []
+    for on in (False, True):
+        model = tiny(num_hidden_layers=4).train()
+        model.activation_checkpointing = on
+        kept: list[torch.Tensor] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t) or t, lambda t: t):
+            model(ids, labels=ids)
+        held.append(sum({t.untyped_storage().data_ptr(): t.numel() for t in kept}.values()))
+    assert held[1] < held[0] / 4
+
+
+@pytest.mark.slow
+def test_activation_checkpointing_of_compiled_layers(tiny):
+    ids, grads = tokens(2, 64), []
+    for on in (False, True):
+        model = tiny(qk_norm=True).train()
+        model.activation_checkpointing = on
+        model.compile_layers()
+        model(ids, labels=ids.roll(-1, 1)).loss.backward()
+        grads.append([p.grad for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))

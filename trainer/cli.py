@@ -63,6 +63,7 @@ def arguments(stage: str, description: str, **defaults) -> argparse.ArgumentPars
     add = parser.add_argument_group("machine").add_argument
     add("--device", help="cuda, mps or cpu (default: the best one found)")
     add("--dtype", choices=list(DTYPES), help="precision of the arithmetic (default: bf16 where the hardware does it)")
+    add("--activation_checkpointing", type=int, choices=(0, 1), default=0, help="1 = less memory, a third more time")
     add("--compile", choices=("auto", "0", "1"), default="auto", help="torch.compile; auto = if the run is long enough")
 
     add = parser.add_argument_group("output").add_argument
@@ -90,7 +91,8 @@ def run(function: Callable[[], None]) -> None:
     except OSError as error:  # of the machine, not of the program: a full disk, no permission
         sys.exit(_fail(str(error), 1))
     except torch.OutOfMemoryError:
-        sys.exit(_fail("out of memory: lower --batch_size (and raise --accumulation_steps) or --max_seq_len", 1))
+        remedy = "lower --batch_size (and raise --accumulation_steps) or --max_seq_len, or --activation_checkpointing 1"
+        sys.exit(_fail(f"out of memory: {remedy}", 1))
     except KeyboardInterrupt:  # before the training began; from then on Interrupt takes it
         sys.exit(_fail("stopped before the training began", 130))
     finally:
@@ -129,6 +131,7 @@ def check(args: argparse.Namespace) -> None:
 def identity(args: argparse.Namespace) -> dict:
     """The arguments that decide what comes out of a run."""
     machine = ("from_resume", "device", "num_workers", "log_interval", "use_wandb", "wandb_project", "out_dir", "keep")
+    machine += ("activation_checkpointing",)  # the same bits in less memory
     return {k: v for k, v in vars(args).items() if k not in machine}
 
 

@@ -51,6 +51,7 @@ class Run:
     rank: int = 0
     world_size: int = 1
     resume: dict | None = None
+    compiled: bool | None = None  # None = not decided yet
     reporter: Reporter | None = None
     meta: dict = field(default_factory=dict)
 
@@ -130,11 +131,13 @@ def setup(stage: str, args: argparse.Namespace, minutes: float, rate: float = 1.
         run.resume = checkpoint.load_resume(run.path("_resume"))
         if run.resume is None and _is_finished(run):
             if run.is_main:
+                checkpoint.remove_resume(run.path("_resume"))  # empty, of a run that was killed as it tidied up
                 print(f"{run.path('.pth')} is complete; without --from_resume it is trained anew")
             sys.exit(0)
         if run.resume is None and run.is_main:
             print(f"--from_resume 1: no state in {run.path('_resume')}, the run starts anew", file=sys.stderr)
     run.model.to(device)
+    run.model.activation_checkpointing = bool(args.activation_checkpointing)
     return run
 
 
@@ -243,8 +246,8 @@ def train(run: Run, loss_fn: LossFn, train_rows, val_rows, tokenizer, save: Save
         steps = args.steps or args.epochs * len(train_rows) * args.max_seq_len / slots
         flops = steps * slots * 6 * run.model.num_parameters(active=True)
         expected = min(expected, flops / (peak * share_of_peak))
-    compiled = compile_if_worth(run, expected)
-    reporter.start(compiled, peak)
+    run.compiled = compile_if_worth(run, expected)
+    reporter.start(run.compiled, peak)
 
     model = run.model
     if run.world_size > 1:
@@ -408,6 +411,7 @@ def _save_resume(run: Run, progress: Progress, optimizers: list, scaler) -> None
         "model": run.model.state_dict(),
         "optimizers": [optimizer.state_dict() for optimizer in optimizers],
         "scaler": scaler.state_dict(),
+        "compiled": run.compiled,
         "rng": rng,
         "progress": vars(progress).copy(),
         "arguments": vars(run.args).copy(),
@@ -429,6 +433,7 @@ def _restore(run: Run, optimizers: list, scaler) -> Progress:
     for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
         optimizer.load_state_dict(saved)
     scaler.load_state_dict(state["scaler"])
+    run.compiled = state.get("compiled")
     if run.rank < len(state["rng"]):
         rng = state["rng"][run.rank]
         torch.set_rng_state(rng["cpu"].cpu())
