@@ -5,6 +5,7 @@ if __name__ == "__main__": cli.run(main)
 """
 
 import argparse
+import os
 import signal
 import sys
 import time
@@ -64,6 +65,9 @@ def arguments(stage: str, description: str, **defaults) -> argparse.ArgumentPars
     add("--device", help="cuda, mps or cpu (default: the best one found)")
     add("--dtype", choices=list(DTYPES), help="precision of the arithmetic (default: bf16 where the hardware does it)")
     add("--activation_checkpointing", type=int, choices=(0, 1), default=0, help="1 = less memory, a third more time")
+    add("--fsdp", action="store_true", help="under torchrun: share out weights and optimizer (FSDP2)")
+    add("--deepspeed", metavar="FILE", help="under torchrun or deepspeed: ZeRO, e.g. configs/zero2.json")
+    add("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher gives it; LOCAL_RANK is what counts
     add("--compile", choices=("auto", "0", "1"), default="auto", help="torch.compile; auto = if the run is long enough")
 
     add = parser.add_argument_group("output").add_argument
@@ -85,19 +89,33 @@ def run(function: Callable[[], None]) -> None:
     try:
         function()
     except (DataError, checkpoint.CheckpointError) as error:
-        sys.exit(_fail(str(error), 1))
+        code = _fail(str(error), 1)
     except UsageError as error:
-        sys.exit(_fail(str(error), 2))
+        code = _fail(str(error), 2)
     except OSError as error:  # of the machine, not of the program: a full disk, no permission
-        sys.exit(_fail(str(error), 1))
+        code = _fail(str(error), 1)
     except torch.OutOfMemoryError:
         remedy = "lower --batch_size (and raise --accumulation_steps) or --max_seq_len, or --activation_checkpointing 1"
-        sys.exit(_fail(f"out of memory: {remedy}", 1))
+        code = _fail(f"out of memory: {remedy}", 1)
     except KeyboardInterrupt:  # before the training began; from then on Interrupt takes it
-        sys.exit(_fail("stopped before the training began", 130))
-    finally:
+        code = _fail("stopped before the training began", 130)
+    except RuntimeError as error:
+        if not _is_lost(error):
+            raise
+        code = _fail("another process of this run has ended; its own message says why. --from_resume 1 goes on", 1)
+    else:
         if dist.is_initialized():
             dist.destroy_process_group()
+        return
+    sys.stdout.flush()
+    if dist.is_initialized():
+        os._exit(code)  # leaving the group in order would wait for the others, which may be waiting for this one
+    sys.exit(code)
+
+
+def _is_lost(error: RuntimeError) -> bool:
+    """Whether the connection to another process broke. Gloo raises plain RuntimeErrors."""
+    return dist.is_initialized() and (isinstance(error, dist.DistError) or "gloo" in str(error).lower())
 
 
 class UsageError(Exception):
@@ -105,6 +123,10 @@ class UsageError(Exception):
 
 
 def _fail(text: str, code: int) -> int:
+    if os.environ.get("RANK", "0") != "0":
+        # Most faults are found by all processes: the launcher ends the others once the first has told of it.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(2)
     print(f"error: {text}", file=sys.stderr)
     return code
 
@@ -131,7 +153,7 @@ def check(args: argparse.Namespace) -> None:
 def identity(args: argparse.Namespace) -> dict:
     """The arguments that decide what comes out of a run."""
     machine = ("from_resume", "device", "num_workers", "log_interval", "use_wandb", "wandb_project", "out_dir", "keep")
-    machine += ("activation_checkpointing",)  # the same bits in less memory
+    machine += ("activation_checkpointing", "fsdp", "local_rank")  # the same result in less memory
     return {k: v for k, v in vars(args).items() if k not in machine}
 
 

@@ -7,6 +7,7 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from model.model import compute_dtype
 
@@ -36,7 +37,12 @@ class Muon(torch.optim.Optimizer):
                     state["momentum_buffer"] = torch.zeros_like(p)
                 buffer = state["momentum_buffer"]
                 buffer.lerp_(p.grad, 1 - group["momentum"])
-                update = orthogonalize(p.grad.lerp(buffer, group["momentum"]), compute_dtype(p.device))
+                update = p.grad.lerp(buffer, group["momentum"])
+                if isinstance(update, DTensor):  # FSDP2: a piece of a matrix; each process computes on the whole one
+                    whole = orthogonalize(update.full_tensor(), compute_dtype(p.device)).to(p.dtype)
+                    update = distribute_tensor(whole, p.device_mesh, p.placements, src_data_rank=None)
+                else:
+                    update = orthogonalize(update, compute_dtype(p.device))
                 p.mul_(1 - group["lr"] * group["weight_decay"])
                 p.add_(update, alpha=-group["lr"] * 0.2 * math.sqrt(max(p.shape)))
 

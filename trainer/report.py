@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from trainer.cli import UsageError
 
 if TYPE_CHECKING:
+    from model.model import MiniMindLM
     from trainer.trainer import Progress, Run
 
 LINE_SECONDS = 10  # between progress lines where standard error is a file
@@ -37,22 +38,22 @@ class Reporter:
         if self.on:
             print(f"\r\033[K{text}" if self.tty else text, file=sys.stderr, flush=True)
 
-    def start(self, compiled: bool, peak: float) -> None:
-        """`peak`: FLOP/s of one device."""
+    def start(self, model: "MiniMindLM", compiled: bool, peak: float) -> None:
+        """`model`: of whole sizes, also where run.model is one process's share. `peak`: FLOP/s of one
+        device."""
         run, config = self.run, self.run.model.config
         if not self.on:
             return
         # A frozen weight hands the gradient on (2 FLOPs, after 2 in the forward) but has none of its own (2 more).
-        trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad) / run.model.num_parameters()
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad) / model.num_parameters()
         per_weight = 4 + 2 * trained
         # Per position and per label: the output layer works only where there is something to learn.
         self.head_flops = per_weight * config.vocab_size * config.hidden_size
-        self.body_flops = per_weight * run.model.num_parameters(active=True) - self.head_flops
+        self.body_flops = per_weight * model.num_parameters(active=True) - self.head_flops
         self.peak = peak * run.world_size
         if run.args.use_wandb:
             self.wandb = self._start_wandb()
         cut_log(self.log_path, self.first_step)
-        model = run.model
         active = model.num_parameters(active=True)
         of_which = f" ({active / 1e6:.2f} M active)" if active != model.num_parameters() else ""
         how = "compiled" if compiled else "not compiled"

@@ -24,8 +24,9 @@ from dataset.lm_dataset import batches, token_bytes, validation_batches
 from dataset.starter import ensure_starter
 from model import checkpoint
 from model.model import PRESETS, MiniMindConfig, MiniMindLM, compute_dtype
+from trainer import parallel
 from trainer.cli import DTYPES, Interrupt, UsageError, check, identity
-from trainer.optimizer import LEARNING_RATES, build_optimizers, learning_rate_scale, set_learning_rate
+from trainer.optimizer import LEARNING_RATES, learning_rate_scale, set_learning_rate
 from trainer.report import Reporter
 from trainer.speed import compile_if_worth, matmul_peak
 
@@ -60,7 +61,7 @@ class Run:
         return self.rank == 0
 
     def autocast(self) -> contextlib.AbstractContextManager:
-        if self.dtype == torch.float32:
+        if self.dtype == torch.float32 or self.args.deepspeed:  # which has an autocast of its own
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=self.dtype)
 
@@ -106,13 +107,19 @@ def setup(stage: str, args: argparse.Namespace, minutes: float, rate: float = 1.
     check(args)
     if args.epochs is args.steps is args.minutes is None:
         args.minutes, args.epochs = (minutes, None) if args.data_path is None else (None, 1.0)
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world_size, local_rank = parallel.processes()
+    parallel.check(args, world_size)
     device = find_device(args.device)
-    if world_size > 1:
+    if world_size > 1 or args.fsdp or args.deepspeed:
         if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            if local_rank >= torch.cuda.device_count():
+                raise UsageError(
+                    f"LOCAL_RANK={local_rank}, but there are {torch.cuda.device_count()} CUDA devices here: start as "
+                    "many processes as there are devices, with --nproc_per_node"
+                )
+            device = torch.device("cuda", local_rank)
             torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        parallel.join(rank, world_size, device)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
     torch.manual_seed(args.seed)
@@ -181,7 +188,8 @@ def datasets(args: argparse.Namespace, stage: str, make: Callable, tokenizer) ->
     if args.data_path is None:
         starter = ensure_starter()
         paths = [starter / f"{stage}.jsonl", args.val_path or starter / f"{stage}_val.jsonl"]
-    return tuple(make(path, tokenizer, args.max_seq_len) if path else None for path in paths)
+    quiet = os.environ.get("RANK", "0") != "0"
+    return tuple(make(path, tokenizer, args.max_seq_len, quiet=quiet) if path else None for path in paths)
 
 
 def with_balance(out, loss: Tensor, metrics: dict) -> tuple[Tensor, dict]:
@@ -232,10 +240,11 @@ def train(run: Run, loss_fn: LossFn, train_rows, val_rows, tokenizer, save: Save
     """
     args, device = run.args, run.device
     progress = Progress()
-    optimizers = build_optimizers(run.model, args.optimizer, args.learning_rate, args.weight_decay)
-    scaler = torch.amp.GradScaler(device.type, enabled=run.dtype == torch.float16)
     if run.resume:
-        progress = _restore(run, optimizers, scaler)
+        progress = _load(run)
+    engine = parallel.start(run)
+    if run.resume:
+        _restore_rng(run)
     run.reporter = reporter = Reporter(run, progress)
 
     peak = matmul_peak(device, run.dtype)
@@ -244,17 +253,12 @@ def train(run: Run, loss_fn: LossFn, train_rows, val_rows, tokenizer, save: Save
     expected = (args.minutes or math.inf) * 60
     if args.steps or args.epochs:
         steps = args.steps or args.epochs * len(train_rows) * args.max_seq_len / slots
-        flops = steps * slots * 6 * run.model.num_parameters(active=True)
+        flops = steps * slots * 6 * engine.plain.num_parameters(active=True)
         expected = min(expected, flops / (peak * share_of_peak))
+    expected, _ = _agree(run, expected, False)
     run.compiled = compile_if_worth(run, expected)
-    reporter.start(run.compiled, peak)
+    reporter.start(engine.plain, run.compiled, peak)
 
-    model = run.model
-    if run.world_size > 1:
-        # An expert that no token chose has no gradient: DDP must look for it, or it waits for ever.
-        ids = [device.index] if device.index is not None else None
-        unused = run.model.config.is_moe
-        model = nn.parallel.DistributedDataParallel(run.model, device_ids=ids, find_unused_parameters=unused)
     stream = batches(
         train_rows, args.batch_size, seed=args.seed, start_sample=progress.samples, rank=run.rank,
         world_size=run.world_size, num_workers=args.num_workers,
@@ -272,7 +276,7 @@ def train(run: Run, loss_fn: LossFn, train_rows, val_rows, tokenizer, save: Save
         if stop or share >= 1:
             break
 
-        learning_rate = set_learning_rate(optimizers, learning_rate_scale(share, args.warmup, 0.0, args.decay))
+        learning_rate = set_learning_rate(engine.optimizers, learning_rate_scale(share, args.warmup, 0.0, args.decay))
         micro_batches = [_to_device(next(stream), device) for _ in range(args.accumulation_steps)]
         weight = _total(run, sum(batch["weight"] for batch in micro_batches))
         progress.samples += args.batch_size * args.accumulation_steps * run.world_size
@@ -287,33 +291,23 @@ def train(run: Run, loss_fn: LossFn, train_rows, val_rows, tokenizer, save: Save
         total_loss, metrics = torch.zeros((), device=device), {}
         for i, batch in enumerate(micro_batches):
             last = i == len(micro_batches) - 1
-            sync = contextlib.nullcontext() if last or run.world_size == 1 else model.no_sync()
-            with sync:
+            with engine.accumulating(last):
                 with run.autocast():
-                    loss, metrics = loss_fn(model, batch)
-                # Each token counts the same, whichever batch or process it is in. DDP averages over the processes.
+                    loss, metrics = loss_fn(engine.model, batch)
+                # Each token counts the same, whichever batch or process it is in.
                 loss = loss * (batch["weight"] / weight)
-                scaler.scale(loss * run.world_size).backward()
+                engine.backward(loss, last)
             total_loss += loss.detach()
-        for optimizer in optimizers:
-            scaler.unscale_(optimizer)
-        grad_norm = nn.utils.clip_grad_norm_(run.model.parameters(), args.grad_clip)
-        loss_value, norm_value = _total(run, total_loss), grad_norm.item()
-
-        finite = math.isfinite(loss_value) and math.isfinite(norm_value)
-        if finite:
-            for optimizer in optimizers:
-                scaler.step(optimizer)
+        loss_value = _total(run, total_loss)
+        norm_value = engine.step(loss_value)
+        if math.isfinite(loss_value) and math.isfinite(norm_value):
             progress.tokens += int(_total(run, sum(batch["tokens"] for batch in micro_batches)))
             bad_steps = 0
         else:
             progress.skipped += 1
             bad_steps += 1
             reporter.say(f"step {progress.step}: loss {loss_value}, gradient norm {norm_value}; step skipped")
-        scaler.update()
-        for optimizer in optimizers:
-            optimizer.zero_grad(set_to_none=True)
-        if bad_steps >= MAX_BAD_STEPS and scaler.get_scale() <= 1:
+        if bad_steps >= MAX_BAD_STEPS and engine.gives_up():
             raise checkpoint.CheckpointError(
                 f"{bad_steps} steps in a row were not finite: lower --learning_rate (now {args.learning_rate}) or look "
                 f"at the data; the weights in {args.out_dir} are as they were"
@@ -325,16 +319,17 @@ def train(run: Run, loss_fn: LossFn, train_rows, val_rows, tokenizer, save: Save
         if due or (not args.save_interval and progress.seconds - last_save > SAVE_SECONDS):
             last_save = progress.seconds
             try:
-                _save_resume(run, progress, optimizers, scaler)
+                _save_resume(run, progress, engine)
             except checkpoint.CheckpointError as error:
                 reporter.say(f"warning: {error}")
 
     if stop:
-        _save_resume(run, progress, optimizers, scaler)
+        _save_resume(run, progress, engine)
         reporter.interrupted(progress)
         sys.exit(130)
+    model = engine.whole_model()
     if run.is_main:
-        save(run.path(".pth"), run.model, reporter.figures(progress) | {"finished": identity(args)})
+        save(run.path(".pth"), model, reporter.figures(progress) | {"finished": identity(args)})
         reporter.finish(progress)
         checkpoint.remove_resume(run.path("_resume"))
 
@@ -399,18 +394,16 @@ def _rng_state(device: torch.device) -> dict:
     return state | {"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else state
 
 
-def _save_resume(run: Run, progress: Progress, optimizers: list, scaler) -> None:
+def _save_resume(run: Run, progress: Progress, engine) -> None:
+    state = engine.state()
     rng = [_rng_state(run.device)]
     if run.world_size > 1:
         rng = [None] * run.world_size
         dist.all_gather_object(rng, _rng_state(run.device))
     if not run.is_main:
         return
-    state = {
+    state |= {
         "config": run.model.config.to_dict(),
-        "model": run.model.state_dict(),
-        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-        "scaler": scaler.state_dict(),
         "compiled": run.compiled,
         "rng": rng,
         "progress": vars(progress).copy(),
@@ -420,7 +413,8 @@ def _save_resume(run: Run, progress: Progress, optimizers: list, scaler) -> None
     checkpoint.save_resume(run.path("_resume"), state, progress.step, run.args.keep)
 
 
-def _restore(run: Run, optimizers: list, scaler) -> Progress:
+def _load(run: Run) -> Progress:
+    """The weights of the interrupted run, and where it stood. UsageError if it had other arguments."""
     state = run.resume
     changed = [k for k, v in identity(run.args).items() if state["identity"].get(k, v) != v]
     if changed:
@@ -430,14 +424,22 @@ def _restore(run: Run, optimizers: list, scaler) -> Progress:
             f"--from_resume 1: the interrupted run had {was}; give the same, or leave --from_resume out to start anew"
         )
     run.model.load_state_dict(state["model"])
-    for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-        optimizer.load_state_dict(saved)
-    scaler.load_state_dict(state["scaler"])
     run.compiled = state.get("compiled")
-    if run.rank < len(state["rng"]):
-        rng = state["rng"][run.rank]
+    return Progress(**state["progress"])
+
+
+def _restore_rng(run: Run) -> None:
+    """After all that draws random numbers, such as the set-up of an engine."""
+    states = run.resume["rng"]
+    if run.world_size != len(states) and run.is_main:
+        print(
+            f"note: {len(states)} processes before, {run.world_size} now: the order of the data goes on without a "
+            "sample lost or repeated; the random numbers (dropout) and the size of a step cannot be the same",
+            file=sys.stderr,
+        )
+    if run.rank < len(states):
+        rng = states[run.rank]
         torch.set_rng_state(rng["cpu"].cpu())
         if "cuda" in rng and run.device.type == "cuda":
             torch.cuda.set_rng_state(rng["cuda"].cpu(), run.device)
     run.resume = None  # half a gigabyte that is no longer needed
-    return Progress(**state["progress"])
