@@ -233,13 +233,17 @@ class LlamaCpp:
         return self.post("/apply-template", {"messages": messages} | options)["prompt"]
 
     def greedy(self, ids: list[int], max_new_tokens: int, top: int = 50) -> tuple[list[int], list[dict[int, float]]]:
-        """The likeliest continuation, and for each of its tokens the log-probabilities of the `top` likeliest."""
+        """The likeliest continuation, and for each of its tokens the log-probabilities of the `top` likeliest; none
+        at all if the server left out some (it does for a token that ends within a character)."""
         answer = self.post("/completion", {
             "prompt": ids, "n_predict": max_new_tokens, "temperature": 0, "n_probs": top, "return_tokens": True,
             "cache_prompt": False,
         })  # fmt: skip
-        probabilities = [{t["id"]: t["logprob"] for t in p["top_logprobs"]} for p in answer["completion_probabilities"]]
-        return [p["id"] for p in answer["completion_probabilities"]], probabilities
+        tokens, given = answer["tokens"], answer["completion_probabilities"]
+        probabilities = [{} for _ in tokens]
+        if len(given) == len(tokens):
+            probabilities = [{t["id"]: t["logprob"] for t in p["top_logprobs"]} for p in given]
+        return tokens, probabilities
 
 
 # ------------------------------------------------------------------------------------------------ Ollama

@@ -156,7 +156,7 @@ def with_llama_cpp(ours: MiniMindLM, engine: LlamaCpp, prompts: list[list[int]])
         logprobs = ours(torch.tensor([prompt + tokens])).logits[0].log_softmax(-1)[len(prompt) - 1 : -1]  # (n, V)
         differences = [abs(row[i].item() - p) for row, top in zip(logprobs, probabilities, strict=True)
                        for i, p in top.items()]  # fmt: skip
-        parity.add(max(differences), int((logprobs.argmax(-1) == torch.tensor(tokens)).sum()), len(tokens))
+        parity.add(max(differences, default=0.0), int((logprobs.argmax(-1) == torch.tensor(tokens)).sum()), len(tokens))
     return parity
 
 
