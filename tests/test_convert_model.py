@@ -165,3 +165,21 @@ def test_other_files_are_refused_in_a_line(convert, tmp_path, content, words):
     torch.save(content, tmp_path / "w.pth")
     with pytest.raises(CheckpointError, match=words):
         convert(tmp_path / "w.pth", tmp_path / "hf")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(hidden_size=128, num_hidden_layers=3, num_key_value_heads=1),
+        dict(num_key_value_heads=8, num_experts=6, num_shared_experts=3),
+        dict(hidden_size=96, num_key_value_heads=4, num_experts=3, num_shared_experts=1),
+        dict(num_attention_heads=6, head_dim=32, qk_norm=True, num_experts=5, num_experts_per_tok=1),
+    ],
+)
+def test_bare_weights_of_other_shapes_are_recognised(tiny, convert, tmp_path, changes):
+    model = tiny(**dict(num_attention_heads=8, rms_norm_eps=1e-6 if "qk_norm" in changes else 1e-5) | changes)
+    head = {"lm_head.weight": model.model.embed_tokens.weight.detach().clone()}
+    torch.save(dict(model.state_dict()) | head, tmp_path / "w.pth")
+    convert(tmp_path / "w.pth", tmp_path / "ours.pth")
+    back = checkpoint.load(tmp_path / "ours.pth")[0]
+    assert torch.equal(back(torch.arange(12)[None]).logits, model(torch.arange(12)[None]).logits)
