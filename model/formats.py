@@ -105,13 +105,18 @@ def from_minimind(content: Any, beside: dict) -> tuple[MiniMindConfig, dict[str,
     if is_v2a:
         for name, w in tensors.items():
             if name.endswith(("q_proj.weight", "k_proj.weight")):
-                tensors[name] = _half_rotation(w, head_dim)
+                tensors[name] = half_rotation(w, head_dim)
     return config, tensors
 
 
-def _half_rotation(weight: Tensor, head_dim: int) -> Tensor:
+def half_rotation(weight: Tensor, head_dim: int) -> Tensor:
     """Reorder each head's rows, so that rotating the pairs (i, i + D/2) does what rotating (2i, 2i + 1) did before."""
     return weight.view(-1, head_dim // 2, 2, weight.shape[1]).transpose(1, 2).reshape(weight.shape)  # (H, 2, D/2, in)
+
+
+def pair_rotation(weight: Tensor, head_dim: int) -> Tensor:
+    """The inverse of half_rotation(): each head's rows as a model that rotates the pairs (2i, 2i + 1) has them."""
+    return weight.view(-1, 2, head_dim // 2, weight.shape[1]).transpose(1, 2).reshape(weight.shape)  # (H, D/2, 2, in)
 
 
 # ------------------------------------------------------------------------------------------------ Hugging Face
@@ -225,3 +230,51 @@ def hf_state_dict(model: MiniMindLM) -> dict[str, Tensor]:
     """The weights by Hugging Face's names, which are ours; the tied output layer has no entry."""
     hf_config(model.config)  # refuses what has no counterpart
     return {name.replace("_orig_mod.", ""): w.detach().contiguous() for name, w in base_state_dict(model).items()}
+
+
+def model_card(name: str, model: MiniMindLM, meta: dict) -> str:
+    """README.md of an exported folder: the shape, and what the run's meta says of data, budget and losses."""
+    c, run = model.config, meta.get("finished", {})
+    experts = f", {c.num_experts} experts ({c.num_experts_per_tok} per token)" if c.is_moe else ""
+    rows = {
+        "architecture": hf_config(c)["architectures"][0],
+        "parameters": f"{model.num_parameters():,}"
+        + (f", {model.num_parameters(active=True):,} active per token" if c.is_moe else ""),
+        "shape": f"{c.num_hidden_layers} layers of {c.hidden_size}, {c.num_attention_heads} heads, "
+        f"{c.num_key_value_heads} key-value heads{experts}",
+        "stage": meta.get("stage"),
+        "trained from": run.get("from_weight"),
+        "LoRA merged in": meta.get("merged"),
+        "data": run.get("data_path") or ("the starter corpus" if run else None),
+        "steps": f"{meta['steps']:,}" if "steps" in meta else None,
+        "tokens": f"{meta['tokens']:,}" if "tokens" in meta else None,
+        "training time": f"{meta['seconds']:,.0f} s" if "seconds" in meta else None,
+        "held-out loss": f"{meta['val_loss']:.4f} nats per token" if meta.get("val_loss") is not None else None,
+        "held-out bits per byte": f"{meta['val_bpb']:.4f}" if meta.get("val_bpb") is not None else None,
+        "row length in training": run.get("max_seq_len"),
+        "optimizer": run.get("optimizer"),
+        "seed": run.get("seed"),
+    }
+    table = "\n".join(f"| {key} | {value} |" for key, value in rows.items() if value is not None)
+    unknown = "" if meta else "\nThe weights came without a record of their training.\n"
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+---
+# {name}
+
+A MiniMind model, exported to a stock architecture: transformers, vLLM and SGLang load it without remote code.
+
+| | |
+| --- | --- |
+{table}
+{unknown}
+```python
+from transformers import pipeline
+
+chat = pipeline("text-generation", "FOLDER")
+print(chat([{{"role": "user", "content": "Who are you?"}}], max_new_tokens=128)[0]["generated_text"][-1]["content"])
+```
+
+Training on a small corpus makes a small model: it states wrong things with confidence.
+"""
