@@ -145,7 +145,7 @@ class Chatbot:
         """The answer, piece by piece."""
         sampling = self.params(512, temperature=self.args.temperature, top_p=self.args.top_p, seed=seed)
         yield self.opening
-        for (event,) in decode(self.model, [self.encode(prompt)], [sampling], self.tokenizer, max_len=self.max_len):
+        for (event,) in decode(self.model, [self.encode(prompt)], sampling, self.tokenizer, max_len=self.max_len):
             self.tokens += 1
             yield event.text
 
