@@ -20,6 +20,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from model.cpu_step import CpuStep
 from model.model import MiniMindConfig, MiniMindLM, lora_layers
 from model.sampling import Sampler, SamplingParams, SamplingState
 from model.text_stream import TextStream
@@ -161,13 +162,15 @@ class Slot:
 class Engine:
     """Continues any number of prompts; each joins and leaves whenever it likes.
 
-    What a request gets does not depend on what else runs: each row of a step is computed and sampled on its own. In
-    fp32 this holds token for token, but for ties: matrix kernels add up in another order for another number of rows,
-    which moves logits by about 1e-6 of their size.
+    What a request gets does not depend on what else runs: each row of a step is computed and sampled on its own. With
+    torch's kernels this holds in fp32 token for token, but for near ties: they add up in another order for another
+    number of rows, which moves logits by about 1e-6 of their size. The compiled step has one order for all.
 
     slots: sequences that run at once, the others wait in order. max_len: prompt and answer together, at most (default
     and limit: the model's max_position_embeddings). prefill_chunk: tokens of prompts that one step takes, so that a
-    long prompt holds up the others by no more than that. Not for several threads at once.
+    long prompt holds up the others by no more than that. compiled: decode by cpu_step, several times as fast; raises
+    ValueError or RuntimeError where that cannot work. Requests with an adapter take torch's way all the same.
+    Not for several threads at once. The weights must not change while requests run or caches are to be reused.
     """
 
     def __init__(
@@ -178,6 +181,7 @@ class Engine:
         slots: int = 8,
         max_len: int | None = None,
         prefill_chunk: int = PREFILL_CHUNK,
+        compiled: bool = False,
     ):
         if slots < 1 or prefill_chunk < 1:
             raise ValueError(f"slots {slots} and prefill_chunk {prefill_chunk} must be at least 1")
@@ -188,6 +192,7 @@ class Engine:
         self.cache = KVCache(model.config, slots, capacity, weight.device, weight.dtype)
         self.slots = [Slot() for _ in range(slots)]  # in the order of the cache's rows
         self.queue: deque[Sequence] = deque()
+        self.cpu_step = CpuStep(model) if compiled else None
         self.sampler: Sampler | None = None
         self.requests = self.steps = 0  # so far
 
@@ -329,6 +334,10 @@ class Engine:
         """Compute the pending tokens, at most a chunk, of slots that are side by side and have one adapter; logits of
         those that then have none pending, (n, vocab)."""
         first = self.slots.index(slots[0])
+        if self.cpu_step and slots[0].adapter is None and all(slot.pending == 1 for slot in slots):
+            logits = self.cpu_step([slot.sequence.ids[-1] for slot in slots], first, self.cache)
+            self._hold(first, [slot.sequence.ids[-1:] for slot in slots])
+            return logits
         self.cache.window = slice(first, first + len(slots))
         new = [slot.sequence.ids[len(slot.tokens) :][: self.prefill_chunk] for slot in slots]
         T = max(map(len, new))
@@ -339,10 +348,14 @@ class Engine:
             wanted[row, len(tokens) - 1] = len(tokens) == slot.pending
         with active_adapter(self.model, slots[0].adapter):
             logits = self.model(ids, cache=self.cache, logits_at=wanted.to(device)).logits
-        for row, (slot, tokens) in enumerate(zip(slots, new, strict=True), first):
-            slot.tokens += tokens
-            self.cache.lengths[row] = len(slot.tokens)
+        self._hold(first, new)
         return logits
+
+    def _hold(self, first: int, new: list[list[int]]) -> None:
+        """The cache has these tokens now, of the slots from `first` on."""
+        for row, tokens in enumerate(new, first):
+            self.slots[row].tokens += tokens
+            self.cache.lengths[row] += len(tokens)
 
     def _sample(self, sequences: list[Sequence], logits: Tensor) -> list[Event]:
         """The next token of each sequence from logits (B, vocab), and what it means."""
@@ -422,19 +435,18 @@ def decode(
     tokenizer: Tokenizer | None = None,
     *,
     batch_size: int = 64,
-    max_len: int | None = None,
-    prefill_chunk: int = PREFILL_CHUNK,
+    **options,
 ) -> Iterator[list[Event]]:
     """Continue all prompts, `batch_size` at once; yields the events of each step, whose index is the prompt's number.
 
-    max_len and prefill_chunk as Engine's. Raises ValueError for a prompt that cannot be served.
+    Options: as Engine's. Raises ValueError for a prompt that cannot be served.
     """
     if isinstance(params, SamplingParams):
         params = [params] * len(prompts)
     training = model.training
     slots = max(1, min(batch_size, len(prompts)))
     try:
-        engine = Engine(model, tokenizer, slots=slots, max_len=max_len, prefill_chunk=prefill_chunk)
+        engine = Engine(model, tokenizer, slots=slots, **options)
         for i, (prompt, p) in enumerate(zip(prompts, params, strict=True)):
             try:
                 engine.add(prompt, p)
