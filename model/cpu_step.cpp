@@ -5,6 +5,7 @@
 // all arithmetic is fp32. Every sum runs in one order whatever the number of rows, so that a row's logits are the
 // same bits alone and in a batch.
 
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -48,6 +49,24 @@ static inline f8 exp(f8 x) {
     p = p * f + 1.0f;
     return p * (f8)((__builtin_convertvector(rounded, i8) + 127) << 23);
 }
+
+// Waits for the other threads of a team: for some 50 us in a loop, then asleep. OpenMP's own barrier loops for
+// milliseconds, while the thread that it waits for may need this very core.
+struct Barrier {
+    std::atomic<int> arrived{0}, phase{0};
+    void wait() {
+        int now = phase.load();
+        if (arrived.fetch_add(1) + 1 == omp_get_num_threads()) {
+            arrived.store(0);
+            phase.store(now + 1);
+            phase.notify_all();
+            return;
+        }
+        for (int i = 0; i < 10000; i++)
+            if (phase.load(std::memory_order_acquire) != now) return;
+        while (phase.load() == now) phase.wait(now);
+    }
+};
 
 // ------------------------------------------------------------------------------------------------ matrices
 
@@ -108,10 +127,17 @@ template <int KIND> static void multiply(const Matrix& m, int64_t begin, int64_t
         }
 }
 
+struct Range { int64_t begin, end; };
+
+// This thread's share of n, in multiples of 8.
+static Range share(int64_t n) {
+    int64_t threads = omp_get_num_threads(), id = omp_get_thread_num();
+    return {n / 8 * id / threads * 8, n / 8 * (id + 1) / threads * 8};
+}
+
 // This thread's share of y (B, rows) = x (B, cols) times the matrix transposed.
 static void linear(const Matrix& m, const float* x, float* y, int B) {
-    int64_t threads = omp_get_num_threads(), id = omp_get_thread_num(), tiles = m.rows / 8;
-    int64_t begin = tiles * id / threads * 8, end = tiles * (id + 1) / threads * 8;
+    const auto [begin, end] = share(m.rows);
     switch (m.kind) {
         case FP32: return multiply<FP32>(m, begin, end, x, y, B);
         case BF16: return multiply<BF16>(m, begin, end, x, y, B);
@@ -197,9 +223,9 @@ static void attend(const float* q, const float* keys, const float* values, int64
 
 static void add_product(const Matrix& m, const float* x, float* product, float* residual, int B) {
     linear(m, x, product, B);
-    int64_t threads = omp_get_num_threads(), id = omp_get_thread_num(), tiles = m.rows / 8;
+    const auto [begin, end] = share(m.rows);
     for (int b = 0; b < B; b++)
-        for (int64_t i = tiles * id / threads * 8; i < tiles * (id + 1) / threads * 8; i++)
+        for (int64_t i = begin; i < end; i++)
             residual[b * m.rows + i] += product[b * m.rows + i];
 }
 
@@ -218,12 +244,14 @@ extern "C" void step(const Model* m, Cache cache, const int64_t* tokens, const i
     float *attended = v + B * NK, *gate = attended + B * NQ, *up = gate + B * I, *cos = up + B * I, *sin = cos + B * D / 2;
     float* own = sin + B * D / 2;
 
+    Barrier barrier;
 #pragma omp parallel num_threads(threads)
     {
-        float* scores = own + omp_get_thread_num() * (longest + 16 + B * H);
+        const int64_t id = omp_get_thread_num(), team = omp_get_num_threads();
+        const Range mine = share(I);
+        float* scores = own + id * (longest + 16 + B * H);
         float* normed = scores + longest + 16;  // by each thread for itself: cheaper than to wait for another
-#pragma omp for
-        for (int64_t b = 0; b < B; b++) {
+        for (int64_t b = id; b < B; b += team) {
             embed(m->embedding, tokens[b], x + b * H);
             for (int64_t i = 0; i < D / 2; i++) {
                 float angle = positions[b] * m->inv_freq[i];
@@ -231,15 +259,15 @@ extern "C" void step(const Model* m, Cache cache, const int64_t* tokens, const i
                 sin[b * D / 2 + i] = std::sin(angle) * m->rope_factor;
             }
         }
+        barrier.wait();
         for (int64_t l = 0; l < m->layers; l++) {
             const Layer& layer = m->layer[l];
             for (int64_t b = 0; b < B; b++) rms_norm(x + b * H, layer.input_norm, H, m->eps, normed + b * H);
             linear(layer.q, normed, q, B);
             linear(layer.k, normed, k, B);
             linear(layer.v, normed, v, B);
-#pragma omp barrier
-#pragma omp for
-            for (int64_t i = 0; i < B * m->kv_heads; i++) {
+            barrier.wait();
+            for (int64_t i = id; i < B * m->kv_heads; i += team) {
                 int64_t b = i / m->kv_heads, h = i % m->kv_heads, at = positions[b];
                 const float *c = cos + b * D / 2, *s = sin + b * D / 2;
                 int64_t offset = l * cache.layer_stride + b * cache.slot_stride + h * cache.head_stride;
@@ -255,21 +283,23 @@ extern "C" void step(const Model* m, Cache cache, const int64_t* tokens, const i
                     attend(query, keys, values, at + 1, D, scores, attended + b * NQ + g * D);
                 }
             }
+            barrier.wait();
             add_product(layer.o, attended, product, x, B);
-#pragma omp barrier
+            barrier.wait();
             for (int64_t b = 0; b < B; b++) rms_norm(x + b * H, layer.post_norm, H, m->eps, normed + b * H);
             linear(layer.gate, normed, gate, B);
             linear(layer.up, normed, up, B);
-#pragma omp barrier
-#pragma omp for
-            for (int64_t i = 0; i < B * I / 8; i++) {
-                f8 g = load(gate + i * 8);
-                store(gate + i * 8, g / (1.0f + exp(-g)) * load(up + i * 8));
-            }
+            for (int b = 0; b < B; b++)
+                for (int64_t i = mine.begin; i < mine.end; i += 8) {  // what this thread computed itself
+                    f8 g = load(gate + b * I + i);
+                    store(gate + b * I + i, g / (1.0f + exp(-g)) * load(up + b * I + i));
+                }
+            barrier.wait();
             add_product(layer.down, gate, product, x, B);
-#pragma omp barrier
+            barrier.wait();
         }
         for (int64_t b = 0; b < B; b++) rms_norm(x + b * H, m->norm, H, m->eps, normed + b * H);
         linear(m->embedding, normed, logits, B);
+        barrier.wait();
     }
 }

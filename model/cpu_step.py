@@ -55,7 +55,7 @@ class Cache(Structure):
 
 def build() -> Path:
     """The compiled library, from the user's cache if it is there. RuntimeError if it cannot be compiled."""
-    flags = ["-O3", "-std=c++17", "-shared", "-fPIC", "-fopenmp"]
+    flags = ["-O3", "-std=c++20", "-shared", "-fPIC", "-fopenmp"]
     if platform.machine() in ("x86_64", "AMD64"):
         if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
             raise RuntimeError("the compiled step needs a CPU with AVX2")

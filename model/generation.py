@@ -359,7 +359,7 @@ class Engine:
 
     def _sample(self, sequences: list[Sequence], logits: Tensor) -> list[Event]:
         """The next token of each sequence from logits (B, vocab), and what it means."""
-        if not logits.isfinite().all():
+        if not logits.amax(-1).isfinite().all():  # nan and inf both show in the maximum
             raise ValueError("the model's logits are not finite: damaged weights, or too large for their dtype")
         states = [sequence.state for sequence in sequences]
         if self.sampler is None or self.sampler.states != states:
