@@ -27,8 +27,10 @@ from dataset.chat import (
 from model import checkpoint
 from model.adapters import load_adapter
 from model.checkpoint import CheckpointError
+from model.cpu_step import CpuStep
 from model.generation import SamplingParams, decode, generate_each
-from model.model import compute_dtype
+from model.model import compute_dtype, merge_lora
+from model.quantization import quantize, quantized_kind
 
 STAGES = {  # --model_mode: what it is called, its files, how to get them
     0: ("pretrained", ("pretrain",), "run python train_pretrain.py first"),
@@ -37,6 +39,7 @@ STAGES = {  # --model_mode: what it is called, its files, how to get them
     3: ("reasoning", ("reason",), "run python train_reason.py first"),
 }
 STOP_IDS = (PAD_ID, BOS_ID, EOS_ID)  # end of document, beginning of another turn, end of turn
+YARN_FACTOR = 4.0
 SCORE_TOKENS, THINKING_SCORE_TOKENS = 128, 384  # longest answer when scoring
 
 
@@ -65,9 +68,19 @@ def find_weights(args: argparse.Namespace) -> Path:
     return found[-1]
 
 
-def load_chatbot(args: argparse.Namespace, device: torch.device, dtype: torch.dtype | None):
+def load_chatbot(
+    args: argparse.Namespace,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    *,
+    quantized: str | None = None,
+    compiled: bool = False,
+    extrapolate: bool = False,
+):
     """A Chatbot, or for a Hugging Face folder with another tokenizer a TransformersChatbot. dtype None: the best one.
 
+    quantized: "int8" or "int4". compiled: decode by the compiled step, if this machine can. extrapolate: YaRN, for
+    YARN_FACTOR times the context that the model was trained with.
     Of args it needs load, model_path, weight, out_dir, model_mode, hidden_size, use_moe and lora_name (which model),
     max_seq_len, max_new_tokens, temperature, top_p and thinking (how it answers); eval_model.py --help explains them.
     Raises CheckpointError.
@@ -79,8 +92,9 @@ def load_chatbot(args: argparse.Namespace, device: torch.device, dtype: torch.dt
         if path.is_dir() and (path / "config.json").exists():
             tokenizer = load_own_tokenizer(path)
         if tokenizer is None:
-            if args.lora_name:
-                raise CheckpointError(f"--lora_name: {path} has a tokenizer of another kind: adapters are for our own")
+            ours = {"lora_name": args.lora_name, "quantize": quantized, "inference_rope_scaling": extrapolate}
+            for flag in (flag for flag, given in ours.items() if given):
+                raise CheckpointError(f"--{flag}: {path} has a tokenizer of another kind: that is for our own")
             print(f"note: {path} has a tokenizer of another kind: answering through transformers", file=sys.stderr)
             return TransformersChatbot(path, device, dtype, args)
     else:
@@ -92,6 +106,8 @@ def load_chatbot(args: argparse.Namespace, device: torch.device, dtype: torch.dt
         if not adapter.exists():
             raise CheckpointError(f"--lora_name {args.lora_name}: there is no {adapter}; check the name and --out_dir")
         load_adapter(adapter, model, "chosen", base=path)
+        if compiled or quantized:
+            merge_lora(model)
     if model.config.vocab_size < tokenizer.get_vocab_size():
         raise CheckpointError(
             f"{path} has {model.config.vocab_size} tokens, the tokenizer {tokenizer.get_vocab_size()}: "
@@ -100,7 +116,26 @@ def load_chatbot(args: argparse.Namespace, device: torch.device, dtype: torch.dt
     if not meta and args.load == 0:
         print(f"note: {path} does not say which tokenizer it needs: taking model/tokenizer", file=sys.stderr)
     trained_len = meta.get("finished", {}).get("max_seq_len", 2048)
-    return Chatbot(path, model.to(dtype), tokenizer, trained_len, args)
+    if extrapolate:
+        model.config.rope_scaling = {
+            "rope_type": "yarn", "factor": YARN_FACTOR, "original_max_position_embeddings": trained_len
+        }  # fmt: skip
+        model.set_rope()
+        trained_len = int(YARN_FACTOR * trained_len)
+    if compiled and device.type == "cpu" and dtype == torch.bfloat16:
+        quantized = quantized or "bf16"  # the step computes in fp32 with weights that are bf16 in memory
+    model = quantize(model, quantized) if quantized else model.to(dtype)
+    return Chatbot(path, model, tokenizer, trained_len, args, compiled and can_compile(model))
+
+
+def can_compile(model) -> bool:
+    """Whether the compiled step works for this model and machine; says why not."""
+    try:
+        CpuStep(model)
+    except (RuntimeError, ValueError) as error:
+        print(f"note: {error}: answering without it", file=sys.stderr)
+        return False
+    return True
 
 
 def load_own_tokenizer(folder: Path):
@@ -115,13 +150,16 @@ def load_own_tokenizer(folder: Path):
 class Chatbot:
     """Prompts are texts, which are continued, or lists of messages, which are answered."""
 
-    def __init__(self, path: Path, model, tokenizer, trained_len: int, args: argparse.Namespace):
+    def __init__(
+        self, path: Path, model, tokenizer, trained_len: int, args: argparse.Namespace, compiled: bool = False
+    ):
+        self.compiled = compiled
         self.model, self.tokenizer, self.args = model, tokenizer, args
         self.max_len = min(args.max_seq_len or trained_len, model.config.max_position_embeddings)
         self.opening = f"{THINK}\n" if args.thinking else ""  # of each answer; the prompt ends with it
         self.tokens = 0  # generated so far
         weight = model.model.norm.weight
-        precision = str(weight.dtype).removeprefix("torch.")
+        precision = quantized_kind(model) or str(weight.dtype).removeprefix("torch.")
         size = f"{model.num_parameters() / 1e6:.1f} M parameters"
         self.title = f"{path.name}: {size}, {precision} on {weight.device}, context {self.max_len} tokens"
         self.name = str(path)
@@ -145,7 +183,8 @@ class Chatbot:
         """The answer, piece by piece."""
         sampling = self.params(512, temperature=self.args.temperature, top_p=self.args.top_p, seed=seed)
         yield self.opening
-        for (event,) in decode(self.model, [self.encode(prompt)], [sampling], self.tokenizer, max_len=self.max_len):
+        options = {"max_len": self.max_len, "compiled": self.compiled}
+        for (event,) in decode(self.model, [self.encode(prompt)], sampling, self.tokenizer, **options):
             self.tokens += 1
             yield event.text
 
@@ -164,7 +203,7 @@ class Chatbot:
 
     def _answers(self, prompts: list[list[dict]], sampling: list[SamplingParams], batch_size: int) -> Iterator:
         ids = [self.encode(prompt) for prompt in prompts]
-        options = {"batch_size": batch_size, "max_len": self.max_len}
+        options = {"batch_size": batch_size, "max_len": self.max_len, "compiled": self.compiled}
         for i, result in generate_each(self.model, ids, sampling, self.tokenizer, **options):
             self.tokens += len(result.token_ids)
             yield i, self.opening + result.text, result.finish_reason

@@ -1,25 +1,38 @@
-"""How fast this machine trains.
+"""How fast this machine trains and generates, and what quantisation costs; the last line is one JSON object.
 
 python scripts/benchmark.py train --preset small --seq_len 512 --seconds 60
+python scripts/benchmark.py decode --preset small --batch 8 --new_tokens 256 --quantize int8 --compare 1
+python scripts/benchmark.py quality --weight out/pretrain_512.pth --data_path texts.jsonl
 
-Whole training steps (forward, backward, clipping, optimizer) on random tokens; the last line is one JSON object.
-`mfu` is 6 * active parameters * tokens/s over the peak of a 2048^3 product in the same precision and process;
-`mfu_with_attention` counts the attention scores too. `memory_mb` is what the peak in CPU memory rose by after import.
+train: whole steps (forward, backward, clipping, optimizer) on random tokens. `mfu` is 6 * active parameters * tokens/s
+over the peak of a 2048^3 product in the same precision and process; `mfu_with_attention` counts the attention scores.
+`memory_mb` is what the peak in CPU memory rose by after import.
+decode: greedy answers by the engine, the fastest of --repeat. A step reads all weights and the caches once:
+`gb_per_second`, and its share of what a sum over 256 MB reads in the same process.
+quality: bits per byte of texts in fp32, bf16, int8 and int4.
 """
 
 import argparse
 import json
+import math
 import resource
 import statistics
 import sys
+import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
+from dataset.chat import PAD_ID, TOKENIZER_DIR, load_tokenizer
+from model import checkpoint
+from model.cpu_step import CpuStep
+from model.generation import Engine, SamplingParams
 from model.model import PRESETS, MiniMindLM
+from model.quantization import FORMATS, quantize, weight_bytes
 from trainer import cli, speed, trainer
 from trainer.arguments import ArgumentParser
 from trainer.optimizer import LEARNING_RATES, build_optimizers
@@ -85,6 +98,147 @@ def benchmark_train(args: argparse.Namespace) -> dict:
     }  # fmt: skip
 
 
+def read_bandwidth() -> float:
+    """Bytes per second that a sum over 256 MB reads, the best of five."""
+    x, times = torch.ones(1 << 26), []
+    for _ in range(5):
+        start = time.perf_counter()
+        x.sum()
+        times.append(time.perf_counter() - start)
+    return 4 * x.numel() / min(times)
+
+
+def load_model(args: argparse.Namespace) -> MiniMindLM:
+    """The weights of a file, or random ones of a preset with the fields of --config changed."""
+    if args.weight:
+        return checkpoint.load(args.weight)[0].float().eval()
+    changes = {}
+    for field in args.config:
+        name, _, value = field.partition("=")
+        if not hasattr(PRESETS[args.preset], name) or not value.isdigit():
+            raise cli.UsageError(
+                f"--config {field}: give a field of MiniMindConfig and a whole number, as hidden_size=512"
+            )
+        changes[name] = int(value)
+    torch.manual_seed(0)
+    return MiniMindLM(replace(PRESETS[args.preset], head_dim=None, **changes)).eval()
+
+
+def answer_times(engine: Engine, prompts: list[list[int]], new_tokens: int) -> tuple[float, float]:
+    """Seconds from asking to the last prompt's first token, and from there to the last token of all."""
+    params = SamplingParams(temperature=0, max_new_tokens=new_tokens, stop_token_ids=())
+    start = first = time.perf_counter()
+    for prompt in prompts:
+        engine.add(prompt, params)
+    begun: set[int] = set()
+    while engine.busy:
+        for event in engine.step():
+            if event.index not in begun:
+                begun.add(event.index)
+                first = time.perf_counter()
+    return first - start, time.perf_counter() - first
+
+
+def transformers_speed(model: MiniMindLM, prompts: list[list[int]], args: argparse.Namespace) -> float:
+    """Tokens per second of transformers' generate on the same weights in fp32, prefill included; the best of two."""
+    from transformers import AutoModelForCausalLM
+
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint.save_hf(folder, model, TOKENIZER_DIR, torch.float32)
+        theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    ids, times = torch.tensor(prompts), []
+    for new in (8, args.new_tokens, args.new_tokens):
+        start = time.perf_counter()
+        theirs.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, min_new_tokens=new, do_sample=False
+        )
+        times.append(time.perf_counter() - start)
+    return args.batch * args.new_tokens / min(times[1:])
+
+
+def benchmark_decode(args: argparse.Namespace) -> dict:
+    model = load_model(args)
+    generator = torch.Generator().manual_seed(0)
+    prompts = torch.randint(16, model.config.vocab_size, (args.batch, args.prompt_len), generator=generator).tolist()
+    long = torch.randint(16, model.config.vocab_size, (512,), generator=generator).tolist()
+    theirs = transformers_speed(model, prompts, args) if args.compare else None
+    parameters = model.num_parameters()
+    if args.quantize:
+        quantize(model, args.quantize)
+    start = time.perf_counter()
+    if args.compile:
+        CpuStep(model)
+    compiled = time.perf_counter() - start
+
+    def engine() -> Engine:  # a new one each time: nothing may come from the cache
+        return Engine(model, slots=args.batch, compiled=bool(args.compile))
+
+    answer_times(engine(), prompts, 8)
+    seconds, firsts = zip(
+        *(answer_times(engine(), prompts, args.new_tokens)[::-1] for _ in range(args.repeat)), strict=True
+    )
+    prefill = min(answer_times(engine(), [long], 1)[0] for _ in range(3))
+    steps_per_second = (args.new_tokens - 1) / min(seconds)
+    c = model.config
+    cache = (
+        8
+        * args.batch
+        * c.num_hidden_layers
+        * c.num_key_value_heads
+        * c.head_dim
+        * (args.prompt_len + args.new_tokens / 2)
+    )
+    bandwidth, used = read_bandwidth(), steps_per_second * (weight_bytes(model) + cache)
+    speed_ = steps_per_second * args.batch
+    return {
+        "model": args.weight or " ".join([args.preset, *args.config]), "parameters": parameters, "batch": args.batch,
+        "new_tokens": args.new_tokens, "weights": args.quantize or "fp32", "compiled": args.compile,
+        "tokens_per_second": round(speed_, 1), "prefill_tokens_per_second": round(512 / prefill, 1),
+        "time_to_first_token": round(min(firsts), 4),
+        "mb_per_step": round((weight_bytes(model) + cache) / 1e6, 1), "gb_per_second": round(used / 1e9, 1),
+        "bandwidth_gb_per_second": round(bandwidth / 1e9, 1), "share_of_bandwidth": round(used / bandwidth, 3),
+        "compile_seconds": round(compiled, 2), "peak_rss_mb": round(peak_rss_mb()),
+        "transformers_tokens_per_second": theirs and round(theirs, 1), "ratio": theirs and round(speed_ / theirs, 2),
+        "torch": torch.__version__, "threads": torch.get_num_threads(),
+    }  # fmt: skip
+
+
+@torch.inference_mode()
+def bits_per_byte(model: MiniMindLM, documents: list[list[int]], n_bytes: int, seq_len: int) -> float:
+    """Of documents (their tokens after one that begins them), each in windows of at most seq_len tokens."""
+    nats = 0.0
+    for ids in documents:
+        for start in range(0, len(ids) - 1, seq_len):
+            window = torch.tensor(ids[start : start + seq_len + 1])
+            logits = model(window[None, :-1]).logits[0].float()
+            nats += torch.nn.functional.cross_entropy(logits, window[1:], reduction="sum").item()
+    return nats / math.log(2) / n_bytes
+
+
+def benchmark_quality(args: argparse.Namespace) -> dict:
+    tokenizer, documents, n_bytes = load_tokenizer(), [], 0
+    with open(args.data_path, encoding="utf-8") as file:
+        for line in file:
+            text = json.loads(line)["text"]
+            if n_bytes >= args.bytes:
+                break
+            documents.append([PAD_ID, *tokenizer.encode(text, add_special_tokens=False).ids])
+            n_bytes += len(text.encode())
+    result: dict = {"weight": args.weight, "data": args.data_path, "bytes": n_bytes}
+    for kind in (None, *FORMATS):
+        model = load_model(args)
+        if kind:
+            quantize(model, kind)
+        result[kind or "fp32"] = {
+            "bits_per_byte": round(bits_per_byte(model, documents, n_bytes, args.seq_len), 4),
+            "megabytes": round(weight_bytes(model) / 1e6, 1),
+        }
+        print(kind or "fp32", result[kind or "fp32"], file=sys.stderr)
+    for kind in ("int8", "int4"):
+        result[kind]["over_bf16"] = round(result[kind]["bits_per_byte"] / result["bf16"]["bits_per_byte"] - 1, 4)
+    return result
+
+
 def main() -> None:
     parser = ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -98,7 +252,30 @@ def main() -> None:
     train.add_argument("--activation_checkpointing", type=int, choices=(0, 1), default=0)
     train.add_argument("--device")
     train.add_argument("--dtype", choices=list(cli.DTYPES))
-    print(json.dumps(benchmark_train(parser.parse_args())))
+    train.set_defaults(function=benchmark_train)
+
+    decode = commands.add_parser("decode", help="generation speed on the CPU")
+    add = decode.add_argument
+    add("--preset", choices=list(PRESETS), default="nano")
+    add("--config", nargs="*", default=[], metavar="FIELD=N", help="instead of the preset's, such as hidden_size=512")
+    add("--weight", help="this model instead of a random one")
+    add("--batch", type=int, default=1)
+    add("--prompt_len", type=int, default=32)
+    add("--new_tokens", type=int, default=256)
+    add("--repeat", type=int, default=3)
+    add("--quantize", choices=list(FORMATS), help="how the weights lie in memory (default: fp32)")
+    add("--compile", type=int, choices=(0, 1), default=1, help="0 = torch's operations alone")
+    add("--compare", type=int, choices=(0, 1), default=0, help="1 = transformers' generate too, in fp32")
+    decode.set_defaults(function=benchmark_decode)
+
+    quality = commands.add_parser("quality", help="bits per byte of quantised weights")
+    quality.add_argument("--weight", required=True)
+    quality.add_argument("--data_path", required=True, help='JSONL with "text"')
+    quality.add_argument("--bytes", type=int, default=100_000, help="of the file's beginning")
+    quality.add_argument("--seq_len", type=int, default=340)
+    quality.set_defaults(function=benchmark_quality)
+    args = parser.parse_args()
+    print(json.dumps(args.function(args)))
 
 
 if __name__ == "__main__":

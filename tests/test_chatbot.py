@@ -8,8 +8,9 @@ import torch
 
 from dataset.chat import END_THINK_ID, EOS_ID, THINK_ID, TOKENIZER_DIR, load_tokenizer
 from dataset.tools import SCHEMAS
+from model import chatbot as chatbot_module
 from model import checkpoint
-from model.chatbot import Chatbot, TransformersChatbot, final_answer
+from model.chatbot import Chatbot, TransformersChatbot, final_answer, load_chatbot
 
 DEFAULTS = dict(max_seq_len=None, max_new_tokens=None, temperature=0.7, top_p=0.9, thinking=None)
 CALL = {"name": "calculator", "arguments": {"expression": "1 + 1"}}
@@ -111,3 +112,53 @@ def test_answers_of_many_prompts_end_for_the_same_reason_through_transformers(ch
     expected = sorted(ours.answer_each(prompts, [None] * 8, 3))
     assert list(theirs.answer_each(prompts, [None] * 8, 3)) == expected
     assert {reason for _, _, reason in expected} == {"stop", "length"}
+
+
+# ------------------------------------------------------------------------------------------------ how it computes
+
+
+@pytest.fixture
+def weights(tiny, tmp_path):
+    """load(**options) -> a chatbot on a saved model of 128 trained tokens."""
+    model = tiny(vocab_size=6400, num_hidden_layers=1)
+    checkpoint.save(tmp_path / "full_sft_64.pth", model, {"finished": {"max_seq_len": 128}})
+    choice = dict(load=0, weight=None, out_dir=tmp_path, model_mode=1, hidden_size=None, use_moe=None, lora_name=None)
+
+    def load(dtype=None, **options) -> Chatbot:
+        args = argparse.Namespace(**DEFAULTS | choice | {"temperature": 0, "max_new_tokens": 12})
+        return load_chatbot(args, torch.device("cpu"), dtype, **options)
+
+    return load
+
+
+def test_compiled_and_quantised_bots_answer(weights, capsys):
+    question = [{"role": "user", "content": "Who are you?"}]
+    plain = weights(torch.float32)
+    expected = "".join(plain.stream(question, None))
+    compiled = weights(torch.float32, compiled=True)
+    assert "".join(compiled.stream(question, None)) == expected
+    for kind in ("int8", "int4"):
+        eager, fast = weights(quantized=kind), weights(quantized=kind, compiled=True)
+        assert f"{kind} on cpu" in eager.title
+        assert "".join(eager.stream(question, None)) == "".join(fast.stream(question, None))
+    assert "bf16 on cpu" in weights(torch.bfloat16, compiled=True).title
+    assert [text for _, text in compiled.answer_all([question] * 3)] == [expected] * 3
+
+
+def test_without_a_compiler_it_answers_all_the_same(weights, monkeypatch, capsys):
+    def fails(model):
+        raise RuntimeError("the compiled step needs a C++ compiler")
+
+    monkeypatch.setattr(chatbot_module, "CpuStep", fails)
+    bot = weights(torch.float32, compiled=True)
+    assert "C++ compiler: answering without it" in capsys.readouterr().err
+    assert "".join(bot.stream([{"role": "user", "content": "Hi"}], None))
+
+
+def test_yarn_gives_four_times_the_context(weights):
+    long = [{"role": "user", "content": "word " * 150}]
+    assert weights().max_len == 128 and weights().overflow(long)
+    bot = weights(extrapolate=True)
+    assert bot.max_len == 512 and not bot.overflow(long)
+    assert bot.model.config.rope_scaling["original_max_position_embeddings"] == 128 and bot.model.rope_factor > 1
+    assert "".join(bot.stream(long, None))
