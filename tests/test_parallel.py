@@ -112,6 +112,7 @@ def difference(a: Path, b: Path) -> float:
 # ------------------------------------------------------------------------------------------------ equal to one process
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "engine, optimizer, moe",
     [("ddp", "muon", 0), ("fsdp", "muon", 0), ("fsdp", "adamw", 1)]
@@ -140,7 +141,8 @@ def wait_for_state(folder: Path, group: Group) -> None:
 
 @pytest.mark.parametrize(
     "engine",
-    ["fsdp"] + [pytest.param(f"zero{n}", marks=[pytest.mark.slow, needs_deepspeed]) for n in (1, 3)],
+    [pytest.param("fsdp", marks=pytest.mark.slow)]
+    + [pytest.param(f"zero{n}", marks=[pytest.mark.slow, needs_deepspeed]) for n in (1, 3)],
 )
 def test_killed_and_resumed(tmp_path, data, engine):
     """kill -9 of all processes: the end is that of an uninterrupted run, bit for bit."""
@@ -155,6 +157,7 @@ def test_killed_and_resumed(tmp_path, data, engine):
     assert difference(tmp_path / "whole", tmp_path / "parts") == 0
 
 
+@pytest.mark.slow
 def test_other_number_of_processes(tmp_path, data):
     """A state of two processes under FSDP2 goes on with one, which says what cannot be the same."""
     flags = [*TINY, "--data_path", data, "--steps", 40, "--save_interval", 3, "--out_dir", tmp_path / "out"]
