@@ -256,6 +256,7 @@ class FeedForward(nn.Module):
 class Experts(nn.ModuleList):
     """The routed experts: SwiGLU feed-forwards of which each works on its own contiguous block of rows."""
 
+    @torch.compiler.disable  # each step has other numbers of rows, and each number would be compiled anew
     def forward(self, x: Tensor, ends: Tensor) -> Tensor:
         """x (N, hidden) sorted by expert; expert e owns rows ends[e-1]:ends[e], ends (E,) int32 -> (N, hidden)."""
         dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype

@@ -5,7 +5,6 @@ python scripts/parallel_curves.py --steps 40 --picture docs/parallel_curves.png 
 What follows -- goes to train_pretrain.py; one process gets twice the batch. On the CPU. Prints the largest difference.
 """
 
-import argparse
 import subprocess
 import sys
 import tempfile
@@ -14,6 +13,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from trainer.arguments import ArgumentParser  # noqa: E402
 from trainer.report import compare_curves, read_log  # noqa: E402
 
 ENGINES = {"ddp": [], "fsdp2": ["--fsdp"]} | {
@@ -22,7 +22,7 @@ ENGINES = {"ddp": [], "fsdp2": ["--fsdp"]} | {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--batch_size", type=int, default=4, help="rows of each of the two processes")
     parser.add_argument("--picture", type=Path)

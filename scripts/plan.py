@@ -17,6 +17,7 @@ import torch  # noqa: E402
 
 from model.model import PRESETS, MiniMindConfig, MiniMindLM  # noqa: E402
 from trainer import cli  # noqa: E402
+from trainer.arguments import ArgumentParser  # noqa: E402
 from trainer.cli import UsageError  # noqa: E402
 from trainer.optimizer import LEARNING_RATES, build_optimizers, state_bytes  # noqa: E402
 
@@ -198,9 +199,7 @@ def print_plan(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = ArgumentParser(description=__doc__)
     add = parser.add_argument
     add("--preset", choices=list(PRESETS), default="base")
     add("--gpus", type=int, default=1)

@@ -44,7 +44,7 @@ def convert(monkeypatch):
 @pytest.fixture
 def saved(tiny, tmp_path):
     def save(**changes):
-        model = tiny(vocab_size=6400, hidden_size=128, intermediate_size=128, **changes)
+        model = tiny(**dict(vocab_size=6400, hidden_size=128, intermediate_size=128, initializer_range=0.1) | changes)
         checkpoint.save(tmp_path / "a.pth", model, {"stage": "full_sft", "val_loss": 1.25})
         return model
 
