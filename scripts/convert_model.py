@@ -49,8 +49,8 @@ TEXTS = [
 QUESTIONS = ["Who are you?", "你是谁？", "Sort these numbers: 7, 3, 9"]
 NEW_TOKENS = 32
 TOLERANCE = 1e-3  # of logits, both sides computing in fp32
-# llama.cpp rounds the activations of each product to the precision of the weights too, which can send a token to another
-# expert: then only the greedy tokens are judged, and the difference of log-probabilities is only shown.
+# llama.cpp rounds the activations of each product to the precision of the weights too, which can send a token to
+# another expert: then only the greedy tokens are judged, and the difference of log-probabilities is only shown.
 LLAMA_CPP_TOLERANCE = {"f32": 1e-2, "f16": math.inf, "bf16": math.inf, "q8_0": math.inf}
 LLAMA_CPP_AGREEMENT = {"f32": 1.0, "f16": 0.98, "bf16": 0.9, "q8_0": 0.9}
 
