@@ -449,7 +449,7 @@ def test_links_tables_and_code(page, script):
 @pytest.mark.parametrize("piece", ["*a ", "**", "`", "[", "> ", "- ", "# ", "|-", "_a", "~~~ ", " ", "](http://"])
 def test_no_text_makes_the_page_hang(page, piece):
     begin = "const box = document.createElement('div'), begin = performance.now();"
-    took = page.js(f"{begin} showMarkdown(box, arguments[0].repeat(20000)); return performance.now() - begin", piece)
+    took = page.js(f"{begin} showMarkdown(box, arguments[0].repeat(60000)); return performance.now() - begin", piece)
     assert took < 2000
 
 
@@ -665,12 +665,9 @@ def test_a_phone(page, script, driver):
     try:
         page.js("send('Hi')")
         page.idle()
-        assert page.js(
-            "return [document.scrollingElement, document.getElementById('log')].every((e) => e.scrollWidth <= 360)"
-        )
-        assert (
-            not page.one("#menu").get_attribute("aria-expanded") == "true" and not page.find("#new")[0].is_displayed()
-        )
+        for part in ("document.scrollingElement", "document.getElementById('log')"):
+            assert page.js(f"return {part}.scrollWidth") <= 360
+        page.until(lambda: not page.find("#new")[0].is_displayed())
         page.one("#menu").click()
         page.until(lambda: page.find("#new")[0].is_displayed())
         page.press(Keys.ESCAPE)
