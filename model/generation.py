@@ -1,78 +1,90 @@
-"""KV cache, prefill and decode, sampling, streaming, batched generation: the only decode loop there is.
+"""One engine for all generation: slots with a KV cache, chunked prefill, continuous batching, prefix reuse, adapters.
 
 results = generate(model, [[0, 17, 4], [0, 8]], SamplingParams(temperature=0.7, top_p=0.9), tokenizer)
 for piece in generate_stream(model, prompt_ids, SamplingParams(), tokenizer): print(piece, end="", flush=True)
+
+engine = Engine(model, tokenizer, slots=8)
+request = engine.add(prompt_ids, SamplingParams())
+while engine.busy:
+    for event in engine.step(): ...   # requests may be added and cancelled between any two steps
 """
 
-import codecs
-import re
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache
+from itertools import groupby
 from typing import NamedTuple
 
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from model.model import MiniMindConfig, MiniMindLM
+from model.model import MiniMindConfig, MiniMindLM, lora_layers
+from model.sampling import Sampler, SamplingParams, SamplingState
+from model.text_stream import TextStream
 
-PREFILL_CHUNK = 512  # tokens of each prompt that one forward takes
-PREFILL_LOGITS = 1 << 26  # at most so many logits in one forward: chunks shrink when the batch or vocabulary is large
+PREFILL_CHUNK = 512  # tokens of prompts that one step takes
+FIRST_CAPACITY = 256  # tokens of each slot to begin with: the cache doubles when it has to
+WORTH_COPYING = 16  # tokens of a prompt that are taken from another slot's cache
+WORTH_WAITING = 64  # tokens more than can be copied now, if a step later they can
 READ_BLOCK = 64  # the cache is read up to the longest sequence, rounded up to this, for aligned attention kernels
-NUCLEUS = 256  # top-p looks at so many tokens first: sorting the whole vocabulary takes longer than a nano model's step
 
 
 # ------------------------------------------------------------------------------------------------ cache
 
 
 class KVCache:
-    """Keys and values of all layers, preallocated; every sequence of the batch has its own length.
+    """Keys and values of all layers, preallocated; every slot holds one sequence and has its own length.
 
-    A forward of T tokens writes at each sequence's length, and a query at position p sees the keys j <= p. So prompts
-    of different lengths are simply padded on the right: what padding wrote is overwritten before it can be seen.
+    A forward works on a window of neighbouring slots. A forward of T tokens writes at each sequence's length, and a
+    query at position p sees the keys j <= p. So prompts of different lengths are simply padded on the right: what
+    padding wrote is overwritten before it can be seen.
     """
 
     def __init__(
-        self, config: MiniMindConfig, batch: int, max_len: int, device: torch.device | str, dtype: torch.dtype
+        self, config: MiniMindConfig, slots: int, capacity: int, device: torch.device | str, dtype: torch.dtype
     ):
-        shape = (config.num_hidden_layers, batch, config.num_key_value_heads, max_len, config.head_dim)
-        self.k = torch.zeros(shape, device=device, dtype=dtype)  # (layers, B, KV, S, D)
+        shape = (config.num_hidden_layers, slots, config.num_key_value_heads, capacity, config.head_dim)
+        self.k = torch.zeros(shape, device=device, dtype=dtype)  # (layers, slots, KV, S, D)
         self.v = torch.zeros(shape, device=device, dtype=dtype)
-        self.max_len = max_len
-        self.set_lengths([0] * batch)
+        self.lengths = [0] * slots
+        self.window = slice(0, slots)
 
-    def set_lengths(self, lengths: list[int]) -> None:
-        """Tokens held of each sequence. Kept here and on the device, so that nothing waits for the device."""
-        self.lengths = lengths
-        self.lengths_on_device = torch.tensor(lengths, device=self.k.device)  # (B,)
+    @property
+    def capacity(self) -> int:
+        return self.k.shape[3]
 
-    def advance(self, n: int) -> None:
-        """After a forward of n tokens."""
-        self.lengths = [length + n for length in self.lengths]
-        self.lengths_on_device += n
+    def reserve(self, tokens: int) -> None:
+        """Room for so many tokens in each slot; twice as many as before at least, so that copying stays rare."""
+        if tokens > self.capacity:
+            more = max(tokens, 2 * self.capacity) - self.capacity
+            self.k = torch.nn.functional.pad(self.k, (0, 0, 0, more))
+            self.v = torch.nn.functional.pad(self.v, (0, 0, 0, more))
 
-    def free(self, row: int) -> None:
-        """The sequence has ended: its row starts over at 0, so that it can neither overflow nor widen what is read."""
-        self.lengths[row] = 0
-        self.lengths_on_device[row] = 0
+    def copy(self, source: int, target: int, tokens: int) -> None:
+        """The first tokens of one slot into another, which then holds these."""
+        for cache in (self.k, self.v):
+            cache[:, target, :, :tokens] = cache[:, source, :, :tokens]
+        self.lengths[target] = tokens
 
-    def keep(self, rows: list[int]) -> None:
-        """Only these rows stay in the batch."""
-        index = torch.tensor(rows, device=self.k.device)
-        self.k, self.v = self.k.index_select(1, index), self.v.index_select(1, index)
-        self.set_lengths([self.lengths[row] for row in rows])
+    def swap(self, a: int, b: int) -> None:
+        n = max(self.lengths[a], self.lengths[b])
+        for cache in (self.k, self.v):
+            cache[:, [a, b], :, :n] = cache[:, [b, a], :, :n]
+        self.lengths[a], self.lengths[b] = self.lengths[b], self.lengths[a]
 
     # The model calls the three below in this order: positions, mask, and update in each layer.
 
     def positions(self, T: int) -> Tensor:
-        """Positions of the next T tokens, (B, T)."""
-        longest = max(self.lengths)
-        if longest + T > self.max_len:
-            raise ValueError(f"{longest} tokens and {T} more do not fit a cache of {self.max_len}")
-        self.start = longest if min(self.lengths) == longest else None  # where all rows write, if at one place
-        self.read = min(self.max_len, -(-(longest + T) // READ_BLOCK) * READ_BLOCK)
-        self.write_at = self.lengths_on_device[:, None] + torch.arange(T, device=self.k.device)
+        """Positions of the next T tokens of the window's slots, (B, T)."""
+        lengths = self.lengths[self.window]
+        longest = max(lengths)
+        self.reserve(longest + T)
+        self.start = longest if min(lengths) == longest else None  # where all rows write, if at one place
+        self.read = min(self.capacity, -(-(longest + T) // READ_BLOCK) * READ_BLOCK)
+        device = self.k.device
+        self.write_at = torch.tensor(lengths, device=device)[:, None] + torch.arange(T, device=device)
         return self.write_at
 
     def mask(self, T: int) -> Tensor | None:
@@ -84,203 +96,312 @@ class KVCache:
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store k and v (B, KV, T, D) of the new tokens; returns all that they may attend to, (B, KV, S, D)."""
         T = k.shape[2]
+        keys, values = self.k[layer, self.window], self.v[layer, self.window]  # (B, KV, S, D)
         if self.start is not None:
-            self.k[layer, :, :, self.start : self.start + T] = k
-            self.v[layer, :, :, self.start : self.start + T] = v
+            keys[:, :, self.start : self.start + T] = k
+            values[:, :, self.start : self.start + T] = v
             if self.start == 0:
                 return k, v
         else:
             rows = torch.arange(k.shape[0], device=k.device)[:, None]
-            self.k[layer][rows, :, self.write_at] = k.transpose(1, 2).to(self.k.dtype)  # (B, T, KV, D)
-            self.v[layer][rows, :, self.write_at] = v.transpose(1, 2).to(self.v.dtype)
-        return self.k[layer, :, :, : self.read], self.v[layer, :, :, : self.read]
+            keys[rows, :, self.write_at] = k.transpose(1, 2).to(keys.dtype)  # (B, T, KV, D)
+            values[rows, :, self.write_at] = v.transpose(1, 2).to(values.dtype)
+        return keys[:, :, : self.read], values[:, :, : self.read]
 
 
-# ------------------------------------------------------------------------------------------------ sampling
-
-
-@dataclass
-class SamplingParams:
-    """How one sequence is continued. Filters apply in the order of transformers: repetition penalty, temperature,
-    top-k, top-p, min-p. `temperature` 0 takes the likeliest token. `seed` gives the same text whatever else is in the
-    batch; None draws one from torch's generator. `stop_token_ids` None: the model's end-of-sequence token."""
-
-    temperature: float = 1.0
-    top_k: int = 0  # 0 = off
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    seed: int | None = None
-    max_new_tokens: int = 256
-    stop: Sequence[str] = ()
-    stop_token_ids: Sequence[int] | None = None
-
-    def __post_init__(self):
-        if isinstance(self.stop, str):
-            self.stop = (self.stop,)
-        checks = [
-            ("temperature", self.temperature >= 0, "at least 0"),
-            ("top_k", self.top_k >= 0, "at least 0 (0 = off)"),
-            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
-            ("min_p", 0 <= self.min_p <= 1, "between 0 and 1"),
-            ("repetition_penalty", self.repetition_penalty > 0, "above 0"),
-            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
-            ("stop", all(self.stop), "without empty strings"),
-        ]
-        for name, good, needed in checks:
-            if not good:
-                raise ValueError(f"{name} {getattr(self, name)} must be {needed}")
-
-
-class Sampler:
-    """Logits (B, vocab) -> token ids (B,): each row by its own parameters, all rows at once."""
-
-    def __init__(self, params: list[SamplingParams], prompts: list[list[int]], vocab_size: int, device: torch.device):
-        def column(values: list, dtype: torch.dtype = torch.float32) -> Tensor:
-            return torch.tensor(values, dtype=dtype, device=device)[:, None]  # (B, 1)
-
-        self.params = params
-        self.greedy = column([p.temperature == 0 for p in params], torch.bool)
-        self.temperature = column([p.temperature or 1.0 for p in params])
-        self.top_k = column([min(p.top_k or vocab_size, vocab_size) for p in params], torch.long)
-        self.top_p = column([p.top_p for p in params])
-        self.min_p = column([p.min_p for p in params])
-        self.penalty = column([p.repetition_penalty for p in params])
-        self.random = torch.zeros(len(params), max(p.max_new_tokens for p in params))  # (B, steps), one number a token
-        for row, p in enumerate(params):
-            seed = int(torch.randint(1 << 62, ())) if p.seed is None else p.seed
-            generator = torch.Generator().manual_seed(seed)
-            self.random[row, : p.max_new_tokens] = torch.rand(p.max_new_tokens, generator=generator)
-        self.random = self.random.to(device)
-        self.seen = None  # (B, vocab) tokens of prompt and answer, for the repetition penalty
-        if any(p.repetition_penalty != 1 for p in params):
-            self.seen = torch.zeros(len(params), vocab_size, dtype=torch.bool, device=device)
-            for row, prompt in enumerate(prompts):
-                self.seen[row, torch.tensor(prompt, device=device)] = True
-
-    def keep(self, rows: list[int]) -> None:
-        """Only these rows stay in the batch."""
-        index = torch.tensor(rows, device=self.top_k.device)
-        for name in ("greedy", "temperature", "top_k", "top_p", "min_p", "penalty", "random", "seen"):
-            if getattr(self, name) is not None:
-                setattr(self, name, getattr(self, name)[index])
-        self.params = [self.params[row] for row in rows]
-
-    def __call__(self, logits: Tensor, step: int) -> Tensor:
-        """The token number `step` of each answer, (B,)."""
-        logits = self.penalise(logits.float())
-        tokens = logits.argmax(-1)
-        if any(p.temperature > 0 for p in self.params):
-            probs = self.filter(logits).softmax(-1)
-            tokens = torch.where(self.greedy[:, 0], tokens, sample(probs, self.random[:, step]))
-        if self.seen is not None:
-            self.seen.scatter_(1, tokens[:, None], True)
-        return tokens
-
-    def penalise(self, logits: Tensor) -> Tensor:
-        """Repetition penalty (Keskar et al. 2019, arXiv:1909.05858)."""
-        if self.seen is None:
-            return logits
-        penalised = torch.where(logits < 0, logits * self.penalty, logits / self.penalty)
-        return torch.where(self.seen, penalised, logits)
-
-    def filter(self, logits: Tensor) -> Tensor:
-        """Temperature, then top-k, top-p (Holtzman et al. 2020, arXiv:1904.09751) and min-p (Nguyen et al. 2024,
-        arXiv:2407.01082): what is filtered out becomes -inf."""
-        logits = logits / self.temperature
-        if any(0 < p.top_k < logits.shape[-1] for p in self.params):
-            ordered = logits.topk(int(self.top_k.max()), dim=-1).values
-            logits = logits.masked_fill(logits < ordered.gather(1, self.top_k - 1), float("-inf"))
-        if any(p.top_p < 1 for p in self.params):
-            logits = logits.masked_fill(~self.nucleus(logits.softmax(-1)), float("-inf"))
-        if any(p.min_p > 0 for p in self.params):
-            probs = logits.softmax(-1)
-            logits = logits.masked_fill(probs < self.min_p * probs.amax(-1, keepdim=True), float("-inf"))
-        return logits
-
-    def nucleus(self, probs: Tensor) -> Tensor:
-        """Which tokens top-p keeps, (B, vocab) bool: those with less than top_p of the mass on likelier ones."""
-        top, order = probs.topk(min(NUCLEUS, probs.shape[-1]), dim=-1)
-        if (top.sum(-1, keepdim=True) < self.top_p)[self.top_p < 1].any():
-            top, order = probs.sort(dim=-1, descending=True)
-        keep = top.cumsum(-1) - top < self.top_p
-        return torch.zeros_like(probs, dtype=torch.bool).scatter(1, order, keep) | (self.top_p == 1)
-
-
-def sample(probs: Tensor, random: Tensor) -> Tensor:
-    """One token of each row of probs (B, vocab), by inverting the cumulative distribution at random (B,) in [0, 1)."""
-    cumulative = probs.cumsum(-1)
-    total = cumulative[:, -1:]
-    # Below the total even after rounding, so that the token found has a probability above 0.
-    at = torch.minimum(random[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(cumulative, at, right=True)[:, 0].clamp(max=probs.shape[-1] - 1)
-
-
-# ------------------------------------------------------------------------------------------------ text
-
-
-_PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
-# The alphabet of byte-level BPE (GPT-2): printable bytes stand for themselves, the others for U+0100 and on.
-_BYTE_OF = {chr(byte): byte for byte in _PRINTABLE}
-_BYTE_OF |= {chr(256 + n): byte for n, byte in enumerate(sorted(set(range(256)) - set(_PRINTABLE)))}
-_CONTROL = re.compile(r"<\|\w+\|>")  # <|im_end|> and the like are not text; <think> and <tool_call> are
-
-
-@cache
-def token_bytes(token: str) -> bytes:
-    """The bytes that a token of a byte-level vocabulary stands for; none for a control token."""
-    if _CONTROL.fullmatch(token):
-        return b""
-    return b"".join(bytes([_BYTE_OF[c]]) if c in _BYTE_OF else c.encode() for c in token)
-
-
-class TextStream:
-    """Token ids in, pieces of text out. Never half a character, and nothing that may be the beginning of a stop string.
-
-    Bytes that are not UTF-8 become U+FFFD. After `stopped`, no more text comes.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()):
-        self.tokenizer, self.stop, self.stopped = tokenizer, stop, False
-        self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self.held = ""
-
-    def push(self, token_id: int) -> str:
-        """The text that is certain after this token, possibly none."""
-        return self._release(self.decoder.decode(token_bytes(self.tokenizer.id_to_token(token_id) or "")))
-
-    def close(self, cut: bool = False) -> str:
-        """What was held back. `cut`: the answer was cut off, so half a character at its end is dropped."""
-        text = self._release("" if cut else self.decoder.decode(b"", final=True))
-        rest, self.held = self.held, ""
-        return text + rest
-
-    def _release(self, new: str) -> str:
-        if self.stopped:
-            return ""
-        text = self.held + new
-        found = [at for at in (text.find(stop) for stop in self.stop) if at >= 0]
-        if found:
-            self.stopped, self.held = True, ""
-            return text[: min(found)]
-        hold = 0  # the longest end of the text that begins a stop string
-        for stop in self.stop:
-            hold = max([hold, *(n for n in range(1, min(len(stop), len(text) + 1)) if text.endswith(stop[:n]))])
-        self.held = text[len(text) - hold :]
-        return text[: len(text) - hold]
-
-
-# ------------------------------------------------------------------------------------------------ generation
+# ------------------------------------------------------------------------------------------------ engine
 
 
 class Event(NamedTuple):
-    """One new token of one sequence."""
+    """One new token of one request."""
 
-    index: int  # of its prompt
+    index: int  # the request's number
     token_id: int
     text: str  # what can be shown now; "" without a tokenizer
     finish_reason: str | None  # "stop" (stop token or string), "length", None: goes on
-    logprob: float | None  # of the token by the model alone: before temperature and filters
+    logprob: float | None  # of the token by the model alone: before penalties, temperature and filters
+    top_logprobs: list[tuple[int, float]] | None  # the likeliest tokens, also by the model alone
+
+
+@dataclass(eq=False)
+class Sequence:
+    """A request, waiting or running."""
+
+    number: int
+    ids: list[int]  # prompt and answer
+    params: SamplingParams
+    adapter: str | None
+    end: int  # tokens of prompt and answer at most
+    stream: TextStream | None
+    state: SamplingState
+
+
+@dataclass(eq=False)
+class Slot:
+    """A row of the cache: the tokens whose keys and values it holds, also after their sequence has ended."""
+
+    tokens: list[int] = field(default_factory=list)
+    adapter: str | None = None  # which computed them
+    sequence: Sequence | None = None
+    used: int = 0  # the step in which it was last used
+
+    @property
+    def pending(self) -> int:
+        """Tokens of its sequence that the cache does not hold yet; 1 while it decodes."""
+        return len(self.sequence.ids) - len(self.tokens) if self.sequence else 0
+
+    @property
+    def order(self) -> tuple[int, str]:
+        """Slots that decode come first, those of one adapter side by side; then those in prefill, then the free."""
+        if self.sequence is None:
+            return 2, ""
+        return int(self.pending > 1), self.adapter or ""
+
+
+class Engine:
+    """Continues any number of prompts; each joins and leaves whenever it likes.
+
+    What a request gets does not depend on what else runs: each row of a step is computed and sampled on its own. In
+    fp32 this holds token for token, but for ties: matrix kernels add up in another order for another number of rows,
+    which moves logits by about 1e-6 of their size.
+
+    slots: sequences that run at once, the others wait in order. max_len: prompt and answer together, at most (default
+    and limit: the model's max_position_embeddings). prefill_chunk: tokens of prompts that one step takes, so that a
+    long prompt holds up the others by no more than that. Not for several threads at once.
+    """
+
+    def __init__(
+        self,
+        model: MiniMindLM,
+        tokenizer: Tokenizer | None = None,
+        *,
+        slots: int = 8,
+        max_len: int | None = None,
+        prefill_chunk: int = PREFILL_CHUNK,
+    ):
+        if slots < 1 or prefill_chunk < 1:
+            raise ValueError(f"slots {slots} and prefill_chunk {prefill_chunk} must be at least 1")
+        self.model, self.tokenizer, self.prefill_chunk = model.eval(), tokenizer, prefill_chunk
+        self.max_len = min(max_len or model.config.max_position_embeddings, model.config.max_position_embeddings)
+        weight = model.model.norm.weight
+        capacity = min(self.max_len, FIRST_CAPACITY)
+        self.cache = KVCache(model.config, slots, capacity, weight.device, weight.dtype)
+        self.slots = [Slot() for _ in range(slots)]  # in the order of the cache's rows
+        self.queue: deque[Sequence] = deque()
+        self.sampler: Sampler | None = None
+        self.requests = self.steps = 0  # so far
+
+    @property
+    def running(self) -> int:
+        return sum(slot.sequence is not None for slot in self.slots)
+
+    @property
+    def waiting(self) -> int:
+        return len(self.queue)
+
+    @property
+    def busy(self) -> bool:
+        return self.waiting > 0 or self.running > 0
+
+    def add(self, prompt: list[int], params: SamplingParams, adapter: str | None = None) -> int:
+        """A new request, which joins at the next step; returns its number. adapter: the name of one of the model's
+        LoRA adapters; None = the one that is active in the model, if any. Raises ValueError for what cannot be served:
+        an empty prompt, one that leaves no room for an answer, unknown tokens or adapters."""
+        vocab = self.model.config.vocab_size
+        if not prompt:
+            raise ValueError("the prompt is empty: at least one token is needed to continue from")
+        if len(prompt) >= self.max_len:
+            raise ValueError(
+                f"the prompt has {len(prompt)} tokens, but at most {self.max_len - 1} fit a context of {self.max_len}"
+            )
+        for what, ids in (("prompt", prompt), ("logit_bias", params.logit_bias)):
+            if unknown := [i for i in ids if not 0 <= i < vocab]:
+                raise ValueError(f"{what}: there is no token {unknown[0]}; the vocabulary has {vocab}")
+        if params.top_logprobs is not None and params.top_logprobs > vocab:
+            raise ValueError(f"top_logprobs {params.top_logprobs}: the vocabulary has {vocab} tokens")
+        if params.stop and self.tokenizer is None:
+            raise ValueError("stop strings need a tokenizer")
+        layers = lora_layers(self.model).values()
+        if adapter is None:
+            adapter = next((layer.active for layer in layers if layer.adapts), None)
+        else:
+            if not any(adapter in layer.configs for layer in layers):
+                known = sorted({name for layer in layers for name in layer.configs})
+                raise ValueError(f"there is no adapter {adapter}; the model has {', '.join(known) or 'none'}")
+            if any(layer.unmerged is not None for layer in layers):
+                raise ValueError(f"adapter {adapter}: another one is merged into the weights; unmerge it first")
+        stop_ids = {self.model.config.eos_token_id} if params.stop_token_ids is None else set(params.stop_token_ids)
+        stream = TextStream(self.tokenizer, params.stop) if self.tokenizer else None
+        state = SamplingState(params, prompt, vocab, self.cache.k.device, stop_ids)
+        end = min(len(prompt) + params.max_new_tokens, self.max_len)
+        self.queue.append(Sequence(self.requests, list(prompt), params, adapter, end, stream, state))
+        self.requests += 1
+        return self.requests - 1
+
+    def cancel(self, request: int) -> None:
+        """Forget a request and free its slot at once. One that has ended, or never was, is ignored."""
+        self.queue = deque(sequence for sequence in self.queue if sequence.number != request)
+        for slot in self.slots:
+            if slot.sequence and slot.sequence.number == request:
+                slot.sequence = None
+        self._arrange()
+
+    @torch.inference_mode()
+    def step(self) -> list[Event]:
+        """One token for each running sequence, and one chunk of prefill; [] if there is nothing to say."""
+        self.steps += 1
+        ready = [slot for slot in self.slots if slot.pending == 1]
+        logits = [self._forward(list(group)) for _, group in groupby(ready, key=lambda slot: slot.adapter)]
+        if batch := self._next_prefill():
+            logits.append(self._forward(batch))
+            ready += [slot for slot in batch if slot.pending == 0]
+        if not ready:
+            return []
+        events = self._sample([slot.sequence for slot in ready], torch.cat(logits))
+        for slot, event in zip(ready, events, strict=True):
+            slot.used = self.steps
+            if event.finish_reason:
+                slot.sequence = None
+        self._arrange()
+        return events
+
+    def _arrange(self) -> None:
+        """Move slots to where their `order` wants them, with as few copies as possible: so each forward finds its rows
+        side by side and reads the cache in place."""
+        has = [slot.order for slot in self.slots]
+        for row, wanted in enumerate(sorted(has)):
+            if has[row] != wanted:
+                other = max(i for i in range(row + 1, len(has)) if has[i] == wanted)
+                self.cache.swap(row, other)
+                for items in (self.slots, has):
+                    items[row], items[other] = items[other], items[row]
+
+    def _next_prefill(self) -> list[Slot]:
+        """The slots whose prompts are computed in this step: the one that is under way, and as many new ones as fit."""
+        batch = [slot for slot in self.slots if slot.pending > 1]
+        longest = max((min(slot.pending, self.prefill_chunk) for slot in batch), default=0)
+        while self.queue and self.running < len(self.slots):
+            sequence = self.queue[0]
+            donor, reused = self._longest_prefix(sequence)
+            longest = max(longest, min(len(sequence.ids) - reused, self.prefill_chunk))
+            if batch and (
+                (len(batch) + 1) * longest > self.prefill_chunk
+                or sequence.adapter != batch[0].adapter
+                # What one of the batch computes now can be copied in the next step.
+                or any(common_prefix(slot.sequence.ids, sequence.ids) > reused + WORTH_WAITING for slot in batch)
+            ):
+                break
+            batch.append(self._admit(self.queue.popleft(), donor, reused))
+        self._arrange()
+        return [
+            slot for slot in self.slots if slot.pending > 1
+        ]  # one whose prompt was cached decodes from the next step on
+
+    def _longest_prefix(self, sequence: Sequence) -> tuple[Slot, int]:
+        """The slot whose cache begins with the most tokens of the prompt, and how many; the last token is always
+        computed, as its logits are needed."""
+        held = [
+            common_prefix(slot.tokens, sequence.ids[:-1]) if slot.adapter == sequence.adapter else 0
+            for slot in self.slots
+        ]
+        best = max(range(len(held)), key=held.__getitem__)
+        return self.slots[best], held[best] if held[best] >= WORTH_COPYING else 0
+
+    def _admit(self, sequence: Sequence, donor: Slot, reused: int) -> Slot:
+        """Give the sequence a free slot that holds what the donor's cache has of its prompt."""
+        free = [slot for slot in self.slots if slot.sequence is None]
+        # A slot that would lose most of what it holds gives a copy, and can be continued later.
+        if donor in free and (2 * reused >= len(donor.tokens) or len(free) == 1):
+            slot = donor
+        else:
+            slot = min((slot for slot in free if slot is not donor), key=lambda slot: slot.used)
+        row = self.slots.index(slot)
+        if slot is not donor and reused:
+            self.cache.copy(self.slots.index(donor), row, reused)
+        self.cache.lengths[row] = reused
+        slot.tokens, slot.adapter = sequence.ids[:reused], sequence.adapter
+        slot.sequence, slot.used = sequence, self.steps
+        return slot
+
+    # ------------------------------------------------------------------------------------------------ one step
+
+    def _forward(self, slots: list[Slot]) -> Tensor:
+        """Compute the pending tokens, at most a chunk, of slots that are side by side and have one adapter; logits of
+        those that then have none pending, (n, vocab)."""
+        first = self.slots.index(slots[0])
+        self.cache.window = slice(first, first + len(slots))
+        new = [slot.sequence.ids[len(slot.tokens) :][: self.prefill_chunk] for slot in slots]
+        T = max(map(len, new))
+        device = self.cache.k.device
+        ids = torch.tensor([tokens + [0] * (T - len(tokens)) for tokens in new], device=device)  # (B, T)
+        wanted = torch.zeros(ids.shape, dtype=torch.bool)
+        for row, (slot, tokens) in enumerate(zip(slots, new, strict=True)):
+            wanted[row, len(tokens) - 1] = len(tokens) == slot.pending
+        with active_adapter(self.model, slots[0].adapter):
+            logits = self.model(ids, cache=self.cache, logits_at=wanted.to(device)).logits
+        for row, (slot, tokens) in enumerate(zip(slots, new, strict=True), first):
+            slot.tokens += tokens
+            self.cache.lengths[row] = len(slot.tokens)
+        return logits
+
+    def _sample(self, sequences: list[Sequence], logits: Tensor) -> list[Event]:
+        """The next token of each sequence from logits (B, vocab), and what it means."""
+        if not logits.isfinite().all():
+            raise ValueError("the model's logits are not finite: damaged weights, or too large for their dtype")
+        states = [sequence.state for sequence in sequences]
+        if self.sampler is None or self.sampler.states != states:
+            self.sampler = Sampler(states, logits.shape[-1], logits.device)
+        logprobs = self._logprobs(sequences, logits)
+        events = []
+        for row, (sequence, token) in enumerate(zip(sequences, self.sampler(logits), strict=True)):
+            sequence.ids.append(token)
+            reason, text, stream = None, "", sequence.stream
+            if token in sequence.state.stop_ids:
+                reason = "stop"
+            elif stream:
+                text = stream.push(token)
+                reason = "stop" if stream.stopped else None
+            if reason is None and len(sequence.ids) == sequence.end:
+                reason = "length"
+            if reason and stream:
+                text += stream.close(cut=reason == "length")
+            own = top = None
+            if row in logprobs:
+                own = float(logprobs[row][token])
+                values, ids = logprobs[row].topk(sequence.params.top_logprobs)
+                top = list(zip(ids.tolist(), values.tolist(), strict=True))
+            events.append(Event(sequence.number, token, text, reason, own, top))
+        return events
+
+    def _logprobs(self, sequences: list[Sequence], logits: Tensor) -> dict[int, Tensor]:
+        """Log-probabilities (vocab,) of the rows that want some."""
+        wanted = [row for row, sequence in enumerate(sequences) if sequence.params.top_logprobs is not None]
+        return {row: logits[row].float().log_softmax(-1) for row in wanted}
+
+
+def common_prefix(a: list[int], b: list[int]) -> int:
+    """How many tokens both begin with."""
+    n = min(len(a), len(b))
+    if a[:n] == b[:n]:
+        return n
+    return next(i for i in range(n) if a[i] != b[i])
+
+
+@contextmanager
+def active_adapter(model: MiniMindLM, name: str | None) -> Iterator[None]:
+    """This adapter works meanwhile; None: the one that does already, if any."""
+    layers = list(lora_layers(model).values()) if name is not None else []
+    before = [layer.active for layer in layers]
+    try:
+        for layer in layers:
+            layer.active = name if name in layer.configs else None
+        yield
+    finally:
+        for layer, active in zip(layers, before, strict=True):
+            layer.active = active
+
+
+# ------------------------------------------------------------------------------------------------ many prompts at once
 
 
 @dataclass
@@ -291,129 +412,55 @@ class Result:
     token_ids: list[int] = field(default_factory=list)
     text: str = ""
     finish_reason: str | None = None
-    logprobs: list[float] | None = None
+    logprobs: list[float] | None = None  # of the tokens, if top_logprobs was given
 
 
-def prefill(model: MiniMindLM, cache: KVCache, prompts: list[list[int]], chunk: int = PREFILL_CHUNK) -> Tensor:
-    """Fill an empty cache with the prompts; logits that follow each one's last token, (B, vocab)."""
-    B, T, vocab = len(prompts), max(map(len, prompts)), model.config.vocab_size
-    padded = torch.tensor([prompt + [0] * (T - len(prompt)) for prompt in prompts], device=cache.k.device)
-    chunk = max(1, min(chunk, PREFILL_LOGITS // (B * vocab)))
-    last = torch.empty(B, vocab, device=cache.k.device, dtype=cache.k.dtype)
-    for start in range(0, T, chunk):
-        logits = model(padded[:, start : start + chunk], cache=cache).logits
-        cache.advance(logits.shape[1])
-        rows = [row for row, prompt in enumerate(prompts) if start < len(prompt) <= start + chunk]
-        last[rows] = logits[rows, [len(prompts[row]) - 1 - start for row in rows]].to(last.dtype)
-    cache.set_lengths([len(prompt) for prompt in prompts])
-    if not last.isfinite().all():
-        raise ValueError("the model's logits are not finite: its weights are damaged, or overflow in this dtype")
-    return last
-
-
-@torch.inference_mode()
 def decode(
-    model: MiniMindLM,
-    prompts: list[list[int]],
-    params: list[SamplingParams],
-    tokenizer: Tokenizer | None = None,
-    *,
-    max_len: int | None = None,
-    logprobs: bool = False,
-    prefill_chunk: int = PREFILL_CHUNK,
-) -> Iterator[list[Event]]:
-    """Continue all prompts as one batch; yields after each step the events of the sequences that still run.
-
-    max_len: prompt and answer together, at most (default and limit: the model's max_position_embeddings). Raises
-    ValueError for an empty prompt, one that leaves no room for an answer, or stop strings without a tokenizer.
-    """
-    limit = min(max_len or model.config.max_position_embeddings, model.config.max_position_embeddings)
-    room = []  # how many tokens each answer may have
-    for i, (prompt, p) in enumerate(zip(prompts, params, strict=True)):
-        if not prompt:
-            raise ValueError(f"prompt {i} is empty: at least one token is needed to continue from")
-        if len(prompt) >= limit:
-            raise ValueError(f"prompt {i} has {len(prompt)} tokens, but at most {limit - 1} fit a context of {limit}")
-        if p.stop and tokenizer is None:
-            raise ValueError("stop strings need a tokenizer")
-        room.append(min(p.max_new_tokens, limit - len(prompt)))
-    stop_ids = [{model.config.eos_token_id} if p.stop_token_ids is None else set(p.stop_token_ids) for p in params]
-    streams = [TextStream(tokenizer, p.stop) if tokenizer else None for p in params]
-
-    training = model.training
-    model.eval()
-    try:
-        weight = model.model.embed_tokens.weight
-        longest = max(len(prompt) + n for prompt, n in zip(prompts, room, strict=True))
-        cache = KVCache(model.config, len(prompts), longest, weight.device, weight.dtype)
-        sampler = Sampler(params, prompts, model.config.vocab_size, weight.device)
-        logits = prefill(model, cache, prompts, prefill_chunk)
-        rows: list[int | None] = list(range(len(prompts)))  # which prompt each row of the batch continues; None: ended
-        step = 0
-        while True:
-            tokens = sampler(logits, step)
-            step += 1
-            chosen = logits.float().log_softmax(-1).gather(1, tokens[:, None])[:, 0].tolist() if logprobs else None
-            events = []
-            for row, (i, token) in enumerate(zip(rows, tokens.tolist(), strict=True)):
-                if i is None:
-                    continue
-                reason, text = None, ""
-                if token in stop_ids[i]:
-                    reason = "stop"
-                elif streams[i]:
-                    text = streams[i].push(token)
-                    reason = "stop" if streams[i].stopped else None
-                if reason is None and step == room[i]:
-                    reason = "length"
-                if reason and streams[i]:
-                    text += streams[i].close(cut=reason == "length")
-                events.append(Event(i, token, text, reason, chosen[row] if chosen else None))
-                if reason:
-                    rows[row] = None
-                    cache.free(row)
-            yield events
-
-            alive = [row for row, i in enumerate(rows) if i is not None]
-            if not alive:
-                return
-            if len(alive) <= 0.75 * len(rows):  # copying the cache at every end would cost more than the idle rows
-                cache.keep(alive)
-                sampler.keep(alive)
-                tokens, rows = tokens[alive], [rows[row] for row in alive]
-            logits = model(tokens[:, None], cache=cache).logits[:, -1]  # (B, vocab)
-            cache.advance(1)
-    finally:
-        model.train(training)
-
-
-def generate_each(
     model: MiniMindLM,
     prompts: list[list[int]],
     params: SamplingParams | list[SamplingParams],
     tokenizer: Tokenizer | None = None,
     *,
     batch_size: int = 64,
-    **options,
-) -> Iterator[tuple[int, Result]]:
-    """(index, result) of each prompt as it ends, in batches of prompts of similar length. Options: as decode()."""
+    max_len: int | None = None,
+    prefill_chunk: int = PREFILL_CHUNK,
+) -> Iterator[list[Event]]:
+    """Continue all prompts, `batch_size` at once; yields the events of each step, whose index is the prompt's number.
+
+    max_len and prefill_chunk as Engine's. Raises ValueError for a prompt that cannot be served.
+    """
     if isinstance(params, SamplingParams):
         params = [params] * len(prompts)
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    for start in range(0, len(order), batch_size):
-        batch = order[start : start + batch_size]
-        results = [Result(logprobs=[] if options.get("logprobs") else None) for _ in batch]
-        batch_params = [params[i] for i in batch]
-        for events in decode(model, [prompts[i] for i in batch], batch_params, tokenizer, **options):
-            for event in events:
-                result = results[event.index]
-                result.token_ids.append(event.token_id)
-                result.text += event.text
-                if result.logprobs is not None:
-                    result.logprobs.append(event.logprob)
-                if event.finish_reason:
-                    result.finish_reason = event.finish_reason
-                    yield batch[event.index], result
+    training = model.training
+    slots = max(1, min(batch_size, len(prompts)))
+    try:
+        engine = Engine(model, tokenizer, slots=slots, max_len=max_len, prefill_chunk=prefill_chunk)
+        for i, (prompt, p) in enumerate(zip(prompts, params, strict=True)):
+            try:
+                engine.add(prompt, p)
+            except ValueError as error:
+                raise ValueError(f"prompt {i}: {error}") from None
+        while engine.busy:
+            if events := engine.step():
+                yield events
+    finally:
+        model.train(training)
+
+
+def generate_each(model: MiniMindLM, prompts: list[list[int]], *args, **kwargs) -> Iterator[tuple[int, Result]]:
+    """(index, result) of each prompt as it ends. Arguments: as decode()."""
+    results = [Result() for _ in prompts]
+    for events in decode(model, prompts, *args, **kwargs):
+        for event in events:
+            result = results[event.index]
+            result.token_ids.append(event.token_id)
+            result.text += event.text
+            if event.logprob is not None:
+                result.logprobs = result.logprobs or []
+                result.logprobs.append(event.logprob)
+            if event.finish_reason:
+                result.finish_reason = event.finish_reason
+                yield event.index, result
 
 
 def generate(model: MiniMindLM, prompts: list[list[int]], *args, **kwargs) -> list[Result]:
@@ -425,6 +472,6 @@ def generate_stream(
     model: MiniMindLM, prompt: list[int], params: SamplingParams, tokenizer: Tokenizer, **options
 ) -> Iterator[str]:
     """The answer to one prompt, piece by piece as it is generated. Options: as decode()."""
-    for events in decode(model, [prompt], [params], tokenizer, **options):
+    for events in decode(model, [prompt], params, tokenizer, **options):
         if events[0].text:
             yield events[0].text

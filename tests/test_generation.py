@@ -10,17 +10,14 @@ import torch
 from dataset.chat import load_tokenizer
 from model.generation import (
     KVCache,
-    Sampler,
-    SamplingParams,
-    TextStream,
     decode,
     generate,
     generate_each,
     generate_stream,
-    prefill,
-    sample,
 )
 from model.model import MiniMindConfig, MiniMindLM
+from model.sampling import Sampler, SamplingParams, SamplingState, sample
+from model.text_stream import TextStream
 
 SHAPE = dict(
     hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=96,
@@ -75,22 +72,21 @@ def uncached(model: MiniMindLM, prompt: list[int], n: int) -> list[int]:
 @pytest.mark.parametrize("chunk", [512, 7, 1])
 def test_cached_logits_equal_uncached(model, chunk):
     prompts = make_prompts(23, 5, 14)
-    cache = KVCache(model.config, 3, 80, "cpu", torch.float32)
-    logits = prefill(model, cache, prompts, chunk)
+    cache = KVCache(model.config, 4, 20, "cpu", torch.float32)
+    cache.window = slice(1, 4)
+    longest = max(map(len, prompts))
+    padded = torch.tensor([row + [0] * (longest - len(row)) for row in prompts])
+    for start in range(0, longest, chunk):
+        out = model(padded[:, start : start + chunk], cache=cache).logits
+        cache.lengths = [0] + [start + out.shape[1]] * 3
+    cache.lengths = [0] + [len(row) - 1 for row in prompts]  # what padding wrote counts for nothing
     ids = [list(prompt) for prompt in prompts]
-    for token in range(100, 150):  # past one block of the cache that is read
+    for token in range(100, 150):  # past one block of the cache that is read, and past its first capacity
+        logits = model(torch.tensor([row[-1:] for row in ids]), cache=cache).logits[:, -1]
         whole = torch.stack([model(torch.tensor([row])).logits[0, -1] for row in ids])
         assert torch.allclose(logits, whole, atol=1e-4), f"at token {token}"
-        logits = model(torch.full((3, 1), token), cache=cache).logits[:, -1]
-        cache.advance(1)
         ids = [[*row, token] for row in ids]
-    assert cache.lengths == [len(row) for row in ids]
-
-
-def test_a_full_cache_is_refused(model):
-    cache = KVCache(model.config, 1, 4, "cpu", torch.float32)
-    with pytest.raises(ValueError, match="do not fit a cache of 4"):
-        prefill(model, cache, make_prompts(5))
+        cache.lengths = [0] + [n + 1 for n in cache.lengths[1:]]
 
 
 @pytest.mark.parametrize("changes", [{}, {"qk_norm": False}, MOE], ids=["dense", "no-qk-norm", "moe"])
@@ -110,14 +106,10 @@ def test_chunked_prefill_and_small_batches_change_nothing(model):
     assert generate(model, prompts, greedy(), batch_size=2) == whole
 
 
-def test_sequences_that_end_leave_and_change_nothing(model, monkeypatch):
+def test_sequences_that_end_leave_and_change_nothing(model):
     prompts = make_prompts(9, 30, 4, 17, 22, 8, 60, 2)
     budgets = [2, 50, 5, 3, 30, 9, 1, 40]
-    left = []
-    keep = KVCache.keep
-    monkeypatch.setattr(KVCache, "keep", lambda cache, rows: (left.append(len(rows)), keep(cache, rows)))
-    results = generate(model, prompts, [greedy(n) for n in budgets])
-    assert left and left == sorted(left, reverse=True) and left[-1] == 1
+    results = generate(model, prompts, [greedy(n) for n in budgets], batch_size=3)
     for prompt, n, result in zip(prompts, budgets, results, strict=True):
         assert result.token_ids == uncached(model, prompt, n)
         assert result.finish_reason == "length"
@@ -194,8 +186,10 @@ def test_filters_equal_transformers(spread):
     logits = torch.randn(len(FILTERS), vocab, generator=generator) * spread
     prompts = [torch.randint(vocab, (20,), generator=generator).tolist() for _ in FILTERS]
     params = [SamplingParams(**{"temperature": 1.0, **changes}) for changes in FILTERS]
-    sampler = Sampler(params, prompts, vocab, torch.device("cpu"))
-    ours = sampler.filter(sampler.penalise(logits))
+    cpu = torch.device("cpu")
+    states = [SamplingState(p, prompt, vocab, cpu, set()) for p, prompt in zip(params, prompts, strict=True)]
+    sampler = Sampler(states, vocab, cpu)
+    ours = sampler.filter(sampler.adjust(logits))
     for row, p in enumerate(params):
         processors = [
             (p.repetition_penalty != 1, transformers.RepetitionPenaltyLogitsProcessor, p.repetition_penalty),
@@ -237,8 +231,8 @@ def test_greedy_and_sampled_rows_mix(model):
 @torch.inference_mode()
 def test_logprobs_are_the_models_own(model):
     prompt = make_prompts(7)[0]
-    params = SamplingParams(0.5, top_k=3, seed=0, max_new_tokens=8, **NO_STOP)
-    result = generate(model, [prompt], params, logprobs=True)[0]
+    params = SamplingParams(0.5, top_k=3, seed=0, max_new_tokens=8, top_logprobs=0, **NO_STOP)
+    result = generate(model, [prompt], params)[0]
     logits = model(torch.tensor([prompt + result.token_ids])).logits[0, len(prompt) - 1 : -1]
     expected = logits.log_softmax(-1).gather(1, torch.tensor(result.token_ids)[:, None])[:, 0]
     assert torch.allclose(torch.tensor(result.logprobs), expected, atol=1e-4)
@@ -327,8 +321,8 @@ class Parrot(torch.nn.Module):
         pairs = dict(pair for ids in sentences for pair in zip(ids, ids[1:], strict=False))
         self.following = torch.tensor([pairs.get(token, 0) for token in range(self.config.vocab_size)])
 
-    def forward(self, ids, cache):
-        logits = 50.0 * torch.nn.functional.one_hot(self.following[ids], self.config.vocab_size)
+    def forward(self, ids, cache, logits_at):
+        logits = 50.0 * torch.nn.functional.one_hot(self.following[ids[logits_at]], self.config.vocab_size)
         return type("Output", (), {"logits": logits})
 
 
@@ -363,7 +357,7 @@ def test_generate_stream_equals_generate(model, tokenizer):
 
 def test_contexts_limit(model):
     prompt = make_prompts(20)[0]
-    with pytest.raises(ValueError, match="prompt 1 has 20 tokens, but at most 19 fit"):
+    with pytest.raises(ValueError, match="prompt 1: the prompt has 20 tokens, but at most 19 fit"):
         generate(model, [[1], prompt], greedy(), max_len=20)
     result = generate(model, [prompt], greedy(50), max_len=25)[0]
     assert len(result.token_ids) == 5 and result.finish_reason == "length"
@@ -387,7 +381,7 @@ def test_weights_that_give_no_numbers_are_reported():
 
 def test_training_mode_is_given_back(model):
     model.train()
-    events = decode(model, [[5, 6]], [greedy(4)])
+    events = decode(model, [[5, 6]], greedy(4))
     next(events)
     assert not model.training
     events.close()

@@ -10,7 +10,7 @@ import pytest
 
 from dataset.chat import load_tokenizer, render_chat
 from dataset.tools import SCHEMAS, TOOLS, UNITS, parse_calls, run_tool
-from model.generation import token_bytes
+from model.text_stream import token_bytes
 
 
 def calculated(expression):

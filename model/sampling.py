@@ -1,0 +1,198 @@
+"""Which token comes next: SamplingParams say how, Sampler chooses for all rows of a step at once.
+
+sampler = Sampler([SamplingState(params, prompt, vocab_size, device) for params, prompt in ...])
+tokens = sampler(logits)  # (B, vocab) -> B ids
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+NUCLEUS = 256  # top-p looks at so many tokens first: sorting the whole vocabulary takes longer than a nano model's step
+RANDOM_BLOCK = 64  # random numbers drawn at a time
+
+
+class Constraint(Protocol):
+    """What a sequence may say, such as text of a JSON schema. A constraint belongs to one sequence."""
+
+    def mask(self) -> Tensor:
+        """Which tokens may come next, (vocab,) bool. None of them: the text is complete, only a stop token may come."""
+
+    def accept(self, token: int) -> None:
+        """This token came."""
+
+
+@dataclass
+class SamplingParams:
+    """How one sequence is continued. The order is that of transformers: penalties, bias, constraint, temperature,
+    top-k, top-p, min-p. `temperature` 0 takes the likeliest token. `seed` gives the same text whatever else is in the
+    batch; None draws one from torch's generator. `stop_token_ids` None: the model's end-of-sequence token."""
+
+    temperature: float = 1.0
+    top_k: int = 0  # 0 = off
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0  # of all tokens of prompt and answer: logits divided (positive) or multiplied
+    seed: int | None = None
+    max_new_tokens: int = 256
+    stop: Sequence[str] = ()
+    stop_token_ids: Sequence[int] | None = None
+    presence_penalty: float = 0.0  # OpenAI's: subtracted once for a token that the answer has,
+    frequency_penalty: float = 0.0  # and this as often as it has it
+    logit_bias: dict[int, float] = field(default_factory=dict)  # added to these tokens' logits
+    top_logprobs: int | None = None  # n = log-probability of each token and of the n likeliest; None = none at all
+    constraint: Constraint | None = None
+
+    def __post_init__(self):
+        if isinstance(self.stop, str):
+            self.stop = (self.stop,)
+        checks = [
+            ("temperature", 0 <= self.temperature < float("inf"), "at least 0 and finite"),
+            ("top_k", self.top_k >= 0, "at least 0 (0 = off)"),
+            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("min_p", 0 <= self.min_p <= 1, "between 0 and 1"),
+            ("repetition_penalty", 0 < self.repetition_penalty < float("inf"), "above 0 and finite"),
+            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
+            ("stop", all(self.stop), "without empty strings"),
+            ("presence_penalty", abs(self.presence_penalty) <= 100, "between -100 and 100"),
+            ("frequency_penalty", abs(self.frequency_penalty) <= 100, "between -100 and 100"),
+            ("logit_bias", all(abs(bias) <= 100 for bias in self.logit_bias.values()), "between -100 and 100"),
+            ("top_logprobs", self.top_logprobs is None or self.top_logprobs >= 0, "at least 0, or None"),
+        ]
+        for name, good, needed in checks:
+            if not good:
+                raise ValueError(f"{name} {getattr(self, name)} must be {needed}")
+
+
+class SamplingState:
+    """What the sampling of one sequence remembers: its random numbers, and the tokens that its penalties need."""
+
+    def __init__(
+        self, params: SamplingParams, prompt: list[int], vocab_size: int, device: torch.device, stop_ids: set[int]
+    ):
+        self.params, self.stop_ids = params, sorted(stop_ids)
+        seed = int(torch.randint(1 << 62, ())) if params.seed is None else params.seed
+        self.generator = torch.Generator().manual_seed(seed % (1 << 64))
+        self.randoms: list[float] = []
+        self.seen = self.counts = None  # (vocab,) what the repetition, and the other two penalties look at
+        if params.repetition_penalty != 1:
+            self.seen = torch.zeros(vocab_size, dtype=torch.bool, device=device)
+            self.seen[torch.tensor(prompt, device=device)] = True
+        if params.presence_penalty or params.frequency_penalty:
+            self.counts = torch.zeros(vocab_size, device=device)
+        self.bias = None
+        if params.logit_bias:
+            ids, values = zip(*params.logit_bias.items(), strict=True)
+            self.bias = torch.tensor(ids, device=device), torch.tensor(values, dtype=torch.float32, device=device)
+
+    @property
+    def adjusts(self) -> bool:
+        return any(x is not None for x in (self.seen, self.counts, self.bias, self.params.constraint))
+
+    def random(self) -> float:
+        """The next random number, in [0, 1)."""
+        if not self.randoms:
+            self.randoms = torch.rand(RANDOM_BLOCK, generator=self.generator).tolist()[::-1]
+        return self.randoms.pop()
+
+    def adjust(self, logits: Tensor) -> Tensor:
+        """Penalties, bias and constraint on logits (vocab,) fp32.
+
+        Repetition penalty: Keskar et al. 2019, arXiv:1909.05858. Presence and frequency: OpenAI's API reference."""
+        p = self.params
+        if self.seen is not None:
+            penalised = torch.where(logits < 0, logits * p.repetition_penalty, logits / p.repetition_penalty)
+            logits = torch.where(self.seen, penalised, logits)
+        if self.counts is not None:
+            logits = logits - p.frequency_penalty * self.counts - p.presence_penalty * (self.counts > 0)
+        if self.bias is not None:
+            logits = logits.index_add(0, *self.bias)
+        if p.constraint is not None:
+            allowed = p.constraint.mask().to(logits.device)
+            if not allowed.any():
+                allowed = torch.zeros_like(allowed).index_fill(0, torch.tensor(self.stop_ids, device=logits.device), 1)
+            logits = logits.masked_fill(~allowed, float("-inf"))
+        return logits
+
+    def accept(self, token: int) -> None:
+        if self.seen is not None:
+            self.seen[token] = True
+        if self.counts is not None:
+            self.counts[token] += 1
+        if self.params.constraint is not None and token not in self.stop_ids:
+            self.params.constraint.accept(token)
+
+
+class Sampler:
+    """Logits (B, vocab) -> token ids: each row by its own parameters, all rows at once."""
+
+    def __init__(self, states: list[SamplingState], vocab_size: int, device: torch.device):
+        def column(values: list, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.tensor(values, dtype=dtype, device=device)[:, None]  # (B, 1)
+
+        self.states = states
+        self.params = params = [state.params for state in states]
+        self.greedy = column([p.temperature == 0 for p in params], torch.bool)
+        self.temperature = column([p.temperature or 1.0 for p in params])
+        self.top_k = column([min(p.top_k or vocab_size, vocab_size) for p in params], torch.long)
+        self.top_p = column([p.top_p for p in params])
+        self.min_p = column([p.min_p for p in params])
+        self.all_greedy = all(p.temperature == 0 for p in params)
+        self.any_top_k = any(0 < p.top_k < vocab_size for p in params)
+        self.any_top_p = any(p.top_p < 1 for p in params)
+        self.any_min_p = any(p.min_p > 0 for p in params)
+
+    def __call__(self, logits: Tensor) -> list[int]:
+        """The next token of each row."""
+        logits = self.adjust(logits.float())
+        tokens = logits.argmax(-1)
+        if not self.all_greedy:
+            random = [0.0 if p.temperature == 0 else s.random() for s, p in zip(self.states, self.params, strict=True)]
+            sampled = sample(self.filter(logits).softmax(-1), torch.tensor(random, device=logits.device))
+            tokens = torch.where(self.greedy[:, 0], tokens, sampled)
+        tokens = tokens.tolist()
+        for state, token in zip(self.states, tokens, strict=True):
+            state.accept(token)
+        return tokens
+
+    def adjust(self, logits: Tensor) -> Tensor:
+        """Penalties, bias and constraints of the rows that have some."""
+        rows = [row for row, state in enumerate(self.states) if state.adjusts]
+        if not rows:
+            return logits
+        adjusted = torch.stack([self.states[row].adjust(logits[row]) for row in rows])
+        return logits.index_copy(0, torch.tensor(rows, device=logits.device), adjusted)
+
+    def filter(self, logits: Tensor) -> Tensor:
+        """Temperature, then top-k, top-p (Holtzman et al. 2020, arXiv:1904.09751) and min-p (Nguyen et al. 2024,
+        arXiv:2407.01082): what is filtered out becomes -inf."""
+        logits = logits / self.temperature
+        if self.any_top_k:
+            ordered = logits.topk(int(self.top_k.max()), dim=-1).values
+            logits = logits.masked_fill(logits < ordered.gather(1, self.top_k - 1), float("-inf"))
+        if self.any_top_p:
+            logits = logits.masked_fill(~self.nucleus(logits.softmax(-1)), float("-inf"))
+        if self.any_min_p:
+            probs = logits.softmax(-1)
+            logits = logits.masked_fill(probs < self.min_p * probs.amax(-1, keepdim=True), float("-inf"))
+        return logits
+
+    def nucleus(self, probs: Tensor) -> Tensor:
+        """Which tokens top-p keeps, (B, vocab) bool: those with less than top_p of the mass on likelier ones."""
+        top, order = probs.topk(min(NUCLEUS, probs.shape[-1]), dim=-1)
+        if (top.sum(-1, keepdim=True) < self.top_p)[self.top_p < 1].any():
+            top, order = probs.sort(dim=-1, descending=True)
+        keep = top.cumsum(-1) - top < self.top_p
+        return torch.zeros_like(probs, dtype=torch.bool).scatter(1, order, keep) | (self.top_p == 1)
+
+
+def sample(probs: Tensor, random: Tensor) -> Tensor:
+    """One token of each row of probs (B, vocab), by inverting the cumulative distribution at random (B,) in [0, 1)."""
+    cumulative = probs.cumsum(-1)
+    total = cumulative[:, -1:]
+    # Below the total even after rounding, so that the token found has a probability above 0.
+    at = torch.minimum(random[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
+    return torch.searchsorted(cumulative, at, right=True)[:, 0].clamp(max=probs.shape[-1] - 1)
