@@ -7,10 +7,15 @@ that page and server fit together, against serve_openai_api.py.
 import base64
 import hashlib
 import json
+import os
 import re
 import shutil
+import signal
+import subprocess
+import sys
 import threading
 import time
+import urllib.request
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -19,10 +24,13 @@ from selenium import webdriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import Select, WebDriverWait
+from test_eval_model import parrot
 
 from dataset.tools import SCHEMAS, run_tool
+from model import checkpoint
 
-PAGE = Path(__file__).resolve().parent.parent / "static" / "chat.html"
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = ROOT / "static" / "chat.html"
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 DRIVER = shutil.which("chromedriver")
 needs_browser = pytest.mark.skipif(not (BROWSER and DRIVER), reason="no Chromium with chromedriver is installed")
@@ -737,3 +745,87 @@ def test_another_tab_changes_a_conversation(page, script, driver):
         driver.switch_to.window(driver.window_handles[-1])
         driver.close()
         driver.switch_to.window(first)
+
+
+# ------------------------------------------------------------------------------------------------ the real server
+
+
+def serve(folder: Path, *flags: str) -> tuple[subprocess.Popen, str]:
+    """serve_openai_api.py and its URL, with a model that says `<svg onload=hit(1)>` and then goes on for ever."""
+    weights = folder / "full_sft_64.pth"
+    checkpoint.save(weights, parrot("<svg onload=hit(1)>", ends=False), {"note": "parrot"})
+    command = [
+        sys.executable,
+        ROOT / "serve_openai_api.py",
+        "--weight",
+        weights,
+        "--port",
+        "0",
+        "--dtype",
+        "fp32",
+        *flags,
+    ]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env)
+    for line in process.stderr:
+        if ready := re.match(r"serving on (\S+)", line):
+            return process, ready[1] + "/"
+    raise AssertionError(f"the server ended with {process.wait()}")
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    limits = ("--max_seq_len", "16000", "--max_prompt_tokens", "600")
+    process, url = serve(tmp_path_factory.mktemp("model"), "--api_key", "secret", *limits)
+    yield url
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(SECONDS) == 0
+
+
+def health(url: str) -> dict:
+    with urllib.request.urlopen(url + "health") as answer:
+        return json.load(answer)
+
+
+@needs_browser
+@pytest.mark.slow
+def test_the_real_server(driver, server):
+    """Key, send, stream, stop, reload, answer again, a length, a tool, errors; and what the model says stays text."""
+    page = Page(driver)
+    page.open(server)
+    page.one("#key-input").send_keys("secret", Keys.ENTER)
+    page.until(lambda: page.one("#model").get_attribute("value") == "full_sft_64")
+    page.js("window.hit = () => { window.attacked = true; }")
+    page.write("Hi")
+    page.until(lambda: len(page.answers()) == 1 and len(page.answers()[0]) > 40)
+    assert health(server)["running"] == 1
+    page.press(Keys.ESCAPE)
+    page.idle()
+    page.until(lambda: health(server)["running"] == 0)
+    said = page.answers()[0]
+    assert said.startswith("<svg onload=hit(1)>") and page.js("return window.attacked") is None
+    assert "stopped" in page.one("article.assistant .actions").text
+    page.open(server)
+    assert page.answers() == [said] and page.users() == ["Hi"]
+    page.one("#options-open").click()
+    page.one("#max-tokens").send_keys("14")
+    page.press(Keys.ESCAPE)
+    page.one(".regenerate").click()
+    page.until(lambda: page.answers() == ["<svg onload=hit(1)>"])
+    page.idle()
+    assert page.one("article.assistant .actions").text.startswith("14 tokens")
+    assert "cut off at the maximum length" in page.one("article.assistant .actions").text
+    call = "return runTool({function: {name: 'calculator', arguments: '{\"expression\": \"2 * 3\"}'}})"
+    assert page.js("return toolSchemas") == SCHEMAS and page.js(call) == '{"result": 6}'
+    page.one("#tools").click()
+    Select(page.one("#thinking")).select_by_value("on")
+    page.ask("With tools and thinking")
+    assert "cut off" in page.texts("article.assistant .actions")[-1] and not page.find(".failure")
+    page.one("#new").click()
+    page.one("#tools").click()
+    for _ in range(4):
+        page.ask("word " * 150)
+    assert "oldest messages" in page.texts("article.assistant .actions")[-1] and len(page.answers()) == 4
+    page.js("option('temperature', 9)")
+    page.ask("Too hot")
+    assert re.fullmatch(r"temperature: .*\nTry again", page.one(".failure").text)
