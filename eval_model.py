@@ -21,7 +21,15 @@ from dataset.chat import END_THINK, END_TOOL_CALL, THINK, TOOL_CALL
 from dataset.heldout import Question, read_heldout, scoreboard
 from dataset.jsonl import DataError
 from dataset.tools import SCHEMAS, parse_calls, run_tool
-from model.chatbot import SCORE_TOKENS, STAGES, THINKING_SCORE_TOKENS, final_answer, load_chatbot
+from model.chatbot import (
+    SCORE_TOKENS,
+    THINKING_SCORE_TOKENS,
+    check_model_arguments,
+    final_answer,
+    flag,
+    load_chatbot,
+    model_arguments,
+)
 from model.checkpoint import CheckpointError
 from model.generation import SamplingParams
 from trainer import cli, trainer
@@ -46,30 +54,14 @@ TOOL_ROUNDS = 4  # calls, results, calls, ... for one question, at most
 TAG = re.compile("|".join((THINK, END_THINK, TOOL_CALL, END_TOOL_CALL)))
 
 
-def flag(text: str) -> bool:
-    """Accepts 0 and 1, and MiniMind's True and False."""
-    if text.lower() in ("0", "false", "1", "true"):
-        return text.lower() in ("1", "true")
-    raise argparse.ArgumentTypeError(f"{text} is neither 0 nor 1")
-
-
 def arguments() -> argparse.Namespace:
     parser = ArgumentParser(
         usage="python eval_model.py [options]   (--help lists them)",
         description=__doc__,
     )
-    add = parser.add_argument_group("which model").add_argument
-    add("--load", type=int, choices=(0, 1), default=0, help="0 = raw .pth (default), 1 = Hugging Face folder")
-    add("--model_mode", type=int, choices=tuple(STAGES), default=1,
-        help="0 = pretrained, 1 = SFT (default), 2 = RLHF, 3 = reasoning")  # fmt: skip
-    add("--out_dir", default=str(ROOT / "out"), help="where the weights are")
-    add("--weight", metavar="FILE", help="this .pth instead of the one of the stage in --out_dir")
-    add("--model_path", metavar="FOLDER", help="the Hugging Face folder of --load 1")
-    add("--hidden_size", type=int, help="if weights of several sizes are in --out_dir (default: the newest)")
-    add("--use_moe", type=flag, metavar="{0,1}", help="if both kinds are in --out_dir (default: the newest)")
-    add("--lora_name", metavar="NAME", help="adapter out_dir/lora/NAME_HIDDEN.pth")
-
+    model_arguments(parser, ROOT / "out")
     add = parser.add_argument_group("how it answers").add_argument
+    add("--lora_name", metavar="NAME", help="adapter out_dir/lora/NAME_HIDDEN.pth")
     add("--temperature", type=float, default=0.7, help="0 = always the likeliest token (default: 0.7)")
     add("--top_p", type=float, default=0.9, help="choose among the likeliest tokens of this share (default: 0.9)")
     add("--max_seq_len", type=int, help="tokens of prompt and answer (default: as it was trained)")
@@ -100,14 +92,11 @@ def arguments() -> argparse.Namespace:
     group.add_argument("--show_wrong", type=int, default=0, metavar="N", help="with --score: print N wrong answers")
     args = parser.parse_args()
 
-    if (args.load == 1) != bool(args.model_path):
-        parser.error("--load 1 and --model_path FOLDER belong together")
+    check_model_arguments(parser, args)
     if (args.scores_out or args.show_wrong) and not args.score:
         parser.error("--scores_out and --show_wrong need --score FILE")
     if args.history_cnt < 0 or args.history_cnt % 2:
         parser.error(f"--history_cnt {args.history_cnt}: must be even, as questions and answers come in pairs")
-    if args.max_seq_len is not None and args.max_seq_len < 16:
-        parser.error(f"--max_seq_len {args.max_seq_len}: must be at least 16")
     if args.ask is not None and not args.ask.strip():
         parser.error("--ask: there is nothing to answer")
     if args.model_mode == 0 and (args.tools or args.thinking is not None):

@@ -205,14 +205,16 @@ def parse_calls(text: str) -> tuple[str, list[dict], list[str]]:
             return "".join(content).strip(), calls, faults
         block, end, text = text.partition(END_TOOL_CALL)
         try:
-            calls.append(_call(block, end))
+            if not end:
+                raise ValueError("it has no end")
+            calls.append(parse_call(block))
         except (ValueError, RecursionError) as error:
             faults.append(f"malformed tool call: {error}")
 
 
-def _call(block: str, end: str) -> dict:
-    if not end:
-        raise ValueError("it has no end")
+def parse_call(block: str) -> dict:
+    """What stands between the tool call markers -> {"name": str, "arguments": dict}. ValueError or RecursionError for
+    what is not a call."""
     call = json.loads(block)
     if _depth(call) > MAX_NESTING:
         raise ValueError("nested too deeply")

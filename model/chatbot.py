@@ -29,7 +29,7 @@ from model.adapters import load_adapter
 from model.checkpoint import CheckpointError
 from model.cpu_step import CpuStep
 from model.generation import SamplingParams, decode, generate_each
-from model.model import compute_dtype, merge_lora
+from model.model import compute_dtype, lora_layers, merge_lora
 from model.quantization import quantize, quantized_kind
 
 STAGES = {  # --model_mode: what it is called, its files, how to get them
@@ -45,6 +45,33 @@ SCORE_TOKENS, THINKING_SCORE_TOKENS = 128, 384  # longest answer when scoring
 
 def score_tokens(thinking: bool | None) -> int:
     return THINKING_SCORE_TOKENS if thinking else SCORE_TOKENS
+
+
+def flag(text: str) -> bool:
+    """Accepts 0 and 1, and MiniMind's True and False."""
+    if text.lower() in ("0", "false", "1", "true"):
+        return text.lower() in ("1", "true")
+    raise argparse.ArgumentTypeError(f"{text} is neither 0 nor 1")
+
+
+def model_arguments(parser: argparse.ArgumentParser, out_dir: Path) -> None:
+    """The flags that say which model load_chatbot() loads."""
+    add = parser.add_argument_group("which model").add_argument
+    add("--load", type=int, choices=(0, 1), default=0, help="0 = raw .pth (default), 1 = Hugging Face folder")
+    add("--model_mode", type=int, choices=tuple(STAGES), default=1,
+        help="0 = pretrained, 1 = SFT (default), 2 = RLHF, 3 = reasoning")  # fmt: skip
+    add("--out_dir", default=str(out_dir), help="where the weights are")
+    add("--weight", metavar="FILE", help="this .pth instead of the one of the stage in --out_dir")
+    add("--model_path", metavar="FOLDER", help="the Hugging Face folder of --load 1")
+    add("--hidden_size", type=int, help="if weights of several sizes are in --out_dir (default: the newest)")
+    add("--use_moe", type=flag, metavar="{0,1}", help="if both kinds are in --out_dir (default: the newest)")
+
+
+def check_model_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    if (args.load == 1) != bool(args.model_path):
+        parser.error("--load 1 and --model_path FOLDER belong together")
+    if args.max_seq_len is not None and args.max_seq_len < 16:
+        parser.error(f"--max_seq_len {args.max_seq_len}: must be at least 16")
 
 
 def find_weights(args: argparse.Namespace) -> Path:
@@ -136,6 +163,25 @@ def can_compile(model) -> bool:
         print(f"note: {error}: answering without it", file=sys.stderr)
         return False
     return True
+
+
+def load_adapters(bot: "Chatbot", folder: Path) -> list[str]:
+    """Adds all adapters in the folder that belong to the bot's weights, none of them active; returns their names.
+
+    What is there and cannot be used is told on stderr."""
+    names = []
+    for path in sorted(folder.glob("*.pth")):
+        name = re.sub(r"_[0-9]+(_moe)?$", "", path.stem)
+        try:
+            if not re.fullmatch(r"[\w-]+", name) or name in names:
+                raise CheckpointError(f"{path}: its name is that of another adapter, or has more than letters, - and _")
+            load_adapter(path, bot.model, name, base=bot.name)
+            names.append(name)
+        except CheckpointError as error:
+            print(f"note: adapter left out: {error}", file=sys.stderr)
+    for layer in lora_layers(bot.model).values():
+        layer.active = None
+    return names
 
 
 def load_own_tokenizer(folder: Path):

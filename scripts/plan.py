@@ -192,8 +192,8 @@ def print_plan(args: argparse.Namespace) -> None:
         f"\nAssumed, not measured: {args.mfu:.0%} of the peak (--mfu) in every mode, so no time for communication; "
         f"{OVERHEAD / 1e9:g} GB for\nCUDA and the allocator; {1 - FREE_SHARE:.0%} of the memory left free; "
         "peaks and sizes from datasheets; activations as without\ntorch.compile, which keeps fewer. "
-        "A block's share agrees\nwith autograd's within 20 % on a CPU (tests); five whole\nprocesses within 8 %, "
-        "with one constant fitted to them. No mode was measured on a GPU."
+        "On a CPU a block's share agrees with autograd's within\n"
+        "20 %, five whole processes within 8 % with one constant fitted to them. No mode was measured on a GPU."
         + (f"\n{args.bytes_per_token:g} bytes per token (--bytes_per_token)." if args.data_path else "")
     )
 

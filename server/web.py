@@ -1,0 +1,146 @@
+"""HTTP below the routes: bodies of limited size, clients that go away, server-sent events, metrics."""
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from server.errors import ApiError
+
+DISCARD = (
+    64 << 20
+)  # bytes of a body that is too large are read up to here, as most clients hear nothing while they send
+LAST_WORDS = 1.0  # seconds to tell a client that its time is up
+
+
+class ClientGone(Exception):
+    """The client closed the connection."""
+
+
+async def read_limited(request: Request, limit: int, seconds: float) -> bytes:
+    """The body. ApiError 413 for one of more than `limit` bytes, 408 for one that takes too long, 400 for a form."""
+    kind = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
+    if kind != "application/json":  # a page elsewhere can make a browser send forms, but not JSON, without being asked
+        raise ApiError(400, f"Content-Type is {kind[:80]}, not application/json")
+    size = int(request.headers.get("content-length") or 0)
+    try:
+        body, size = await asyncio.wait_for(_read(request, limit, size), seconds)
+    except asyncio.TimeoutError:
+        raise ApiError(
+            408, f"the body did not come within {seconds:g} seconds", headers={"Connection": "close"}
+        ) from None
+    if size > limit:
+        text = f"the body has {size} bytes or more; at most {limit} are allowed"
+        raise ApiError(413, text, code="request_too_large", headers={"Connection": "close"})
+    return body
+
+
+async def _read(request: Request, limit: int, size: int) -> tuple[bytes, int]:
+    body, read = bytearray(), 0
+    if size <= DISCARD:
+        async for piece in request.stream():
+            read += len(piece)
+            if max(read, size) <= limit:
+                body += piece
+            elif read > DISCARD:
+                break
+    return bytes(body), max(read, size)
+
+
+async def until_gone(receive: Receive, work: Awaitable, seconds: float) -> Any:
+    """The result of `work`, unless the client goes away (ClientGone) or the time is up (TimeoutError) before."""
+
+    async def gone() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    tasks = task, watch = asyncio.ensure_future(work), asyncio.ensure_future(gone())
+    try:
+        await asyncio.wait(tasks, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise ClientGone if watch.done() else TimeoutError
+    finally:
+        for each in tasks:
+            each.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def sse(data: dict) -> bytes:
+    return b"data: " + json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+
+
+class EventStream(Response):
+    """Server-sent events from an iterator of bytes. `finish` is called at the end, whatever the end is."""
+
+    def __init__(self, events: AsyncIterator[bytes], seconds: float, finish: Callable[[], None]):
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        super().__init__(headers=headers, media_type="text/event-stream")
+        del self.headers["content-length"]
+        self.events, self.seconds, self.finish = events, seconds, finish
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await until_gone(receive, self._send_all(send), self.seconds)
+        except ClientGone:
+            pass
+        except TimeoutError:
+            error = ApiError(504, f"the answer was not complete after {self.seconds:g} seconds", code="timeout")
+            try:
+                last = {"type": "http.response.body", "body": sse(error.body()), "more_body": False}
+                await asyncio.wait_for(send(last), LAST_WORDS)
+            except asyncio.TimeoutError:  # nobody reads
+                pass
+        finally:
+            self.finish()
+
+    async def _send_all(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        async for event in self.events:
+            await send({"type": "http.response.body", "body": event, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+class Metrics:
+    """What /metrics shows. An ASGI middleware counts the requests; the routes count tokens."""
+
+    def __init__(self):
+        self.registry = CollectorRegistry()
+        own = {"registry": self.registry}
+        self.requests = Counter("minimind_requests", "HTTP requests, by route and status", ["route", "status"], **own)
+        self.seconds = Histogram("minimind_request_seconds", "Time to the end of an answer", ["route"], **own)
+        self.first_token = Histogram("minimind_first_token_seconds", "Time to the first token", **own)
+        self.prompt_tokens = Counter("minimind_prompt_tokens", "Tokens of prompts", **own)
+        self.generated_tokens = Counter("minimind_generated_tokens", "Tokens generated", **own)
+        self.cancelled = Counter(
+            "minimind_cancelled_requests", "Requests whose client went away, or whose time was up", **own
+        )
+
+    def gauge(self, name: str, text: str, value: Callable[[], float]) -> None:
+        Gauge(f"minimind_{name}", text, registry=self.registry).set_function(value)
+
+    def middleware(self, app: ASGIApp) -> ASGIApp:
+        async def observed(scope: Scope, receive: Receive, send: Send) -> None:
+            if scope["type"] != "http":
+                return await app(scope, receive, send)
+            begin, status = time.perf_counter(), 499  # 499: the client left before there was an answer
+
+            async def observe(message: Message) -> None:
+                nonlocal status
+                status = message.get("status", status)
+                await send(message)
+
+            try:
+                await app(scope, receive, observe)
+            finally:
+                route = getattr(scope.get("route"), "path", "other")
+                self.requests.labels(route, status).inc()
+                self.seconds.labels(route).observe(time.perf_counter() - begin)
+
+        return observed
