@@ -298,9 +298,8 @@ class Engine:
                 break
             batch.append(self._admit(self.queue.popleft(), donor, reused))
         self._arrange()
-        return [
-            slot for slot in self.slots if slot.pending > 1
-        ]  # one whose prompt was cached decodes from the next step on
+        # A slot whose prompt was cached but for its last token decodes from the next step on.
+        return [slot for slot in self.slots if slot.pending > 1]
 
     def _longest_prefix(self, sequence: Sequence) -> tuple[Slot, int]:
         """The slot whose cache begins with the most tokens of the prompt, and how many; the last token is always

@@ -73,7 +73,7 @@ class SamplingState:
     def __init__(
         self, params: SamplingParams, prompt: list[int], vocab_size: int, device: torch.device, stop_ids: set[int]
     ):
-        self.params, self.stop_ids = params, sorted(stop_ids)
+        self.params, self.stop_ids = params, sorted(i for i in stop_ids if i < vocab_size)
         seed = int(torch.randint(1 << 62, ())) if params.seed is None else params.seed
         self.generator = torch.Generator().manual_seed(seed % (1 << 64))
         self.randoms: list[float] = []

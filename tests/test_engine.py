@@ -8,7 +8,7 @@ import torch
 from dataset.chat import load_tokenizer
 from model.generation import Engine, Event, generate
 from model.model import LoRAConfig, MiniMindLM, add_lora, lora_layers, merge_lora, set_adapter
-from model.sampling import SamplingParams
+from model.sampling import SamplingParams, SamplingState
 
 NO_STOP = dict(stop_token_ids=())
 VOCAB = 320
@@ -227,6 +227,16 @@ def test_penalties_and_bias_follow_openais_formula(model):
     assert alone(model, prompt, p) == expected
     assert expected != alone(model, prompt, greedy(40))
     assert set(alone(model, prompt, greedy(5, logit_bias={7: 100}))) == {7}
+
+
+def test_presence_counts_once_and_frequency_each_time():
+    params = SamplingParams(presence_penalty=0.7, frequency_penalty=0.4)
+    state = SamplingState(params, [9, 9], VOCAB, torch.device("cpu"), set())
+    for token in (7, 7, 7, 8):
+        state.accept(token)
+    penalty = -state.adjust(torch.zeros(VOCAB))
+    assert penalty.nonzero()[:, 0].tolist() == [7, 8]
+    assert penalty[[7, 8]].tolist() == pytest.approx([0.7 + 3 * 0.4, 0.7 + 0.4])
 
 
 @torch.inference_mode()
