@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dataset.chat import END_THINK_ID, THINK_ID, TOOL_CALL_ID, load_tokenizer
+from dataset.chat import END_THINK_ID, THINK_ID, load_tokenizer
 from dataset.tools import SCHEMAS
 from model import checkpoint
 from model.adapters import save_adapter
