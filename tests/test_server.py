@@ -516,6 +516,7 @@ def test_a_thousand_connections_and_slow_readers_do_not_hold_up_others(server):
         slow.append(s)
     for s in idle[:200]:
         s.sendall(b"POST /v1/chat/completions HTTP/1.1\r\n")  # and never ends
+    server.wait_for("running_sequences", 16)
     server.wait_for("running_sequences", 0)  # the slow readers' answers are done, though not read
     assert sorted(ask() for _ in range(5))[2] < max(3 * usual, usual + 0.3)
     assert slow[0].recv(12) == b"HTTP/1.1 200"
