@@ -243,6 +243,7 @@ class Engine:
         self.requests += 1
         return self.requests - 1
 
+    @torch.inference_mode()
     def cancel(self, request: int) -> None:
         """Forget a request and free its slot at once. One that has ended, or never was, is ignored."""
         self.queue = deque(sequence for sequence in self.queue if sequence.number != request)

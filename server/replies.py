@@ -44,7 +44,8 @@ class Reply:
         return {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer}
 
     def token_text(self, token: int) -> str:
-        return self.token_bytes(token).decode("utf-8", "replace")
+        """A control token, which is no text, by its name."""
+        return self.token_bytes(token).decode("utf-8", "replace") or self.tokenizer.id_to_token(token) or ""
 
     def token_bytes(self, token: int) -> bytes:
         return token_bytes(self.tokenizer.id_to_token(token) or "")

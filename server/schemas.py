@@ -148,6 +148,7 @@ class CommonRequest(Body):
     top_k: int | None = Field(None, ge=0)
     min_p: float | None = Field(None, ge=0, le=1)
     repetition_penalty: float | None = Field(None, gt=0, le=100)
+    ignore_eos: bool | None = None  # answers of max_tokens, for measurements
     # OpenAI's, and without a meaning here.
     user: Any = None
     store: Any = None

@@ -168,7 +168,7 @@ class Service:
             "logit_bias": bias,
             "seed": request.seed,
             "max_new_tokens": limit,
-            "stop_token_ids": STOP_IDS,
+            "stop_token_ids": () if request.ignore_eos else STOP_IDS,
         }
         return params | more
 
