@@ -28,6 +28,7 @@ from model.chatbot import (
     final_answer,
     flag,
     load_chatbot,
+    load_options,
     model_arguments,
 )
 from model.checkpoint import CheckpointError
@@ -76,11 +77,6 @@ def arguments() -> argparse.Namespace:
         help="1 = the model may call a calculator, dates and unit conversion (default: 0)")  # fmt: skip
     add("--stream", type=flag, metavar="{0,1}", default=True, help="show the answer as it is generated (default: 1)")
     add("--seed", type=int, help="the same answers every time")
-    add("--quantize", choices=("int8", "int4"), help="weights of 8 or 4 bits")
-    add("--compile", type=flag, metavar="{0,1}", default=False, help="1 = a decoding step in C++ for the CPU, several "
-        "times as fast; compiled in seconds the first time (default: 0)")  # fmt: skip
-    add("--inference_rope_scaling", type=flag, metavar="{0,1}", default=False, help="1 = 4 times the context that it "
-        "was trained with, by YaRN (default: 0)")  # fmt: skip
     add("--device", help="cuda, mps or cpu (default: the best one found)")
     add("--dtype", choices=list(cli.DTYPES), help="default: bf16 where the hardware computes in it, else fp32")
 
@@ -339,8 +335,7 @@ def main() -> None:
     if args.scores_out and not Path(args.scores_out).resolve().parent.is_dir():
         raise UsageError(f"--scores_out {args.scores_out}: no such folder")
     try:
-        options = {"quantized": args.quantize, "compiled": args.compile, "extrapolate": args.inference_rope_scaling}
-        bot = load_chatbot(args, trainer.find_device(args.device), cli.DTYPES.get(args.dtype), **options)
+        bot = load_chatbot(args, trainer.find_device(args.device), cli.DTYPES.get(args.dtype), **load_options(args))
         if questions:
             score(bot, questions, args)
         elif args.ask is not None:

@@ -31,7 +31,16 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 from dataset.tools import SCHEMAS, run_tool
-from model.chatbot import STOP_IDS, Chatbot, check_model_arguments, flag, load_adapters, load_chatbot, model_arguments
+from model.chatbot import (
+    STOP_IDS,
+    Chatbot,
+    check_model_arguments,
+    flag,
+    load_adapters,
+    load_chatbot,
+    load_options,
+    model_arguments,
+)
 from model.checkpoint import CheckpointError
 from model.generation import Engine, SamplingParams
 from server.errors import ApiError
@@ -41,18 +50,14 @@ from server.schemas import read_json
 from server.service import Service, Settings
 from server.web import ClientGone, EventStream, Metrics, read_limited, sse, until_gone
 from trainer import cli, trainer
+from trainer.arguments import ArgumentParser
 
 ROOT = Path(__file__).resolve().parent
 PAGE = ROOT / "static" / "chat.html"
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        usage="python serve_openai_api.py [options]   (--help lists them)",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = ArgumentParser(usage="python serve_openai_api.py [options]   (--help lists them)", description=__doc__)
     model_arguments(parser, ROOT / "out")
     add = parser.add_argument_group("who may use it").add_argument
     add("--host", default="127.0.0.1", help="0.0.0.0 = other machines too (default: this one alone)")
@@ -297,7 +302,7 @@ def is_loopback(host: str) -> bool:
 
 def main() -> None:
     args = arguments()
-    bot = load_chatbot(args, trainer.find_device(args.device), cli.DTYPES.get(args.dtype))
+    bot = load_chatbot(args, trainer.find_device(args.device), cli.DTYPES.get(args.dtype), **load_options(args))
     if not isinstance(bot, Chatbot):
         raise CheckpointError(f"{bot.name} has a tokenizer of another kind: only models with ours can be served")
     adapters = load_adapters(bot, Path(args.out_dir) / "lora")
@@ -308,7 +313,8 @@ def main() -> None:
     )  # fmt: skip
     service = Service(bot, adapters, settings)
     # Without a tokenizer the engine gives token ids: which of them are text depends on the markers among them.
-    runner = Runner(Engine(bot.model, slots=args.slots, max_len=bot.max_len), STOP_IDS, args.max_queue)
+    engine = Engine(bot.model, slots=args.slots, max_len=bot.max_len, compiled=bot.compiled)
+    runner = Runner(engine, STOP_IDS, args.max_queue)
     app = build_app(service, runner, args)
     config = uvicorn.Config(
         app, args.host, args.port, log_level="warning", access_log=False, server_header=False,

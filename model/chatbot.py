@@ -65,6 +65,16 @@ def model_arguments(parser: argparse.ArgumentParser, out_dir: Path) -> None:
     add("--model_path", metavar="FOLDER", help="the Hugging Face folder of --load 1")
     add("--hidden_size", type=int, help="if weights of several sizes are in --out_dir (default: the newest)")
     add("--use_moe", type=flag, metavar="{0,1}", help="if both kinds are in --out_dir (default: the newest)")
+    add("--quantize", choices=("int8", "int4"), help="weights of 8 or 4 bits")
+    add("--compile", type=flag, metavar="{0,1}", default=False, help="1 = a decoding step in C++ for the CPU, several "
+        "times as fast; compiled in seconds the first time (default: 0)")  # fmt: skip
+    add("--inference_rope_scaling", type=flag, metavar="{0,1}", default=False, help="1 = 4 times the context that it "
+        "was trained with, by YaRN (default: 0)")  # fmt: skip
+
+
+def load_options(args: argparse.Namespace) -> dict:
+    """How load_chatbot() is to load it."""
+    return {"quantized": args.quantize, "compiled": args.compile, "extrapolate": args.inference_rope_scaling}
 
 
 def check_model_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
