@@ -4,6 +4,10 @@ rank, world_size, local_rank = processes(); join(rank, world_size, device)
 engine = start(run)      # engine.model is what the loss sees; then accumulating(), backward(), step(), state()
 
 Both engines give the loop the same few methods, and weights and resume state on rank 0 in our one format.
+
+N processes compute what one with the same global batch does, but for the balancing loss of a MoE: it is the product of
+two means over the tokens (MoEFeedForward), so its value over all tokens is not the mean of the processes' values; each
+process balances its own tokens, as every batch of an accumulated step does.
 """
 
 import contextlib
@@ -69,6 +73,19 @@ def join(rank: int, world_size: int, device: torch.device) -> None:
     store.set_timeout(timedelta(minutes=30))
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timedelta(minutes=30))
+
+
+def require_same(run: "Run", what: str, found) -> None:
+    """UsageError unless all processes found the same: several machines must see the same files. All must call it."""
+    everyone = [None] * run.world_size
+    if run.world_size > 1:
+        dist.all_gather_object(everyone, found)
+    for rank, other in enumerate(everyone):
+        if other != everyone[0]:
+            raise UsageError(
+                f"{what}: {everyone[0]} for process 0, {other} for process {rank}; all machines must see the same "
+                "files: put --out_dir and the data on a disk they share, or copy them to each"
+            )
 
 
 def start(run: "Run") -> "Engine | ZeroEngine":

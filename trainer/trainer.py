@@ -136,7 +136,10 @@ def setup(stage: str, args: argparse.Namespace, minutes: float, rate: float = 1.
         raise UsageError(f"--out_dir {args.out_dir}: cannot be written to; choose another folder")
     if args.from_resume:
         run.resume = checkpoint.load_resume(run.path("_resume"))
-        if run.resume is None and _is_finished(run):
+        finished = run.resume is None and _is_finished(run)
+        found = f"step {run.resume['progress']['step']}" if run.resume else "finished" if finished else "none"
+        parallel.require_same(run, f"--from_resume 1: state in {run.path('_resume')}", found)
+        if finished:
             if run.is_main:
                 checkpoint.remove_resume(run.path("_resume"))  # empty, of a run that was killed as it tidied up
                 print(f"{run.path('.pth')} is complete; without --from_resume it is trained anew")
@@ -145,6 +148,8 @@ def setup(stage: str, args: argparse.Namespace, minutes: float, rate: float = 1.
             print(f"--from_resume 1: no state in {run.path('_resume')}, the run starts anew", file=sys.stderr)
     run.model.to(device)
     run.model.activation_checkpointing = bool(args.activation_checkpointing)
+    if rank:
+        torch.manual_seed(args.seed + rank)  # the weights are equal by now, what is dropped out must not be
     return run
 
 
@@ -239,6 +244,7 @@ def train(run: Run, loss_fn: LossFn, train_rows, val_rows, tokenizer, save: Save
     save(path, model, meta): writes what was trained.
     """
     args, device = run.args, run.device
+    parallel.require_same(run, f"rows of --data_path {args.data_path}", len(train_rows))
     progress = Progress()
     if run.resume:
         progress = _load(run)
