@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 
 from dataset.chat import load_tokenizer
 from dataset.lm_dataset import CACHE_DIR, batches, sft_dataset
@@ -73,9 +74,8 @@ def _record(path: Path) -> None:
     def recorded_backward(engine, loss, last):
         original_backward(engine, loss, last)
         gradient = next(engine.run.model.parameters()).grad
-        number = (
-            None if gradient is None else float(gradient.to_local().norm() if engine.run.args.fsdp else gradient.norm())
-        )
+        share = gradient.to_local() if isinstance(gradient, DTensor) else gradient
+        number = None if share is None else share.norm().item()
         with open(f"{path}.gradients", "a") as file:
             print(json.dumps([engine.run.args.save_weight, last, number]), file=file)
 
@@ -225,8 +225,9 @@ def assert_equal_to_one_process(one: Path, folder: Path, name: str) -> None:
     expected, rows = outcome(one, f"one-{name.partition('-')[2]}")
     found, log = outcome(folder, name)
     assert difference(expected, found) < 1e-5
-    for key in ("loss", "grad_norm", "learning_rate", "tokens"):
-        assert [row[key] for row in log] == pytest.approx([row[key] for row in rows], rel=1e-5), key
+    # torch's norm adds up in fp32, on a CPU hardly better than one by one: of a whole matrix it is 1e-4 off.
+    for key, within in (("loss", 1e-5), ("grad_norm", 3e-4), ("learning_rate", 0), ("tokens", 0)):
+        assert [row[key] for row in log] == pytest.approx([row[key] for row in rows], rel=within, abs=0), key
 
 
 @pytest.mark.parametrize("name", TORCH)
@@ -313,7 +314,7 @@ def test_machines_must_see_the_same_files(tmp_path, data, base, by_torch):
 def test_killed_and_resumed(tmp_path, data, base, engine, optimizer):
     """kill -9 of all processes: the end is that of an uninterrupted run, bit for bit."""
     flags = [*TINY, "--data_path", data, "--from_weight", base["dense"], *ENGINES[engine], "--optimizer", optimizer]
-    flags += ["--steps", 40, "--save_interval", 3, "--out_dir"]
+    flags += ["--steps", 16, "--save_interval", 3, "--out_dir"]
     Group(tmp_path, 2, [*flags, tmp_path / "parts"]).kill_after_a_save(tmp_path / "parts")
     # The whole run after the rest of the other, by the same two processes: their start is what takes the time.
     resumed = [*flags, tmp_path / "parts", "--from_resume", 1]
