@@ -268,7 +268,11 @@ class Experts(nn.ModuleList):
             up = grouped_linear(x, [expert.up_proj for expert in self], ends)
             return grouped_linear(F.silu(gate) * up, [expert.down_proj for expert in self], ends)
         sizes = torch.diff(ends, prepend=ends.new_zeros(1)).tolist()
-        return torch.cat([expert(rows) for expert, rows in zip(self, x.split(sizes), strict=True) if len(rows)])
+        # In training the idle ones too, as in the kernel above: their gradient is then zero, not None, and all
+        # processes of a run have gradients of the same parameters to exchange.
+        idle_too = torch.is_grad_enabled()
+        rows_of = zip(self, x.split(sizes), strict=True)
+        return torch.cat([expert(rows) for expert, rows in rows_of if idle_too or len(rows)])
 
 
 def grouped_linear(x: Tensor, layers: list[nn.Linear], ends: Tensor) -> Tensor:

@@ -1,8 +1,9 @@
 """The same short pretraining by one process and by two under each engine: all loss curves must lie on each other.
 
-python scripts/parallel_curves.py --steps 40 --picture docs/parallel_curves.png -- --preset nano --batch_size 4
+python scripts/parallel_curves.py --picture docs/parallel_curves.png -- --max_seq_len 64 --learning_rate 3e-4
 
-What follows -- goes to train_pretrain.py; one process gets twice the batch. On the CPU. Prints the largest difference.
+What follows -- goes to train_pretrain.py; one process gets twice the --batch_size. On the CPU. Prints how far each
+curve is from the first: rounding differs, and a learning rate near the highest possible doubles that with every step.
 """
 
 import subprocess
@@ -14,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from trainer.arguments import ArgumentParser  # noqa: E402
-from trainer.report import compare_curves, read_log  # noqa: E402
+from trainer.report import read_log  # noqa: E402
 
 ENGINES = {"ddp": [], "fsdp2": ["--fsdp"]} | {
     f"zero{n}": ["--deepspeed", str(ROOT / f"configs/zero{n}.json")] for n in (1, 2, 3)
@@ -28,26 +29,53 @@ def main() -> None:
     parser.add_argument("--picture", type=Path)
     parser.add_argument("flags", nargs="*", help="of train_pretrain.py")
     args = parser.parse_args()
+    losses = {}
     with tempfile.TemporaryDirectory() as folder:
-        logs = []
         common = ["--steps", str(args.steps), "--log_interval", "1", "--compile", "0", "--device", "cpu"]
-        common += ["--dtype", "fp32", "--optimizer", "adamw", "--out_dir", folder, *args.flags]
-        runs = {"one_process": [sys.executable, "--batch_size", 2 * args.batch_size]}
+        common += ["--dtype", "fp32", "--optimizer", "adamw", "--val_tokens", "1", "--out_dir", folder, *args.flags]
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-        runs |= {name: [*torchrun, "--batch_size", args.batch_size, *flags] for name, flags in ENGINES.items()}
-        for name, parts in runs.items():
-            at = parts.index("--batch_size")
-            command = [*parts[:at], str(ROOT / "train_pretrain.py"), *map(str, parts[at:]), *common]
-            subprocess.run([*command, "--save_weight", name], check=True, stderr=subprocess.DEVNULL)
+        runs = {"one process": ([sys.executable], 2 * args.batch_size, [])}
+        runs |= {f"two, {name}": (torchrun, args.batch_size, flags) for name, flags in ENGINES.items()}
+        for name, (launcher, batch_size, flags) in runs.items():
+            command = [*launcher, str(ROOT / "train_pretrain.py"), "--batch_size", str(batch_size), *flags, *common]
+            done = subprocess.run([*command, "--save_weight", name], stderr=subprocess.PIPE, text=True)
+            if done.returncode:
+                sys.exit(f"error: {name} ended with {done.returncode}:\n{done.stderr}")
             [log] = Path(folder).glob(f"{name}_*.jsonl")
-            logs.append(log)
-        curves = [[row["loss"] for row in read_log(log) if "loss" in row] for log in logs]
-        for log, curve in zip(logs[1:], curves[1:], strict=True):
-            largest = max(abs(a - b) for a, b in zip(curve, curves[0], strict=True))
-            print(f"{log.stem}: largest difference of the loss from one process {largest:.2e} in {len(curve)} steps")
-        if args.picture:
-            args.picture.parent.mkdir(exist_ok=True)
-            compare_curves(logs, "loss", "training loss", args.picture)
+            rows = [row for row in read_log(log) if "loss" in row]
+            losses[name] = [row["loss"] for row in rows]
+    first, *others = losses
+    differences = {name: [abs(a - b) for a, b in zip(losses[name], losses[first], strict=True)] for name in others}
+    for name, values in differences.items():
+        print(f"{name}: largest difference of the loss from one process {max(values):.1e} in {len(values)} steps")
+    if args.picture:
+        draw([row["tokens"] for row in rows], losses, differences, args.picture)
+
+
+def draw(tokens: list[int], losses: dict, differences: dict, picture: Path) -> None:
+    """The curves, each thinner than the one it lies on, and below how far each is from the first."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from PIL import Image
+
+    figure, (above, below) = plt.subplots(2, 1, figsize=(8, 6), dpi=90, sharex=True, height_ratios=(2, 1))
+    for i, (name, values) in enumerate(losses.items()):
+        above.plot(tokens, values, label=name, linewidth=1.6 * (len(losses) - i) - 0.6, color=f"C{i}")
+    for i, values in enumerate(differences.values(), 1):
+        below.semilogy(tokens, values, color=f"C{i}", marker=".", linewidth=1, nonpositive="mask")
+    above.set_title("The same pretraining by one process and by two (CPU, fp32)")
+    above.set_ylabel("training loss")
+    above.legend()
+    below.set_ylabel("difference from\none process")
+    below.set_xlabel("tokens trained on")
+    for axes in (above, below):
+        axes.grid(alpha=0.3)
+    figure.tight_layout()
+    picture.parent.mkdir(exist_ok=True)
+    figure.savefig(picture)
+    Image.open(picture).quantize(64).save(picture, optimize=True)  # a third of the bytes
 
 
 if __name__ == "__main__":

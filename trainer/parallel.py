@@ -4,6 +4,10 @@ rank, world_size, local_rank = processes(); join(rank, world_size, device)
 engine = start(run)      # engine.model is what the loss sees; then accumulating(), backward(), step(), state()
 
 Both engines give the loop the same few methods, and weights and resume state on rank 0 in our one format.
+
+N processes compute what one with the same global batch does, but for the balancing loss of a MoE: it is the product of
+two means over the tokens (MoEFeedForward), so its value over all tokens is not the mean of the processes' values; each
+process balances its own tokens, as every batch of an accumulated step does.
 """
 
 import contextlib
@@ -71,6 +75,19 @@ def join(rank: int, world_size: int, device: torch.device) -> None:
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timedelta(minutes=30))
 
 
+def require_same(run: "Run", what: str, found) -> None:
+    """UsageError unless all processes found the same: several machines must see the same files. All must call it."""
+    everyone = [None] * run.world_size
+    if run.world_size > 1:
+        dist.all_gather_object(everyone, found)
+    for rank, other in enumerate(everyone):
+        if other != everyone[0]:
+            raise UsageError(
+                f"{what}: {everyone[0]} for process 0, {other} for process {rank}; all machines must see the same "
+                "files: put --out_dir and the data on a disk they share, or copy them to each"
+            )
+
+
 def start(run: "Run") -> "Engine | ZeroEngine":
     """Wrap run.model, whose weights are those to begin with; take the optimizers' state from run.resume."""
     engine = (ZeroEngine if run.args.deepspeed else Engine)(run)
@@ -133,16 +150,13 @@ class Engine:
             from torch.distributed.fsdp import fully_shard
 
             self.plain = _skeleton(run.model)
-            touch_idle_experts(run.model)
             mesh = init_device_mesh(run.device.type, (run.world_size,))
             for block in run.model.model.layers:
                 fully_shard(block, mesh=mesh)
             fully_shard(run.model, mesh=mesh)
         elif run.world_size > 1:
-            # An expert that no token chose has no gradient: DDP must look for it, or it waits for ever.
             ids = [run.device.index] if run.device.index is not None else None
-            unused = run.model.config.is_moe
-            self.model = nn.parallel.DistributedDataParallel(run.model, device_ids=ids, find_unused_parameters=unused)
+            self.model = nn.parallel.DistributedDataParallel(run.model, device_ids=ids)
         args = run.args
         self.optimizers = build_optimizers(run.model, args.optimizer, args.learning_rate, args.weight_decay)
         self.scaler = torch.amp.GradScaler(run.device.type, enabled=run.dtype == torch.float16)
@@ -232,20 +246,6 @@ def _shard_like(p: DTensor, state: dict) -> dict:
     }
 
 
-def touch_idle_experts(model: nn.Module) -> None:
-    """Give an expert that no token chose on this process a gradient of zero.
-
-    These engines exchange the gradients that a process has, and another may have more of them: they would not match.
-    """
-
-    def add_nothing(experts, inputs, output):
-        return output + 0 * sum(p.flatten()[0] for p in experts.parameters() if p.requires_grad)
-
-    for module in model.modules():
-        if isinstance(module, Experts):
-            module.register_forward_hook(add_nothing)
-
-
 # ------------------------------------------------------------------------------------------------ DeepSpeed
 
 
@@ -268,7 +268,6 @@ class ZeroEngine:
             config["torch_autocast"] = {"enabled": True, "dtype": str(run.dtype).removeprefix("torch.")}
         self.run, self.plain, self.deepspeed = run, _skeleton(run.model), deepspeed
         self.stage = config["zero_optimization"]["stage"]
-        touch_idle_experts(run.model)
         if self.stage == 3 and run.model.config.is_moe:  # which experts are asked for differs between the processes
             deepspeed.utils.set_z3_leaf_modules(run.model, [Experts])
         [adamw] = build_optimizers(run.model, args.optimizer, args.learning_rate, args.weight_decay)

@@ -138,9 +138,17 @@ class Reporter:
 
     def interrupted(self, progress) -> None:
         argv = sys.argv if sys.argv[-2:] == ["--from_resume", "1"] else [*sys.argv, "--from_resume", "1"]
-        world = self.run.world_size
-        launcher = f"torchrun --nproc_per_node {world}" if world > 1 else "python"
-        self.say(f"stopped at step {progress.step}, nothing is lost. Go on with:\n  {launcher} {shlex.join(argv)}")
+        machines = int(os.environ.get("GROUP_WORLD_SIZE", "1"))  # torchrun's word for its nodes
+        launcher, where = "python", ""
+        if "RANK" in os.environ:
+            launcher = f"torchrun --nproc_per_node {self.run.world_size // machines}"
+        if machines > 1:
+            launcher += f" --nnodes {machines} --node_rank {os.environ['GROUP_RANK']}"
+            launcher += f" --master_addr {os.environ['MASTER_ADDR']} --master_port {os.environ['MASTER_PORT']}"
+            where = " on each machine, with its own --node_rank"
+        self.say(
+            f"stopped at step {progress.step}, nothing is lost. Go on{where} with:\n  {launcher} {shlex.join(argv)}"
+        )
 
     def figures(self, progress) -> dict:
         """What is worth knowing about the weights."""

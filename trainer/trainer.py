@@ -31,7 +31,8 @@ from trainer.report import Reporter
 from trainer.speed import compile_if_worth, matmul_peak
 
 MAX_BAD_STEPS = 5  # non-finite steps in a row before a run gives up
-SAVE_SECONDS = 120  # between resume states, unless --save_interval says otherwise
+SAVE_SECONDS = 120  # between resume states, unless --save_interval says otherwise,
+SAVE_SHARE = 0.01  # or longer, so that they take no more of the time than this
 
 LossFn = Callable[[nn.Module, dict], tuple[Tensor, dict[str, float | Tensor]]]
 SaveFn = Callable[[Path, MiniMindLM, dict], None]
@@ -136,7 +137,10 @@ def setup(stage: str, args: argparse.Namespace, minutes: float, rate: float = 1.
         raise UsageError(f"--out_dir {args.out_dir}: cannot be written to; choose another folder")
     if args.from_resume:
         run.resume = checkpoint.load_resume(run.path("_resume"))
-        if run.resume is None and _is_finished(run):
+        finished = run.resume is None and _is_finished(run)
+        found = f"step {run.resume['progress']['step']}" if run.resume else "finished" if finished else "none"
+        parallel.require_same(run, f"--from_resume 1: state in {run.path('_resume')}", found)
+        if finished:
             if run.is_main:
                 checkpoint.remove_resume(run.path("_resume"))  # empty, of a run that was killed as it tidied up
                 print(f"{run.path('.pth')} is complete; without --from_resume it is trained anew")
@@ -145,6 +149,8 @@ def setup(stage: str, args: argparse.Namespace, minutes: float, rate: float = 1.
             print(f"--from_resume 1: no state in {run.path('_resume')}, the run starts anew", file=sys.stderr)
     run.model.to(device)
     run.model.activation_checkpointing = bool(args.activation_checkpointing)
+    if rank:
+        torch.manual_seed(args.seed + rank)  # the weights are equal by now, what is dropped out must not be
     return run
 
 
@@ -239,6 +245,7 @@ def train(run: Run, loss_fn: LossFn, train_rows, val_rows, tokenizer, save: Save
     save(path, model, meta): writes what was trained.
     """
     args, device = run.args, run.device
+    parallel.require_same(run, f"rows of --data_path {args.data_path}", len(train_rows))
     progress = Progress()
     if run.resume:
         progress = _load(run)
@@ -266,9 +273,9 @@ def train(run: Run, loss_fn: LossFn, train_rows, val_rows, tokenizer, save: Save
     bytes_of = token_bytes(tokenizer).to(device)
     interrupt, bad_steps = Interrupt(), 0
     clock = time.perf_counter() - progress.seconds
-    last_save = progress.seconds
+    last_save, pause, stop = progress.seconds, SAVE_SECONDS, False
     while True:
-        share, stop = _agree(run, progress.share(args, len(train_rows)), interrupt.asked)
+        share = progress.share(args, len(train_rows))
         due = progress.step % args.val_interval == 0 if args.val_interval else share + 1e-9 >= progress.next_val
         if val_rows is not None and (due or share >= 1) and not stop:
             progress.next_val = 0.1 * (math.floor(share * 10 + 1e-6) + 1)
@@ -284,7 +291,7 @@ def train(run: Run, loss_fn: LossFn, train_rows, val_rows, tokenizer, save: Save
         progress.step += 1
         if weight == 0:
             progress.skipped += 1
-            progress.seconds = time.perf_counter() - clock
+            progress.seconds, stop = _agree(run, time.perf_counter() - clock, interrupt.asked)
             reporter.say(f"step {progress.step}: no token in the batch is to be learnt from; skipped")
             continue
 
@@ -313,15 +320,17 @@ def train(run: Run, loss_fn: LossFn, train_rows, val_rows, tokenizer, save: Save
                 f"at the data; the weights in {args.out_dir} are as they were"
             )
 
-        progress.seconds = time.perf_counter() - clock
+        progress.seconds, stop = _agree(run, time.perf_counter() - clock, interrupt.asked)
         reporter.step(progress, share, loss_value, norm_value, learning_rate, metrics)
         due = progress.step % args.save_interval == 0 if args.save_interval else False
-        if due or (not args.save_interval and progress.seconds - last_save > SAVE_SECONDS):
-            last_save = progress.seconds
+        if due or (not args.save_interval and progress.seconds - last_save > pause):
+            last_save, start = progress.seconds, time.perf_counter()
             try:
                 _save_resume(run, progress, engine)
             except checkpoint.CheckpointError as error:
                 reporter.say(f"warning: {error}")
+            seconds, _ = _agree(run, time.perf_counter() - start, False)
+            pause = max(SAVE_SECONDS, seconds / SAVE_SHARE)
 
     if stop:
         _save_resume(run, progress, engine)
@@ -377,11 +386,11 @@ def _total(run: Run, value: float | Tensor) -> float:
     return total.item()
 
 
-def _agree(run: Run, share: float, stop: bool) -> tuple[float, bool]:
+def _agree(run: Run, seconds: float, stop: bool) -> tuple[float, bool]:
     """Clocks and signals differ between processes; all follow the one that is furthest."""
     if run.world_size == 1:
-        return share, stop
-    both = torch.tensor([share, float(stop)], dtype=torch.float64, device=run.device)
+        return seconds, stop
+    both = torch.tensor([seconds, float(stop)], dtype=torch.float64, device=run.device)
     dist.all_reduce(both, op=dist.ReduceOp.MAX)
     return both[0].item(), bool(both[1])
 
