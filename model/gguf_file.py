@@ -84,8 +84,13 @@ def read_gguf(path: str | Path, config: MiniMindConfig) -> dict[str, Tensor]:
     return weights
 
 
-def save_gguf(path: str | Path, model: MiniMindLM, tokenizer_folder: str | Path, kind: str, name: str = "") -> None:
+def save_gguf(
+    path: str | Path, model: MiniMindLM, tokenizer_folder: str | Path, kind: str, name: str = "", thinks: bool = True
+) -> None:
     """Write a GGUF file, the matrices as `kind` (f32, f16, bf16, q8_0), norms and routers in fp32.
+
+    thinks: whether the model was trained to think; if not, the template leaves the switch out, as llama.cpp would
+    otherwise open every answer with <think>.
 
     CheckpointError for what llama.cpp does not have, or if writing fails; a file that was there is then kept."""
     import gguf
@@ -103,7 +108,7 @@ def save_gguf(path: str | Path, model: MiniMindLM, tokenizer_folder: str | Path,
         _write_shape(writer, c)
         writer.add_name(name or path.stem)
         writer.add_file_type(getattr(gguf.LlamaFileType, "ALL_F32" if kind == "f32" else f"MOSTLY_{kind.upper()}"))
-        _write_tokenizer(writer, tokenizer_folder, c)
+        _write_tokenizer(writer, tokenizer_folder, c, thinks)
         for key, w in _tensors(model).items():
             exact = w.ndim == 1 or "ffn_gate_inp" in key
             stored = "f32" if exact else "f16" if kind == "q8_0" and w.shape[-1] % 32 else kind  # q8_0: blocks of 32
@@ -151,7 +156,7 @@ def _write_shape(writer, c: MiniMindConfig) -> None:
             writer.add_rope_scaling_yarn_beta_slow(c.rope_scaling["beta_slow"])
 
 
-def _write_tokenizer(writer, folder: Path, c: MiniMindConfig) -> None:
+def _write_tokenizer(writer, folder: Path, c: MiniMindConfig, thinks: bool) -> None:
     from gguf import TokenType
 
     if not (folder / "tokenizer.json").exists():
@@ -185,7 +190,7 @@ def _write_tokenizer(writer, folder: Path, c: MiniMindConfig) -> None:
     template = read_json(folder / "tokenizer_config.json").get("chat_template")
     template = separate.read_text(encoding="utf-8") if separate.exists() else template
     if template:
-        writer.add_chat_template(template)
+        writer.add_chat_template(template if thinks else "{%- set enable_thinking = none -%}\n" + template)
 
 
 # ------------------------------------------------------------------------------------------------ llama.cpp

@@ -213,7 +213,7 @@ def to_hf(args, staged: Path, model: MiniMindLM, meta: dict, prompts: list) -> N
 
 def to_gguf(args, staged: Path, model: MiniMindLM, meta: dict, prompts: list) -> None:
     kind = GGUF_DTYPES[args.dtype]
-    save_gguf(staged, model, args.tokenizer, kind, args.dest.stem)
+    save_gguf(staged, model, args.tokenizer, kind, args.dest.stem, thinks=meta.get("stage", "reason") == "reason")
     stored = with_weights(model, read_gguf(staged, model.config))
     print(with_ours(f"rounding to {kind}, for information", model, stored, prompts))
     for name, w in base_state_dict(model).items():

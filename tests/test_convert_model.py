@@ -97,6 +97,14 @@ def test_llama_cpp_splits_and_renders_the_same(saved, tmp_path):
             assert engine.tokenize(text) == ours.encode(text).ids
 
 
+@pytest.mark.parametrize("thinks", [True, False])
+def test_llama_cpp_opens_a_thought_only_for_models_that_think(saved, tmp_path, thinks):
+    pytest.importorskip("xllamacpp")
+    gguf_file.save_gguf(tmp_path / "a.gguf", saved(), TOKENIZER_DIR, "f16", thinks=thinks)
+    with gguf_file.LlamaCpp(tmp_path / "a.gguf") as engine:
+        assert engine.render(CHAT[:2]).endswith("<|im_start|>assistant\n" + "<think>\n" * thinks)
+
+
 def test_what_does_not_agree_is_not_left_behind(saved, convert, tmp_path, monkeypatch):
     saved()
     monkeypatch.setattr(gguf_file, "pair_rotation", lambda w, head_dim: w)  # the trap: llama's rows as they are
