@@ -5,6 +5,7 @@
 // all arithmetic is fp32. Every sum runs in one order whatever the number of rows, so that a row's logits are the
 // same bits alone and in a batch.
 
+#include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <cstdint>
@@ -73,57 +74,81 @@ struct Barrier {
 enum Kind { FP32, BF16, INT8, INT4 };
 struct Matrix { const void* data; const float* scale; int64_t rows, cols, kind; };  // (rows, cols), row-major
 
-// 32 weights of a row, from column k; those of int8 still without their scale.
-template <int KIND> static inline void weights(const Matrix& m, int64_t row, int64_t k, f8 w[4]) {
+// 8 weights of a row, the i-th of the four eights from column k; those of int8 still without their scale.
+template <int KIND> static inline f8 weights(const Matrix& m, int64_t row, int64_t k, int i) {
     const int64_t at = row * m.cols + k;
-    if (KIND == INT4) {  // a byte holds columns c and c + 8 of 16, each plus 8
-        f8 scale = m.scale[at / 32] - f8{};
-#pragma GCC unroll 2
-        for (int i = 0; i < 2; i++) {
-            i8 pairs = load_ints((const uint8_t*)m.data + at / 2 + 8 * i);
-            w[2 * i] = __builtin_convertvector((pairs & 15) - 8, f8) * scale;
-            w[2 * i + 1] = __builtin_convertvector((pairs >> 4) - 8, f8) * scale;
-        }
-        return;
-    }
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; i++) {
-        if (KIND == FP32) w[i] = load((const float*)m.data + at + 8 * i);
-        if (KIND == BF16) w[i] = (f8)(load_ints((const uint16_t*)m.data + at + 8 * i) << 16);
-        if (KIND == INT8) w[i] = __builtin_convertvector(load_ints((const int8_t*)m.data + at + 8 * i), f8);
-    }
+    if (KIND == FP32) return load((const float*)m.data + at + 8 * i);
+    if (KIND == BF16) return (f8)(load_ints((const uint16_t*)m.data + at + 8 * i) << 16);
+    if (KIND == INT8) return __builtin_convertvector(load_ints((const int8_t*)m.data + at + 8 * i), f8);
+    i8 pairs = load_ints((const uint8_t*)m.data + at / 2 + i / 2 * 8);  // a byte holds columns c and c + 8 of 16
+    return __builtin_convertvector((i % 2 ? pairs >> 4 : pairs & 15) - 8, f8) * m.scale[at / 32];
 }
 
-// y[r] = row n of the matrix times x[r], for R rows of x. Four sums for each keep the multipliers busy, and 12 fit the
-// registers. One row after the other is what the memory reads fastest.
-template <int KIND, int R> static inline void dot(const Matrix& m, int64_t n, const float* x, float* y, int64_t y_stride) {
-    const int64_t bytes = KIND == FP32 ? 128 : KIND == BF16 ? 64 : KIND == INT8 ? 32 : 16;  // of 32 weights
-    f8 acc[R][4] = {};
+// Where the weights of a row from column k lie.
+template <int KIND> static inline const char* address(const Matrix& m, int64_t row, int64_t k) {
+    const uint64_t at = row * m.cols + k;
+    return (const char*)m.data + (KIND == FP32 ? 4 * at : KIND == BF16 ? 2 * at : KIND == INT8 ? at : at / 2);
+}
+
+// Row n times one row of x. Four sums keep the multipliers busy, and memory is read fastest in its own order.
+template <int KIND> static inline float dot(const Matrix& m, int64_t n, const float* x) {
+    f8 acc[4] = {};
     for (int64_t k = 0; k < m.cols; k += 32) {
-        f8 w[4];
-        weights<KIND>(m, n, k, w);
-        __builtin_prefetch((const char*)m.data + (n * m.cols + k) / 32 * bytes + 1024);
+        __builtin_prefetch(address<KIND>(m, n, k) + 1024);
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; i++) acc[i] += weights<KIND>(m, n, k, i) * load(x + k + 8 * i);
+    }
+    return sum((acc[0] + acc[1]) + (acc[2] + acc[3])) * (KIND == INT8 ? m.scale[n] : 1.0f);
+}
+
+// N rows of the matrix times R rows of x: what is loaded once is used R and N times. The four sums of dot() are made
+// one after the other, because 12 fit the registers.
+template <int KIND, int N, int R> static inline void tile(const Matrix& m, int64_t n, const float* x, float* y) {
+    f8 half[2][N][R];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+        f8 acc[N][R] = {};
+        for (int64_t k = 0; k < m.cols; k += 32) {
+            __builtin_prefetch(address<KIND>(m, n + 4 + i, k));
+            f8 in[R];
+#pragma GCC unroll 4
+            for (int r = 0; r < R; r++) in[r] = load(x + r * m.cols + k + 8 * i);
+#pragma GCC unroll 4
+            for (int j = 0; j < N; j++) {
+                f8 w = weights<KIND>(m, n + j, k, i);
+#pragma GCC unroll 4
+                for (int r = 0; r < R; r++) acc[j][r] += w * in[r];
+            }
+        }
+#pragma GCC unroll 4
+        for (int j = 0; j < N; j++)
+#pragma GCC unroll 4
+            for (int r = 0; r < R; r++) half[i / 2][j][r] = i % 2 ? half[i / 2][j][r] + acc[j][r] : acc[j][r];
+    }
+#pragma GCC unroll 4
+    for (int j = 0; j < N; j++)
 #pragma GCC unroll 4
         for (int r = 0; r < R; r++)
-#pragma GCC unroll 4
-            for (int i = 0; i < 4; i++) acc[r][i] += w[i] * load(x + r * m.cols + k + 8 * i);
-    }
-    const float scale = KIND == INT8 ? m.scale[n] : 1.0f;
-#pragma GCC unroll 4
-    for (int r = 0; r < R; r++) y[r * y_stride] = sum((acc[r][0] + acc[r][1]) + (acc[r][2] + acc[r][3])) * scale;
+            y[r * m.rows + n + j] = sum(half[0][j][r] + half[1][j][r]) * (KIND == INT8 ? m.scale[n + j] : 1.0f);
 }
 
 template <int KIND> static void multiply(const Matrix& m, int64_t begin, int64_t end, const float* x, float* y, int B) {
-    for (int64_t block = begin; block < end; block += 8)  // whose weights stay in the nearest cache
+    if (B == 1) {
+        for (int64_t n = begin; n < end; n++) y[n] = dot<KIND>(m, n, x);
+        return;
+    }
+    for (int64_t n = begin; n < end; n += 4)
         for (int b = 0, rows; b < B; b += rows) {
-            rows = B - b == 4 ? 2 : B - b < 3 ? B - b : 3;
-            for (int64_t n = block; n < block + 8; n++) {
-                const float* in = x + b * m.cols;
-                float* out = y + b * m.rows + n;
-                if (rows == 3) dot<KIND, 3>(m, n, in, out, m.rows);
-                else if (rows == 2) dot<KIND, 2>(m, n, in, out, m.rows);
-                else dot<KIND, 1>(m, n, in, out, m.rows);
-            }
+            const int left = B - b;
+            const float* in = x + b * m.cols;
+            float* out = y + b * m.rows;
+            rows = left == 3 || left == 5 || left == 6 ? 3 : std::min(left, 4);
+            if (rows == 4) {
+                tile<KIND, 2, 4>(m, n, in, out);
+                tile<KIND, 2, 4>(m, n + 2, in, out);
+            } else if (rows == 3) tile<KIND, 4, 3>(m, n, in, out);
+            else if (rows == 2) tile<KIND, 4, 2>(m, n, in, out);
+            else tile<KIND, 4, 1>(m, n, in, out);
         }
 }
 
@@ -147,11 +172,11 @@ static void linear(const Matrix& m, const float* x, float* y, int B) {
 }
 
 template <int KIND> static void embed_as(const Matrix& m, int64_t token, float* x) {
-    for (int64_t k = 0; k < m.cols; k += 32) {
-        f8 w[4];
-        weights<KIND>(m, token, k, w);
-        for (int i = 0; i < 4; i++) store(x + k + 8 * i, KIND == INT8 ? w[i] * m.scale[token] : w[i]);
-    }
+    for (int64_t k = 0; k < m.cols; k += 32)
+        for (int i = 0; i < 4; i++) {
+            f8 w = weights<KIND>(m, token, k, i);
+            store(x + k + 8 * i, KIND == INT8 ? w * m.scale[token] : w);
+        }
 }
 
 static void embed(const Matrix& m, int64_t token, float* x) {
@@ -193,32 +218,42 @@ static void rotate(float* x, const float* cos, const float* sin, int64_t half) {
     }
 }
 
-// One query head against n keys: y (D) = softmax(q k^T / sqrt(D)) v.
+// N vectors of the mean of n values (D floats apart), each weighted by its p.
+template <int N> static inline void mix(const float* p, const float* values, int64_t n, int64_t D, float inverse, float* y) {
+    f8 acc[N] = {};
+    for (int64_t j = 0; j < n; j++)
+#pragma GCC unroll 8
+        for (int i = 0; i < N; i++) acc[i] += p[j] * load(values + j * D + 8 * i);
+    for (int i = 0; i < N; i++) store(y + 8 * i, acc[i] * inverse);
+}
+
+// One query head against n keys: y (D) = softmax(q k^T / sqrt(D)) v. Eight sums at once keep the multipliers busy.
 static void attend(const float* q, const float* keys, const float* values, int64_t n, int64_t D, float* scores, float* y) {
     float largest = -INFINITY, scale = 1.0f / std::sqrt((float)D);
-    for (int64_t j = 0; j < n; j++) {
-        f8 acc = {};
-        for (int64_t d = 0; d < D; d += 8) acc += load(q + d) * load(keys + j * D + d);
-        scores[j] = sum(acc) * scale;
-        largest = std::fmax(largest, scores[j]);
+    for (int64_t j = 0; j < n; j += 8) {
+        const float* key[8];
+        for (int i = 0; i < 8; i++) key[i] = keys + std::min(j + i, n - 1) * D;  // past the end: any that there is
+        f8 acc[8] = {};
+        for (int64_t d = 0; d < D; d += 8) {
+            f8 query = load(q + d);
+#pragma GCC unroll 8
+            for (int i = 0; i < 8; i++) acc[i] += query * load(key[i] + d);
+        }
+        for (int i = 0; i < 8; i++) {
+            scores[j + i] = j + i < n ? sum(acc[i]) * scale : -INFINITY;
+            largest = std::fmax(largest, scores[j + i]);
+        }
     }
-    for (int64_t j = n; j < (n + 7) / 8 * 8; j++) scores[j] = -INFINITY;
     f8 total = {};
     for (int64_t j = 0; j < n; j += 8) {
         f8 p = exp(load(scores + j) - largest);
         store(scores + j, p);
         total += p;
     }
-    float inverse = 1.0f / sum(total);
-    for (int64_t d = 0; d < D; d += 16) {
-        f8 low = {}, high = {};
-        for (int64_t j = 0; j < n; j++) {
-            low += scores[j] * load(values + j * D + d);
-            high += scores[j] * load(values + j * D + d + 8);
-        }
-        store(y + d, low * inverse);
-        store(y + d + 8, high * inverse);
-    }
+    const float inverse = 1.0f / sum(total);
+    int64_t d = 0;
+    for (; d + 64 <= D; d += 64) mix<8>(scores, values + d, n, D, inverse, y + d);
+    for (; d < D; d += 16) mix<2>(scores, values + d, n, D, inverse, y + d);
 }
 
 static void add_product(const Matrix& m, const float* x, float* product, float* residual, int B) {
@@ -232,7 +267,7 @@ static void add_product(const Matrix& m, const float* x, float* product, float* 
 // Floats of scratch memory that step() needs.
 extern "C" int64_t scratch_size(const Model* m, int64_t B, int64_t longest, int64_t threads) {
     int64_t D = m->head_dim, widest = m->heads * D + 2 * m->kv_heads * D;
-    return B * (2 * m->hidden + widest + m->heads * D + 2 * m->intermediate + D) + threads * (longest + 16 + B * m->hidden);
+    return B * (2 * m->hidden + widest + m->heads * D + 2 * m->intermediate + D) + threads * (longest / 8 * 8 + 16 + B * m->hidden);
 }
 
 // tokens, positions (B,): the new tokens and where they stand; row b works on slot b of the cache. logits (B, vocab).
@@ -249,8 +284,8 @@ extern "C" void step(const Model* m, Cache cache, const int64_t* tokens, const i
     {
         const int64_t id = omp_get_thread_num(), team = omp_get_num_threads();
         const Range mine = share(I);
-        float* scores = own + id * (longest + 16 + B * H);
-        float* normed = scores + longest + 16;  // by each thread for itself: cheaper than to wait for another
+        float* scores = own + id * (longest / 8 * 8 + 16 + B * H);
+        float* normed = scores + longest / 8 * 8 + 16;  // by each thread for itself: cheaper than to wait for another
         for (int64_t b = id; b < B; b += team) {
             embed(m->embedding, tokens[b], x + b * H);
             for (int64_t i = 0; i < D / 2; i++) {
