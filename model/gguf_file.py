@@ -199,9 +199,10 @@ def _write_tokenizer(writer, folder: Path, c: MiniMindConfig, thinks: bool) -> N
 class LlamaCpp:
     """llama.cpp's own server in this process, on a free port of the loopback: `with LlamaCpp(path) as engine: ...`
 
-    Of the wheel `xllamacpp` (ImportError where it is missing). CheckpointError if llama.cpp does not take the file."""
+    Of the wheel `xllamacpp` (ImportError where it is missing). CheckpointError if llama.cpp does not take the file.
+    exact: keys, values and attention in fp32, which its default of fp16 would make the largest difference."""
 
-    def __init__(self, path: str | Path, threads: int = 1, context: int = 1024):
+    def __init__(self, path: str | Path, threads: int = 1, context: int = 1024, exact: bool = True):
         import xllamacpp
 
         params = xllamacpp.CommonParams()
@@ -210,9 +211,9 @@ class LlamaCpp:
         params.n_ctx, params.n_parallel, params.n_gpu_layers = context, 1, 0
         params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
         params.verbosity, params.warmup, params.ui = 0, False, False
-        # The defaults, a cache and an attention kernel in fp16, would be the largest difference.
-        params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
-        params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+        if exact:
+            params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+            params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
         try:
             self.server = xllamacpp.Server(params)
         except RuntimeError as error:

@@ -13,6 +13,7 @@ quality: bits per byte of texts in fp32, bf16, int8 and int4.
 """
 
 import argparse
+import importlib.util
 import json
 import math
 import resource
@@ -31,6 +32,7 @@ from dataset.chat import PAD_ID, TOKENIZER_DIR, load_tokenizer
 from model import checkpoint
 from model.cpu_step import CpuStep
 from model.generation import Engine, SamplingParams
+from model.gguf_file import LlamaCpp, save_gguf
 from model.model import PRESETS, MiniMindLM
 from model.quantization import FORMATS, quantize, weight_bytes
 from trainer import cli, speed, trainer
@@ -156,12 +158,27 @@ def transformers_speed(model: MiniMindLM, prompts: list[list[int]], args: argpar
     return args.batch * args.new_tokens / min(times[1:])
 
 
+def llama_cpp_speed(model: MiniMindLM, prompts: list[list[int]], args: argparse.Namespace) -> float | None:
+    """Tokens per second of llama.cpp on the same weights as F32, BF16 or Q8_0, by its own account, prefill left out;
+    the best of --repeat. None where it has no such weights, for more than one prompt, or if it is not installed."""
+    kind = {None: "f32", "bf16": "bf16", "int8": "q8_0"}.get(args.quantize)
+    if kind is None or args.batch > 1 or importlib.util.find_spec("xllamacpp") is None:
+        return None
+    request = {"prompt": prompts[0], "n_predict": args.new_tokens, "temperature": 0, "ignore_eos": True}
+    with tempfile.TemporaryDirectory() as folder:
+        save_gguf(f"{folder}/model.gguf", model, TOKENIZER_DIR, kind)
+        with LlamaCpp(f"{folder}/model.gguf", threads=torch.get_num_threads(), exact=False) as engine:
+            answers = [engine.post("/completion", request | {"cache_prompt": False}) for _ in range(args.repeat)]
+    return max(answer["timings"]["predicted_per_second"] for answer in answers)
+
+
 def benchmark_decode(args: argparse.Namespace) -> dict:
     model = load_model(args)
     generator = torch.Generator().manual_seed(0)
     prompts = torch.randint(16, model.config.vocab_size, (args.batch, args.prompt_len), generator=generator).tolist()
     long = torch.randint(16, model.config.vocab_size, (512,), generator=generator).tolist()
     theirs = transformers_speed(model, prompts, args) if args.compare else None
+    llama = llama_cpp_speed(model, prompts, args) if args.compare else None
     parameters = model.num_parameters()
     if args.quantize:
         quantize(model, args.quantize)
@@ -199,6 +216,7 @@ def benchmark_decode(args: argparse.Namespace) -> dict:
         "bandwidth_gb_per_second": round(bandwidth / 1e9, 1), "share_of_bandwidth": round(used / bandwidth, 3),
         "compile_seconds": round(compiled, 2), "peak_rss_mb": round(peak_rss_mb()),
         "transformers_tokens_per_second": theirs and round(theirs, 1), "ratio": theirs and round(speed_ / theirs, 2),
+        "llama_cpp_tokens_per_second": llama and round(llama, 1),
         "torch": torch.__version__, "threads": torch.get_num_threads(),
     }  # fmt: skip
 
@@ -265,7 +283,7 @@ def main() -> None:
     add("--repeat", type=int, default=3)
     add("--quantize", choices=list(FORMATS), help="how the weights lie in memory (default: fp32)")
     add("--compile", type=int, choices=(0, 1), default=1, help="0 = torch's operations alone")
-    add("--compare", type=int, choices=(0, 1), default=0, help="1 = transformers' generate too, in fp32")
+    add("--compare", type=int, choices=(0, 1), default=0, help="1 = transformers (in fp32) and llama.cpp too")
     decode.set_defaults(function=benchmark_decode)
 
     quality = commands.add_parser("quality", help="bits per byte of quantised weights")
