@@ -30,9 +30,10 @@ def filled_cache(model: MiniMindLM, lengths: list[int]) -> tuple[KVCache, torch.
 @torch.inference_mode()
 @pytest.mark.parametrize("kind", [None, *FORMATS])
 @pytest.mark.parametrize(
-    "changes", [{}, dict(qk_norm=True, num_key_value_heads=4), dict(rope_scaling=YARN, num_attention_heads=2)],
-    ids=["llama", "qwen3", "yarn"],
-)  # fmt: skip
+    "changes",
+    [{}, dict(qk_norm=True, num_key_value_heads=4), dict(rope_scaling=YARN, num_attention_heads=2), dict(head_dim=80)],
+    ids=["llama", "qwen3", "yarn", "wide heads"],
+)
 def test_logits_and_cache_equal_torchs(tiny, kind, changes):
     model = tiny(**changes)
     if kind:
