@@ -98,9 +98,9 @@ class Running:
 
 
 @contextmanager
-def running(weights: Path, *options: str):
+def running(weights: Path, *options: str, prefix: tuple[str, ...] = ()):
     command = [sys.executable, str(ROOT / "serve_openai_api.py"), "--out_dir", str(weights), "--port", "0", *options]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen([*prefix, *command], stderr=subprocess.PIPE, text=True)
     try:
         yield Running(process)
     finally:
@@ -523,6 +523,59 @@ def test_a_thousand_connections_and_slow_readers_do_not_hold_up_others(server):
     for s in (*idle, *slow):
         s.close()
     assert server.client.models.list().data
+
+
+def closed(s: socket.socket) -> bool:
+    """Whether the server ends this connection within 20 s; what it sent before is thrown away."""
+    s.settimeout(20)
+    try:
+        while s.recv(1 << 16):
+            pass
+    except ConnectionResetError:
+        pass
+    except TimeoutError:
+        return False
+    return True
+
+
+@pytest.mark.slow
+def test_connections_that_ask_for_nothing_or_read_nothing_are_closed(weights):
+    """In a process that may at first have fewer open files than there are connections."""
+    few_files = ("bash", "-c", 'ulimit -Sn 200; exec "$@"', "-")
+    with running(weights, "--idle_timeout", "2", "--max_seq_len", "8192", prefix=few_files) as server:
+        begin = time.monotonic()
+        silent = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(500)]
+        for s in silent[:100]:
+            s.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n")  # and the header does not end
+        again = silent[100]  # a whole request, and then half of one
+        again.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\nGET /hea")
+        assert server.chat().status_code == 200
+        assert time.monotonic() < begin + 2, "too slow to tell: the connections may have been closed already"
+        assert all(map(closed, silent))
+        with socket.create_connection(("127.0.0.1", server.port)) as patient:  # as long as its answers take
+            begin = time.monotonic()
+            for tokens in (4000, 1):
+                patient.sendall(raw_request({"max_tokens": tokens}))
+                assert patient.recv(12) == b"HTTP/1.1 200" and time.monotonic() > begin + 2
+                while not patient.recv(1 << 20).endswith(b"}"):
+                    pass
+
+        # A second answer, to a client that reads nothing of it: whatever the kernel keeps, the server lets go.
+        files = Path(f"/proc/{server.process.pid}/fd")
+        if not files.exists():
+            pytest.skip("whether a connection is open can only be seen in Linux' /proc")
+        before = len(list(files.iterdir()))
+        unread = socket.socket()
+        unread.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
+        unread.connect(("127.0.0.1", server.port))
+        unread.sendall(raw_request({"stream": True, "n": 16, "max_tokens": 2000, "logprobs": True, "top_logprobs": 20}))
+        server.wait_for("running_sequences", 16)
+        assert len(list(files.iterdir())) > before
+        end = time.monotonic() + 20
+        while len(list(files.iterdir())) > before:
+            assert time.monotonic() < end, "nobody reads, and the connection stays"
+        server.wait_for("running_sequences", 0)
+        assert server.chat().status_code == 200
 
 
 def test_a_server_with_a_key_and_narrow_limits(weights):
