@@ -92,7 +92,7 @@ class Running:
         return float(re.search(rf"^minimind_{name} (\S+)$", text, re.M)[1])
 
     def wait_for(self, name: str, value: float) -> None:
-        end = time.monotonic() + 20
+        end = time.monotonic() + 60
         while self.metric(name) != value:
             assert time.monotonic() < end, f"{name} is {self.metric(name)}, not {value}"
 
@@ -560,19 +560,18 @@ def test_connections_that_ask_for_nothing_or_read_nothing_are_closed(weights):
                 while not patient.recv(1 << 20).endswith(b"}"):
                     pass
 
-        # A second answer, to a client that reads nothing of it: whatever the kernel keeps, the server lets go.
-        files = Path(f"/proc/{server.process.pid}/fd")
-        if not files.exists():
-            pytest.skip("whether a connection is open can only be seen in Linux' /proc")
-        before = len(list(files.iterdir()))
+        # A client that reads nothing: whatever the system still has for it, the server lets go.
+        if not Path("/proc/net/tcp").exists():
+            pytest.skip("whether a process holds a connection can only be seen in Linux' /proc")
         unread = socket.socket()
         unread.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
         unread.connect(("127.0.0.1", server.port))
         unread.sendall(raw_request({"stream": True, "n": 16, "max_tokens": 2000, "logprobs": True, "top_logprobs": 20}))
         server.wait_for("running_sequences", 16)
-        assert len(list(files.iterdir())) > before
+        established = rf":{server.port:04X} \S+:{unread.getsockname()[1]:04X} 01 "
+        assert re.search(established, Path("/proc/net/tcp").read_text())
         end = time.monotonic() + 20
-        while len(list(files.iterdir())) > before:
+        while re.search(established, Path("/proc/net/tcp").read_text()):
             assert time.monotonic() < end, "nobody reads, and the connection stays"
         server.wait_for("running_sequences", 0)
         assert server.chat().status_code == 200
