@@ -29,6 +29,7 @@ from fastapi.responses import FileResponse, JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect
 
 from dataset.tools import SCHEMAS, run_tool
 from model.chatbot import (
@@ -141,7 +142,8 @@ def build_app(service: Service, runner: Runner, args: argparse.Namespace) -> Fas
         return JSONResponse(ApiError(error.status_code, text).body(), error.status_code, error.headers)
 
     @app.exception_handler(ClientGone)
-    async def gone(request: Request, error: ClientGone) -> Response:
+    @app.exception_handler(ClientDisconnect)  # in the middle of its request
+    async def gone(request: Request, error: Exception) -> Response:
         return Response(status_code=499)  # which nobody reads
 
     @app.exception_handler(Exception)

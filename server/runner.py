@@ -18,6 +18,8 @@ from model.generation import Engine, Event, SamplingParams
 from server.answers import ChatAnswer, TextAnswer
 from server.errors import ApiError
 
+BATCH = 256  # updates: all that a slow reader has missed would take the event loop a second to write
+
 
 class Logprob(NamedTuple):
     token: int
@@ -67,10 +69,12 @@ class Job:
         self._some.set()
 
     async def updates(self) -> list[Update]:
-        """Waits for at least one; all there are, so that a slow reader or a busy machine gets them in one piece."""
+        """Waits for at least one; all there are, so that a slow reader or a busy machine gets them in one piece, but no
+        more than BATCH."""
         await self._some.wait()
-        self._some.clear()
-        new, self._new = self._new, []
+        new, self._new = self._new[:BATCH], self._new[BATCH:]
+        if not self._new:
+            self._some.clear()
         return new
 
 
