@@ -228,7 +228,9 @@ def build_app(service: Service, runner: Runner, args: argparse.Namespace) -> Fas
             return EventStream(events(reply, job, begin), seconds, finish)
         try:
             updates = await until_gone(http.receive, all_updates(job, begin), seconds)
-            return Response(json.dumps(reply.whole(updates), ensure_ascii=False), media_type="application/json")
+            # In a thread: that of many choices with log-probabilities takes a second.
+            content = await asyncio.to_thread(lambda: json.dumps(reply.whole(updates), ensure_ascii=False))
+            return Response(content, media_type="application/json")
         except TimeoutError:
             text = f"the answer was not complete after {args.timeout:g} seconds"
             raise ApiError(504, text, code="timeout") from None

@@ -2,7 +2,7 @@
 
 runner = Runner(engine, stop_ids, max_waiting=64); runner.start(loop)
 job = Job([Choice(prompt, params, answer)], adapter=None)
-runner.submit(job)                       # Overloaded, Draining
+runner.submit(job)                       # may raise Overloaded
 for update in await job.updates(): ...   # as they come; runner.cancel(job) frees its slots at any time
 """
 
@@ -91,9 +91,7 @@ class Runner:
     max_waiting: int  # choices that may wait for a slot
     pending: int = 0  # choices submitted and not yet ended
     _commands: queue.SimpleQueue = field(default_factory=queue.SimpleQueue)
-    _running: dict[int, tuple[Job, int]] = field(
-        default_factory=dict
-    )  # engine's number -> job and choice; the thread's
+    _running: dict[int, tuple[Job, int]] = field(default_factory=dict)  # the thread's: by the engine's numbers
     _active: set[Job] = field(default_factory=set)  # the event loop's
 
     def start(self, loop: asyncio.AbstractEventLoop) -> None:

@@ -14,9 +14,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from server.errors import ApiError
 
-DISCARD = (
-    64 << 20
-)  # bytes of a body that is too large are read up to here, as most clients hear nothing while they send
+DISCARD = 64 << 20  # bytes of a too large body that are read nevertheless: most clients hear nothing while they send
 LAST_WORDS = 1.0  # seconds to tell a client that its time is up
 
 
@@ -86,9 +84,8 @@ async def read_limited(request: Request, limit: int, seconds: float) -> bytes:
     try:
         body, size = await asyncio.wait_for(_read(request, limit, size), seconds)
     except asyncio.TimeoutError:
-        raise ApiError(
-            408, f"the body did not come within {seconds:g} seconds", headers={"Connection": "close"}
-        ) from None
+        text = f"the body did not come within {seconds:g} seconds"
+        raise ApiError(408, text, headers={"Connection": "close"}) from None
     if size > limit:
         text = f"the body has {size} bytes or more; at most {limit} are allowed"
         raise ApiError(413, text, code="request_too_large", headers={"Connection": "close"})
@@ -172,9 +169,7 @@ class Metrics:
         self.first_token = Histogram("minimind_first_token_seconds", "Time to the first token", **own)
         self.prompt_tokens = Counter("minimind_prompt_tokens", "Tokens of prompts", **own)
         self.generated_tokens = Counter("minimind_generated_tokens", "Tokens generated", **own)
-        self.cancelled = Counter(
-            "minimind_cancelled_requests", "Requests whose client went away, or whose time was up", **own
-        )
+        self.cancelled = Counter("minimind_cancelled_requests", "Requests cut off: client gone or time up", **own)
 
     def gauge(self, name: str, text: str, value: Callable[[], float]) -> None:
         Gauge(f"minimind_{name}", text, registry=self.registry).set_function(value)
