@@ -29,6 +29,7 @@ from fastapi.responses import FileResponse, JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect
 
 from dataset.tools import SCHEMAS, run_tool
 from model.chatbot import (
@@ -48,7 +49,7 @@ from server.replies import ChatReply, CompletionReply, Reply
 from server.runner import Job, Overloaded, Runner, Update
 from server.schemas import read_json
 from server.service import Service, Settings
-from server.web import ClientGone, EventStream, Metrics, read_limited, sse, until_gone
+from server.web import ClientGone, Connection, EventStream, Metrics, read_limited, sse, until_gone
 from trainer import cli, trainer
 from trainer.arguments import ArgumentParser
 
@@ -81,6 +82,8 @@ def arguments() -> argparse.Namespace:
     add("--slots", type=int, default=32, help="answers generated at the same time (default: 32)")
     add("--max_queue", type=int, default=64, help="answers that may wait for a slot; more get 429 (default: 64)")
     add("--timeout", type=float, default=300, help="seconds for a request, waiting included (default: 300)")
+    add("--idle_timeout", type=float, default=30, help="seconds until a client is dropped that neither asks nor reads "
+        "what it is answered (default: 30)")  # fmt: skip
     add("--max_body_mb", type=float, default=4, help="size of a request (default: 4)")
 
     add = parser.add_argument_group("machine").add_argument
@@ -89,7 +92,8 @@ def arguments() -> argparse.Namespace:
     args = parser.parse_args()
 
     check_model_arguments(parser, args)
-    for name, low in {"slots": 1, "max_queue": 0, "timeout": 0, "max_body_mb": 0, "max_prompt_tokens": 1}.items():
+    least = {"slots": 1, "max_queue": 0, "timeout": 0, "idle_timeout": 0, "max_body_mb": 0, "max_prompt_tokens": 1}
+    for name, low in least.items():
         value = getattr(args, name)
         if value is not None and not low <= value < float("inf"):
             parser.error(f"--{name} {value}: must be at least {low}")
@@ -138,7 +142,8 @@ def build_app(service: Service, runner: Runner, args: argparse.Namespace) -> Fas
         return JSONResponse(ApiError(error.status_code, text).body(), error.status_code, error.headers)
 
     @app.exception_handler(ClientGone)
-    async def gone(request: Request, error: ClientGone) -> Response:
+    @app.exception_handler(ClientDisconnect)  # in the middle of its request
+    async def gone(request: Request, error: Exception) -> Response:
         return Response(status_code=499)  # which nobody reads
 
     @app.exception_handler(Exception)
@@ -223,7 +228,9 @@ def build_app(service: Service, runner: Runner, args: argparse.Namespace) -> Fas
             return EventStream(events(reply, job, begin), seconds, finish)
         try:
             updates = await until_gone(http.receive, all_updates(job, begin), seconds)
-            return Response(json.dumps(reply.whole(updates), ensure_ascii=False), media_type="application/json")
+            # In a thread: that of many choices with log-probabilities takes a second.
+            content = await asyncio.to_thread(lambda: json.dumps(reply.whole(updates), ensure_ascii=False))
+            return Response(content, media_type="application/json")
         except TimeoutError:
             text = f"the answer was not complete after {args.timeout:g} seconds"
             raise ApiError(504, text, code="timeout") from None
@@ -300,6 +307,16 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
+def allow_many_files() -> None:
+    """Each connection is an open file, and many systems give a process 256 or 1024 of them until it asks for more."""
+    if os.name == "posix":
+        import resource
+
+        now, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        wanted = 10_000 if most == resource.RLIM_INFINITY else min(most, 10_000)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(now, wanted), most))
+
+
 def main() -> None:
     args = arguments()
     bot = load_chatbot(args, trainer.find_device(args.device), cli.DTYPES.get(args.dtype), **load_options(args))
@@ -318,8 +335,9 @@ def main() -> None:
     app = build_app(service, runner, args)
     config = uvicorn.Config(
         app, args.host, args.port, log_level="warning", access_log=False, server_header=False,
-        timeout_graceful_shutdown=5, ws="none",
+        http=Connection, timeout_keep_alive=args.idle_timeout, timeout_graceful_shutdown=5, ws="none",
     )  # fmt: skip
+    allow_many_files()
     print(f"{bot.title}\nmodels: {', '.join(service.models)}", file=sys.stderr)
     if not is_loopback(args.host) and not args.api_key:
         print(f"warning: --host {args.host} lets everybody in who can reach this machine: --api_key", file=sys.stderr)

@@ -1,7 +1,7 @@
 """What OpenAI's clients expect back: whole answers and chunks of streams, for chats and for completions.
 
 reply = ChatReply(request, job, tokenizer)
-reply.opening(), reply.chunk(update), reply.usage_chunk()      # dicts, one for each server-sent event
+reply.opening(), reply.chunks(update), reply.usage_chunk()     # dicts, one for each server-sent event
 reply.whole(updates)
 """
 
@@ -30,7 +30,7 @@ class Reply:
     def envelope(self, kind: str, choices: list[dict]) -> dict:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.request.model, "choices": choices}
 
-    def events(self, choices: list[dict]) -> dict:
+    def chunk(self, choices: list[dict]) -> dict:
         chunk = self.envelope(self.objects[1], choices)
         return chunk | {"usage": None} if self.with_usage else chunk
 
@@ -70,7 +70,7 @@ class ChatReply(Reply):
         return chunks
 
     def _chunk(self, choice: int, delta: dict, reason: str | None = None) -> dict:
-        return self.events([{"index": choice, "delta": delta, "logprobs": None, "finish_reason": reason}])
+        return self.chunk([{"index": choice, "delta": delta, "logprobs": None, "finish_reason": reason}])
 
     def _finish_reason(self, update: Update) -> str:
         called = self.job.choices[update.choice].answer.calls
@@ -137,7 +137,7 @@ class CompletionReply(Reply):
         return [self._chunk(update.choice, text, logprobs, update.finish_reason)]
 
     def _chunk(self, choice: int, text: str, logprobs: dict | None = None, reason: str | None = None) -> dict:
-        return self.events([{"index": choice, "text": text, "logprobs": logprobs, "finish_reason": reason}])
+        return self.chunk([{"index": choice, "text": text, "logprobs": logprobs, "finish_reason": reason}])
 
     def _text(self, update: Update) -> str:
         return "".join(delta["text"] for delta in update.deltas)

@@ -2,7 +2,7 @@
 
 runner = Runner(engine, stop_ids, max_waiting=64); runner.start(loop)
 job = Job([Choice(prompt, params, answer)], adapter=None)
-runner.submit(job)                       # Overloaded, Draining
+runner.submit(job)                       # may raise Overloaded
 for update in await job.updates(): ...   # as they come; runner.cancel(job) frees its slots at any time
 """
 
@@ -17,6 +17,8 @@ from typing import NamedTuple
 from model.generation import Engine, Event, SamplingParams
 from server.answers import ChatAnswer, TextAnswer
 from server.errors import ApiError
+
+BATCH = 256  # updates: all that a slow reader has missed would take the event loop a second to write
 
 
 class Logprob(NamedTuple):
@@ -67,10 +69,12 @@ class Job:
         self._some.set()
 
     async def updates(self) -> list[Update]:
-        """Waits for at least one; all there are, so that a slow reader or a busy machine gets them in one piece."""
+        """Waits for at least one; all there are, so that a slow reader or a busy machine gets them in one piece, but no
+        more than BATCH."""
         await self._some.wait()
-        self._some.clear()
-        new, self._new = self._new, []
+        new, self._new = self._new[:BATCH], self._new[BATCH:]
+        if not self._new:
+            self._some.clear()
         return new
 
 
@@ -87,9 +91,7 @@ class Runner:
     max_waiting: int  # choices that may wait for a slot
     pending: int = 0  # choices submitted and not yet ended
     _commands: queue.SimpleQueue = field(default_factory=queue.SimpleQueue)
-    _running: dict[int, tuple[Job, int]] = field(
-        default_factory=dict
-    )  # engine's number -> job and choice; the thread's
+    _running: dict[int, tuple[Job, int]] = field(default_factory=dict)  # the thread's: by the engine's numbers
     _active: set[Job] = field(default_factory=set)  # the event loop's
 
     def start(self, loop: asyncio.AbstractEventLoop) -> None:

@@ -68,9 +68,8 @@ class Service:
         self._check_size(sum(len(m["content"]) for m in messages), "messages")
         constraint = self._constraint(request, tools, bool(thinking))
         try:
-            prompt, _ = render_chat(
-                self.tokenizer, messages, tools, add_generation_prompt=True, enable_thinking=thinking
-            )
+            options = dict(add_generation_prompt=True, enable_thinking=thinking)
+            prompt, _ = render_chat(self.tokenizer, messages, tools, **options)
         except RecursionError:
             raise ApiError(400, "the body is nested too deeply") from None
         limit = self._token_limit(prompt, request, "messages")
@@ -145,9 +144,7 @@ class Service:
     def _too_long(self, tokens: int, at_least: str, param: str) -> None:
         room = self.bot.max_len // ROOM
         most = min(self.settings.max_prompt_tokens or self.bot.max_len, self.bot.max_len - room)
-        text = (
-            f"the prompt has {at_least}{tokens} tokens; this model's context of {self.bot.max_len} takes about {most}"
-        )
+        text = f"the prompt has {at_least}{tokens} tokens; of a context of {self.bot.max_len} it may take about {most}"
         raise ApiError(400, f"{text}, so that an answer fits", param=param, code="context_length_exceeded")
 
     def _params(self, request: CommonRequest, limit: int, **more) -> dict:

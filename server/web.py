@@ -1,4 +1,4 @@
-"""HTTP below the routes: bodies of limited size, clients that go away, server-sent events, metrics."""
+"""HTTP below the routes: limits of connections and bodies, clients that go away, server-sent events, metrics."""
 
 import asyncio
 import json
@@ -10,13 +10,65 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from server.errors import ApiError
 
-DISCARD = (
-    64 << 20
-)  # bytes of a body that is too large are read up to here, as most clients hear nothing while they send
+DISCARD = 64 << 20  # bytes of a too large body that are read nevertheless: most clients hear nothing while they send
 LAST_WORDS = 1.0  # seconds to tell a client that its time is up
+
+
+class Connection(H11Protocol):
+    """uvicorn's, but its timeout_keep_alive (seconds) ends every wait for a client: also that for a first request, for
+    the rest of a header that has begun, and for somebody to read what was written."""
+
+    idle: asyncio.TimerHandle | None = None  # while no request is being answered
+    unread: asyncio.TimerHandle | None = None  # while too much is unread to write more, or to close
+
+    def connection_made(self, transport: asyncio.Transport) -> None:
+        super().connection_made(transport)
+        self._time_idleness()
+
+    def handle_events(self) -> None:
+        super().handle_events()
+        self._time_idleness()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._time_idleness()
+
+    def _time_idleness(self) -> None:
+        answering = self.cycle and not self.cycle.response_complete
+        if answering and self.idle:
+            self.idle.cancel()
+            self.idle = None
+        elif not answering and not self.idle:  # a piece of a header does not begin it anew
+            self.idle = self.loop.call_later(self.timeout_keep_alive, self._close)
+
+    def _close(self) -> None:
+        self.transport.close()  # when all is read
+        self._time_reading()
+
+    def _time_reading(self, before: int | None = None) -> None:
+        size = self.transport.get_write_buffer_size()
+        if size == before:
+            self.transport.abort()
+        else:
+            self.unread = self.loop.call_later(self.timeout_keep_alive, self._time_reading, size)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._time_reading()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if not self.transport.is_closing():
+            self.unread.cancel()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        for timer in filter(None, (self.idle, self.unread)):
+            timer.cancel()
 
 
 class ClientGone(Exception):
@@ -32,9 +84,8 @@ async def read_limited(request: Request, limit: int, seconds: float) -> bytes:
     try:
         body, size = await asyncio.wait_for(_read(request, limit, size), seconds)
     except asyncio.TimeoutError:
-        raise ApiError(
-            408, f"the body did not come within {seconds:g} seconds", headers={"Connection": "close"}
-        ) from None
+        text = f"the body did not come within {seconds:g} seconds"
+        raise ApiError(408, text, headers={"Connection": "close"}) from None
     if size > limit:
         text = f"the body has {size} bytes or more; at most {limit} are allowed"
         raise ApiError(413, text, code="request_too_large", headers={"Connection": "close"})
@@ -118,9 +169,7 @@ class Metrics:
         self.first_token = Histogram("minimind_first_token_seconds", "Time to the first token", **own)
         self.prompt_tokens = Counter("minimind_prompt_tokens", "Tokens of prompts", **own)
         self.generated_tokens = Counter("minimind_generated_tokens", "Tokens generated", **own)
-        self.cancelled = Counter(
-            "minimind_cancelled_requests", "Requests whose client went away, or whose time was up", **own
-        )
+        self.cancelled = Counter("minimind_cancelled_requests", "Requests cut off: client gone or time up", **own)
 
     def gauge(self, name: str, text: str, value: Callable[[], float]) -> None:
         Gauge(f"minimind_{name}", text, registry=self.registry).set_function(value)

@@ -449,6 +449,10 @@ def test_links_tables_and_code(page, script):
     page.until(lambda: page.js("return window.copied") == "x = 1  # <i>\n\ny = 2")
     page.one("article.assistant .actions .copy").click()
     page.until(lambda: page.js("return window.copied").startswith(text))
+    refuses = "navigator.clipboard.writeText = () => Promise.reject(new Error('refused'));"
+    page.js(refuses + "document.addEventListener('copy', () => { window.copied = document.activeElement.value; })")
+    page.one(".code .copy").click()
+    page.until(lambda: page.js("return window.copied") == "x = 1  # <i>\n\ny = 2")
 
 
 @needs_browser
@@ -561,6 +565,17 @@ def test_an_error_in_the_stream_is_shown(page, script):
 
 
 @needs_browser
+def test_a_server_that_came_back_with_another_model(page, script):
+    script.answers = [(404, {"error": {"message": "there is no model base", "code": "model_not_found"}}), says("Hi.")]
+    script.models = ["newer"]
+    page.ask("Hi")
+    page.until(lambda: page.one("#model").get_attribute("value") == "newer")
+    page.one(".failure button").click()
+    page.until(lambda: page.answers() == ["Hi."])
+    assert [request["model"] for request in script.requests] == ["base", "newer"]
+
+
+@needs_browser
 def test_a_server_that_is_gone(page, script):
     script.close()
     page.ask("Hi")
@@ -602,6 +617,42 @@ def test_a_full_store_is_told_and_the_conversation_goes_on(page, script):
     )
     page.ask("Hi")
     assert page.answers() == ["a"] and "no room" in page.one("#notice").text
+    page.open(script.url)
+    assert page.users() == []
+
+
+@needs_browser
+def test_room_that_becomes_free_is_used(page, script):
+    script.answers = [says("x" * 3000), says("b")]
+    page.ask("One")
+    page.js("localStorage.setItem('filler', 'x'.repeat(5 * 1024 * 1024 - 500 - JSON.stringify(localStorage).length))")
+    page.one("#new").click()
+    page.ask("y" * 1000)
+    assert "no room" in page.one("#notice").text
+    page.find("#list [aria-label^=Delete]")[1].click()
+    page.open(script.url)
+    assert page.answers() == ["b"]
+
+
+@needs_browser
+def test_a_browser_that_keeps_nothing(page, script, driver):
+    deny = "for (const name of ['localStorage', 'sessionStorage']) Object.defineProperty(window, name, {get() {"
+    deny += "throw new DOMException('denied', 'SecurityError'); }})"
+    made = driver.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": deny})
+    try:
+        script.key = "secret"
+        script.answers = [says("a"), says("b")]
+        page.open(script.url)
+        page.one("#key-input").send_keys("secret", Keys.ENTER)
+        page.until(lambda: page.one("#model").get_attribute("value") == "base")
+        page.ask("One")
+        page.one("#new").click()
+        page.ask("Two")
+        page.find("#list .open")[1].click()
+        assert page.answers() == ["a"] and script.keys == ["Bearer secret"] * 2
+        page.one("#list [aria-label^=Delete]").click()
+    finally:
+        driver.execute_cdp_cmd("Page.removeScriptToEvaluateOnNewDocument", made)
 
 
 # ------------------------------------------------------------------------------------------------ around it
@@ -676,9 +727,15 @@ def test_a_phone(page, script, driver):
         page.until(lambda: not page.find("#new")[0].is_displayed())
         page.one("#menu").click()
         page.until(lambda: page.find("#new")[0].is_displayed())
+        assert page.js("return document.activeElement.id") == "new"
+        page.js("document.getElementById('input').focus()")  # it lies behind
+        assert page.js("return document.activeElement.id") == "new"
         page.press(Keys.ESCAPE)
         page.until(lambda: not page.find("#new")[0].is_displayed())
         assert page.js("return document.activeElement.id") == "menu"
+        page.one("#menu").click()
+        driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics | {"width": 900})
+        page.until(lambda: not page.js("return document.querySelector('main').inert"))
     finally:
         driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
@@ -689,8 +746,9 @@ def test_the_keyboard_is_enough(page, script):
     chooses a Chinese character does not send."""
     script.answers = [says("Yes.")]
     page.one("#input").send_keys("a", Keys.SHIFT + Keys.ENTER, Keys.NULL, "b")
-    enter = "new KeyboardEvent('keydown', {key: 'Enter', isComposing: true})"
-    page.js(f"document.getElementById('input').dispatchEvent({enter})")
+    for sign in ("isComposing: true", "keyCode: 229"):
+        enter = f"new KeyboardEvent('keydown', {{key: 'Enter', cancelable: true, {sign}}})"
+        page.js(f"document.getElementById('input').dispatchEvent({enter})")
     assert page.users() == [] and page.one("#input").get_attribute("value") == "a\nb"
     page.ask("")
     assert page.users() == ["a\nb"]
@@ -706,6 +764,25 @@ def test_the_keyboard_is_enough(page, script):
     places = [element.get_attribute("id") or element.get_attribute("class") for element in reached]
     wanted = ["skip", "new", "language", "theme", "model", "options-open", "log", "input", "thinking", "tools"]
     assert [place for place in places if place in wanted] == wanted and "icon edit" in places
+
+
+@needs_browser
+def test_the_keyboard_keeps_its_place_in_the_list(page, script):
+    more = threading.Event()
+    script.answers = [says("a"), [*says("b")[:1], more, *says("c")]]
+    page.ask("One")
+    page.one("#new").click()
+    page.write("Two")
+    page.until(lambda: page.answers() == ["b"])
+    here = "return document.activeElement.getAttribute('aria-label')"
+    page.js("document.querySelectorAll('#list [aria-label^=Rename]')[1].focus()")
+    assert page.js(here) == "Rename: One"
+    more.set()
+    page.idle()  # the list is made anew
+    assert page.js(here) == "Rename: One"
+    page.press(Keys.TAB, Keys.ENTER)
+    assert page.texts("#list .open") == ["Two"] and page.js("return document.activeElement.textContent") == "Undo"
+    assert page.one("#list [aria-current=page]").text == "Two"
 
 
 @needs_browser
@@ -726,7 +803,7 @@ def test_one_may_read_further_up_while_an_answer_comes(page, script):
 
 @needs_browser
 def test_another_tab_changes_a_conversation(page, script, driver):
-    script.answers = [says("a"), says("b")]
+    script.answers = [says("a"), says("b"), [*says("c")[:1], threading.Event()]]
     page.ask("One")
     first = driver.current_window_handle
     driver.switch_to.new_window("tab")
@@ -736,9 +813,21 @@ def test_another_tab_changes_a_conversation(page, script, driver):
         driver.switch_to.window(first)
         page.until(lambda: page.answers() == ["a", "b"])
         driver.switch_to.window(driver.window_handles[-1])
-        page.one("#list [aria-label^=Delete]").click()
+        page.one("#language").click()
+        page.one("#theme").click()
+        driver.switch_to.window(first)
+        page.until(lambda: page.one("#new").text == "新对话")
+        page.one("#new").click()  # keeps what the other tab has set
+        assert page.js("return JSON.parse(localStorage.getItem(SETTINGS)).theme") == "dark"
+        page.one("#list .open").click()
+        page.write("Three")
+        page.until(lambda: page.answers()[-1] == "c")
+        driver.switch_to.window(driver.window_handles[-1])
+        page.one("#list [aria-label^=删除]").click()
+        assert script.left.wait(SECONDS)  # an answer to nothing is not waited for
         driver.switch_to.window(first)
         page.until(lambda: page.users() == [] and page.texts("#list .open") == [])
+        assert not page.js("return Object.keys(localStorage).some((key) => key.startsWith(CHAT))")
     finally:
         driver.switch_to.window(driver.window_handles[-1])
         driver.close()

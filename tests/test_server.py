@@ -92,15 +92,15 @@ class Running:
         return float(re.search(rf"^minimind_{name} (\S+)$", text, re.M)[1])
 
     def wait_for(self, name: str, value: float) -> None:
-        end = time.monotonic() + 20
+        end = time.monotonic() + 60
         while self.metric(name) != value:
             assert time.monotonic() < end, f"{name} is {self.metric(name)}, not {value}"
 
 
 @contextmanager
-def running(weights: Path, *options: str):
+def running(weights: Path, *options: str, prefix: tuple[str, ...] = ()):
     command = [sys.executable, str(ROOT / "serve_openai_api.py"), "--out_dir", str(weights), "--port", "0", *options]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen([*prefix, *command], stderr=subprocess.PIPE, text=True)
     try:
         yield Running(process)
     finally:
@@ -227,6 +227,76 @@ def test_answers_in_json_are_json(server):
     assert [choice.message.content for choice in answer.choices] == ["{}"] * 4
     bad = server.chat(response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "cow"}}})
     assert bad.status_code == 400 and bad.json()["error"]["param"] == "response_format"
+
+
+def put_together(chunks: list) -> tuple[dict, list]:
+    """What a client makes of a stream: {choice: its parts}, and the chunks without choices."""
+    choices, others = {}, []
+    for chunk in chunks:
+        assert (chunk.usage is None) == bool(chunk.choices)
+        if not chunk.choices:
+            others.append(chunk)
+            continue
+        (choice,) = chunk.choices
+        new = choice.index not in choices
+        whole = choices.setdefault(choice.index, {"calls": [], "logprobs": [], "reason": None})
+        assert whole["reason"] is None, "nothing comes after the reason"
+        delta = choice.delta.model_dump(exclude_unset=True)
+        assert (delta.pop("role", None) == "assistant") == new
+        for part in delta.pop("tool_calls", None) or ():
+            assert part["index"] == len(whole["calls"]) and part["type"] == "function" and part["id"]
+            whole["calls"].append(part["function"])
+        for key, text in delta.items():
+            whole[key] = whole.get(key, "") + text
+        if choice.logprobs:
+            whole["logprobs"] += [token.model_dump() for token in choice.logprobs.content]
+        whole["reason"] = choice.finish_reason
+    return choices, others
+
+
+LETTER = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"enum": ["a", "b"]}}}
+MODES = {  # what the model is to do: parameters of the request
+    "text": {},
+    "stop": {"stop": ["e", "蓝", "\n"]},
+    "thinking": {"extra_body": {"chat_template_kwargs": {"enable_thinking": True}}, "stop": "e"},
+    "tools": {"tools": [*SCHEMAS, COLOUR]},
+    "call": {"tools": [COLOUR], "tool_choice": "required"},
+    "call after thinking": {
+        "tools": [COLOUR], "tool_choice": "required", "stop": ["red"],
+        "extra_body": {"chat_template_kwargs": {"enable_thinking": True}},
+    },
+    "json after thinking": {
+        "response_format": LETTER, "extra_body": {"chat_template_kwargs": {"enable_thinking": True}}
+    },
+    "json or a call": {"response_format": LETTER, "tools": [COLOUR]},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_stream_adds_up_to_the_whole_answer(server, mode):
+    """With several choices, log-probabilities and usage, whatever the answers consist of."""
+    bias = {str(token): 8 for token in range(THINK_ID, 9)}  # so that a random model thinks and calls now and then
+    fields = dict(model="full_sft_64", messages=USER, n=4, seed=11, max_tokens=60, logprobs=True, top_logprobs=2)
+    fields |= {"logit_bias": bias, "temperature": 1.5} | MODES[mode]
+    whole = server.client.chat.completions.create(**fields)
+    streamed = {"stream": True, "stream_options": {"include_usage": True}}
+    choices, (last,) = put_together(list(server.client.chat.completions.create(**fields, **streamed)))
+    assert last.usage == whole.usage and sorted(choices) == [0, 1, 2, 3]
+    for choice in whole.choices:
+        message, parts = choice.message, choices[choice.index]
+        assert parts["content"] == (message.content or "")
+        assert parts.get("reasoning_content") == getattr(message, "reasoning_content", None)
+        assert parts["calls"] == [call.function.model_dump() for call in message.tool_calls or ()]
+        assert (message.content is None) == bool(message.tool_calls and not parts["content"])
+        tokens = choice.logprobs.content if choice.logprobs else []
+        assert [t["token"] for t in parts["logprobs"]] == [t.token for t in tokens]
+        # The second time the prompt is taken from the cache: other sums, the same but for rounding.
+        assert [t["logprob"] for t in parts["logprobs"]] == pytest.approx([t.logprob for t in tokens], abs=1e-3)
+        assert parts["reason"] == choice.finish_reason
+        if choice.finish_reason == "tool_calls" or mode.startswith("call") and choice.finish_reason == "stop":
+            assert message.tool_calls
+        if "stop" in MODES[mode] and "thinking" not in mode:
+            assert not any(stop in parts["content"] for stop in MODES[mode]["stop"])
 
 
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "paint"}}])
@@ -485,6 +555,8 @@ def raw_request(fields: dict) -> bytes:
 
 def test_clients_that_go_away_free_their_slots(server):
     before = server.metric("cancelled_requests_total")
+    with socket.create_connection(("127.0.0.1", server.port)) as s:
+        s.sendall(raw_request({})[:-9])  # and not the rest: the server's log must not show a failure
     for stream in (True, False):
         sockets = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(4)]
         for s in sockets:
@@ -523,6 +595,58 @@ def test_a_thousand_connections_and_slow_readers_do_not_hold_up_others(server):
     for s in (*idle, *slow):
         s.close()
     assert server.client.models.list().data
+
+
+def closed(s: socket.socket) -> bool:
+    """Whether the server ends this connection within 20 s; what it sent before is thrown away."""
+    s.settimeout(20)
+    try:
+        while s.recv(1 << 16):
+            pass
+    except ConnectionResetError:
+        pass
+    except TimeoutError:
+        return False
+    return True
+
+
+@pytest.mark.slow
+def test_connections_that_ask_for_nothing_or_read_nothing_are_closed(weights):
+    """In a process that may at first have fewer open files than there are connections."""
+    few_files = ("bash", "-c", 'ulimit -Sn 200; exec "$@"', "-")
+    with running(weights, "--idle_timeout", "2", "--max_seq_len", "8192", prefix=few_files) as server:
+        begin = time.monotonic()
+        silent = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(500)]
+        for s in silent[:100]:
+            s.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n")  # and the header does not end
+        again = silent[100]  # a whole request, and then half of one
+        again.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\nGET /hea")
+        assert server.chat().status_code == 200
+        assert time.monotonic() < begin + 2, "too slow to tell: the connections may have been closed already"
+        assert all(map(closed, silent))
+        with socket.create_connection(("127.0.0.1", server.port)) as patient:  # as long as its answers take
+            begin = time.monotonic()
+            for tokens in (4000, 1):
+                patient.sendall(raw_request({"max_tokens": tokens}))
+                assert patient.recv(12) == b"HTTP/1.1 200" and time.monotonic() > begin + 2
+                while not patient.recv(1 << 20).endswith(b"}"):
+                    pass
+
+        # A client that reads nothing: whatever the system still has for it, the server lets go.
+        if not Path("/proc/net/tcp").exists():
+            pytest.skip("whether a process holds a connection can only be seen in Linux' /proc")
+        unread = socket.socket()
+        unread.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
+        unread.connect(("127.0.0.1", server.port))
+        unread.sendall(raw_request({"stream": True, "n": 16, "max_tokens": 2000, "logprobs": True, "top_logprobs": 20}))
+        server.wait_for("running_sequences", 16)
+        established = rf":{server.port:04X} \S+:{unread.getsockname()[1]:04X} 01 "
+        assert re.search(established, Path("/proc/net/tcp").read_text())
+        end = time.monotonic() + 20
+        while re.search(established, Path("/proc/net/tcp").read_text()):
+            assert time.monotonic() < end, "nobody reads, and the connection stays"
+        server.wait_for("running_sequences", 0)
+        assert server.chat().status_code == 200
 
 
 def test_a_server_with_a_key_and_narrow_limits(weights):
