@@ -74,9 +74,9 @@ def mean_of_others(scores: dict[str, float]) -> float:
     return sum(others) / len(others)
 
 
-def lora(life: Life, name: str, what: str) -> list[Line]:
+def lora(life: Life, name: str, what: str, *flags: str) -> list[Line]:
     before = life.score(f"{name}_heldout", "full_sft")
-    minutes = life.train("train_lora.py", f"lora/{name}_{life.size}", "--lora_name", name)
+    minutes = life.train("train_lora.py", f"lora/{name}_{life.size}", "--lora_name", name, *flags)
     after = life.score(f"{name}_heldout", "full_sft", "--lora_name", name)
     others = life.score("heldout", "full_sft", "--lora_name", name)
     return [
@@ -143,7 +143,7 @@ def main() -> None:
     if len(list(out.glob("full_sft_*.pth"))) != 1:
         raise cli.UsageError(f"--out_dir {out}: needs one full_sft_*.pth, which bash scripts/quickstart.sh makes")
     begin, life = time.monotonic(), Life(out.resolve())
-    lines = lora(life, "lora_identity", "who it is: a new name and maker")
+    lines = lora(life, "lora_identity", "who it is: a new name and maker", "--steps", "300")
     lines += lora(life, "lora_medical", "first aid, in unseen wordings")
     lines += dpo(life) + distill(life) + reason(life) + tools(life)
     print(f"\n{table(lines)}\n\n{(time.monotonic() - begin) / 60:.1f} minutes in all; the curves of the two students: "
