@@ -33,6 +33,8 @@ CONTEXT = multiprocessing.get_context("forkserver" if sys.platform == "linux" el
 ENGINES = {"one": [], "ddp": [], "fsdp": ["--fsdp"]} | {
     f"zero{n}": ["--deepspeed", str(ROOT / f"configs/zero{n}.json"), "--optimizer", "adamw"] for n in (1, 2, 3)
 }
+for n in (2, 3):  # the same with the optimizer's state, and the weights, in main memory
+    ENGINES[f"offload{n}"] = ["--deepspeed", f"{{folder}}/offload{n}.json", "--optimizer", "adamw"]
 needs_deepspeed = pytest.mark.skipif(sys.platform != "linux", reason="deepspeed is for Linux")
 
 
@@ -190,16 +192,27 @@ def difference(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -
 
 
 def job(folder: Path, data: Path, base: dict[str, Path], name: str) -> list:
-    """Flags of the run called engine-optimizer-model; one process gets the global batch."""
-    engine, optimizer, model = name.split("-")
+    """Flags of the run called engine-optimizer-model[-dtype]; one process gets the global batch."""
+    engine, optimizer, model, *dtype = name.split("-")
     flags = [*TINY, "--data_path", data, "--steps", 4, "--from_weight", base[model], "--optimizer", optimizer]
-    flags += ["--out_dir", folder, "--save_weight", name, *ENGINES[engine]]
-    return flags + ["--batch_size", 4] * (engine == "one")
+    flags += ["--out_dir", folder, "--save_weight", name, *(flag.format(folder=folder) for flag in ENGINES[engine])]
+    return flags + ["--batch_size", 4] * (engine == "one") + ["--dtype", *dtype] * len(dtype)
 
 
-ONE = ("one-muon-dense", "one-adamw-dense", "one-adamw-moe")
+def write_offload(folder: Path) -> None:
+    """As the note in configs/zero2.json and zero3.json says."""
+    for n in (2, 3):
+        config = json.loads((ROOT / f"configs/zero{n}.json").read_text(encoding="utf-8"))
+        for name in ("offload_optimizer", "offload_param")[: n - 1]:
+            config["zero_optimization"][name]["device"] = "cpu"
+        (folder / f"offload{n}.json").write_text(json.dumps(config), encoding="utf-8")
+
+
+ONE = ("one-muon-dense", "one-adamw-dense", "one-adamw-moe", "one-adamw-dense-bf16")
 TORCH = ("ddp-muon-dense", "fsdp-muon-dense", "ddp-adamw-moe", "fsdp-adamw-moe")
 ZERO = ("zero1-adamw-dense", "zero2-adamw-dense", "zero3-adamw-dense", "zero2-adamw-moe", "zero3-adamw-moe")
+ZERO += ("offload2-adamw-dense", "offload3-adamw-dense")
+ZERO_BF16 = ("zero2-adamw-dense-bf16", "zero3-adamw-dense-bf16")
 
 
 @pytest.fixture(scope="module")
@@ -211,6 +224,7 @@ def one(tmp_path_factory, data, base):
 
 def two(tmp_path_factory, data, base, names) -> tuple[Path, Group]:
     folder = tmp_path_factory.mktemp("two")
+    write_offload(folder)
     return folder, Group(folder, 2, *(job(folder, data, base, name) for name in names)).succeed()
 
 
@@ -221,7 +235,7 @@ def by_torch(tmp_path_factory, data, base):
 
 @pytest.fixture(scope="module")
 def by_zero(tmp_path_factory, data, base):
-    return two(tmp_path_factory, data, base, ZERO)
+    return two(tmp_path_factory, data, base, ZERO + ZERO_BF16)
 
 
 def assert_equal_to_one_process(one: Path, folder: Path, name: str) -> None:
@@ -244,6 +258,33 @@ def test_two_processes_are_one(one, by_torch, name):
 @pytest.mark.parametrize("name", ZERO)
 def test_two_processes_of_deepspeed_are_one(one, by_zero, name):
     assert_equal_to_one_process(one, by_zero[0], name)
+
+
+@pytest.mark.slow
+@needs_deepspeed
+@pytest.mark.parametrize("name", ZERO_BF16)
+def test_bf16_of_deepspeed_is_that_of_one_process(one, by_zero, name):
+    """DeepSpeed has an autocast of its own: the first loss is that of ours, not of fp32; the others follow."""
+    runs = [(one, "one-adamw-dense"), (one, "one-adamw-dense-bf16"), (by_zero[0], name)]
+    exact, expected, found = ([row["loss"] for row in outcome(*run)[1]] for run in runs)
+    assert found[0] == pytest.approx(expected[0], rel=1e-6) != exact[0]
+    assert found == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.slow
+@needs_deepspeed
+def test_the_launcher_of_deepspeed(tmp_path, data, base, by_zero):
+    """Bit for bit the weights of the processes that it did not start."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", 2, "--master_port", port]
+    command += [ROOT / "train_full_sft.py", *job(tmp_path, data, base, "zero2-adamw-dense")]
+    env = {name: value for name, value in os.environ.items() if name not in VARIABLES} | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=env, timeout=200)
+    assert done.returncode == 0 and done.stderr.count("wrote ") == 1, done.stderr
+    expected, found = (outcome(folder, "zero2-adamw-dense")[0] for folder in (by_zero[0], tmp_path))
+    assert difference(expected, found) == 0
 
 
 def test_the_comparison_is_of_what_differs_between_processes(one, by_torch):
