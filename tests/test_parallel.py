@@ -438,6 +438,26 @@ def test_wrong_environment_is_one_line(tmp_path, monkeypatch, case):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("section", ["bf16", "optimizer", "scheduler", "train_batch_size"])
+def test_a_deepspeed_file_must_not_say_what_flags_say(tmp_path, section):
+    path = tmp_path / "own.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage": 2}, section: {}}))
+    args = cli.arguments("pretrain", "").parse_args(["--deepspeed", str(path)])
+    with pytest.raises(cli.UsageError, match=f"own.json: {section} is what our flags say"):
+        parallel.zero_config(args)
+
+
+@pytest.mark.slow
+@needs_deepspeed
+def test_what_deepspeed_refuses_is_one_line(tmp_path, data, base):
+    (tmp_path / "own.json").write_text('{"zero_optimization": {"stage": 2, "bucket": 5}}')
+    flags = job(tmp_path, data, base, "one-adamw-dense")
+    group = Group(tmp_path, 2, [*flags, "--deepspeed", tmp_path / "own.json"])
+    assert group.wait() == [2, 2]
+    [line] = [line for line in group.err(0).splitlines() if line.startswith("error: ")]
+    assert "own.json" in line and "bucket" in line and "Traceback" not in group.err(0)
+
+
 def test_processes_that_do_not_come(monkeypatch):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
