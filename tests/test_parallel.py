@@ -1,5 +1,6 @@
 """Several processes: every engine computes what one process does, goes on where it was, and ends in one clear line."""
 
+import importlib
 import itertools
 import json
 import multiprocessing
@@ -39,8 +40,9 @@ needs_deepspeed = pytest.mark.skipif(sys.platform != "linux", reason="deepspeed 
 
 
 def _train(jobs: list[list[str]], env: dict, path: Path) -> None:
-    """Runs train_full_sft.py once for each list of flags. All but the start of the processes is as from the shell: they
-    stay in one group, since meeting and importing cost far more than so small a training."""
+    """Runs train_full_sft.py, or the script named first, once for each list of flags. All but the start of the
+    processes is as from the shell: they stay in one group, since meeting and importing cost far more than so small a
+    training."""
     for stream, suffix in ((sys.stdout, "out"), (sys.stderr, "err")):
         os.dup2(os.open(f"{path}.{suffix}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream.fileno())
     for name in VARIABLES:
@@ -54,12 +56,11 @@ def _train(jobs: list[list[str]], env: dict, path: Path) -> None:
     speed, trainer.SAVE_SECONDS = 1000 ** int(env.get("RANK", 0)), 10
     trainer.time = SimpleNamespace(perf_counter=lambda: speed * time.perf_counter())
     _record(path)
-    from train_full_sft import main
 
     def all_jobs() -> None:
         for flags in jobs:
-            sys.argv = ["train_full_sft.py", *flags]
-            main()
+            sys.argv = flags if flags[0].endswith(".py") else ["train_full_sft.py", *flags]
+            importlib.import_module(sys.argv[0].removesuffix(".py")).main()
 
     cli.run(all_jobs)
 
@@ -159,7 +160,7 @@ def data(tmp_path_factory):
     lines = [json.dumps({"conversations": [turn("user", 3), turn("assistant", 1 + i % 15)]}) for i in range(60)]
     path.write_text("\n".join(lines), encoding="utf-8")
     yield path
-    for cached in CACHE_DIR.glob(f"*-{path.stem}-*"):
+    for cached in CACHE_DIR.glob(f"*{path.stem}-*"):
         shutil.rmtree(cached) if cached.is_dir() else cached.unlink()
 
 
@@ -196,7 +197,11 @@ def job(folder: Path, data: Path, base: dict[str, Path], name: str) -> list:
     engine, optimizer, model, *dtype = name.split("-")
     flags = [*TINY, "--data_path", data, "--steps", 4, "--from_weight", base[model], "--optimizer", optimizer]
     flags += ["--out_dir", folder, "--save_weight", name, *(flag.format(folder=folder) for flag in ENGINES[engine])]
-    return flags + ["--batch_size", 4] * (engine == "one") + ["--dtype", *dtype] * len(dtype)
+    return (
+        flags
+        + ["--batch_size", 4] * (engine == "one")
+        + ["--dtype", *dtype, "--val_path", data, "--val_tokens", 64] * len(dtype)
+    )
 
 
 def write_offload(folder: Path) -> None:
@@ -264,11 +269,14 @@ def test_two_processes_of_deepspeed_are_one(one, by_zero, name):
 @needs_deepspeed
 @pytest.mark.parametrize("name", ZERO_BF16)
 def test_bf16_of_deepspeed_is_that_of_one_process(one, by_zero, name):
-    """DeepSpeed has an autocast of its own: the first loss is that of ours, not of fp32; the others follow."""
+    """DeepSpeed has an autocast of its own, in training alone: the first loss, in training and in validation, is that
+    of ours, not of fp32; the others follow."""
     runs = [(one, "one-adamw-dense"), (one, "one-adamw-dense-bf16"), (by_zero[0], name)]
-    exact, expected, found = ([row["loss"] for row in outcome(*run)[1]] for run in runs)
+    exact, expected, found = ([row["loss"] for row in outcome(*run)[1] if "loss" in row] for run in runs)
     assert found[0] == pytest.approx(expected[0], rel=1e-6) != exact[0]
     assert found == pytest.approx(expected, rel=1e-4)
+    validations = [next(row["val_loss"] for row in outcome(*run)[1] if "val_loss" in row) for run in runs[1:]]
+    assert validations[1] == pytest.approx(validations[0], rel=1e-6)
 
 
 @pytest.mark.slow
@@ -346,6 +354,54 @@ def test_machines_must_see_the_same_files(tmp_path, data, base, by_torch):
     for rank in range(2):
         assert "error: --from_resume 1" in group.err(rank) and "finished for process 0, none for" in group.err(rank)
         assert group.err(rank).count("\n") == 1
+
+
+# ------------------------------------------------------------------------------------------------ every script
+
+SCRIPTS = {  # the further flags, and what the weights to begin with are
+    "pretrain": ("--data_path {text}", "dense"),
+    "lora": ("--data_path {data}", "dense"),
+    "dpo": ("--data_path {pairs} --max_seq_len 64", "dense"),
+    "distill": ("--data_path {data} --teacher {base} --alpha 0.3", "moe"),
+    "reason": ("--data_path {data}", "dense"),
+}
+
+
+@pytest.fixture(scope="module")
+def by_scripts(tmp_path_factory, data, base):
+    """by_scripts(engines, count) runs all scripts under these engines; the folder of their results."""
+    folder = tmp_path_factory.mktemp("scripts")
+    chats = [json.loads(line)["conversations"] for line in data.read_text(encoding="utf-8").splitlines()]
+    rows = {
+        "text": [{"text": answer["content"]} for _, answer in chats],
+        "pairs": [{"chosen": [q, a], "rejected": [q, b]} for (q, a), (_, b) in zip(chats, chats[1:], strict=False)],
+    }
+    paths = {name: data.with_name(f"{name}-{data.name}") for name in rows}
+    for name, lines in rows.items():
+        paths[name].write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+
+    def script_job(engine: str, script: str) -> list:
+        more, model = SCRIPTS[script]
+        flags = [f"train_{script}.py", *TINY, "--from_weight", base[model], "--steps", 3, "--optimizer", "adamw"]
+        flags += more.format(data=data, base=base[model], **paths).split()
+        flags += ["--out_dir", folder, "--save_weight", f"{engine}-{script}", *ENGINES[engine]]
+        return flags + ["--batch_size", 4] * (engine == "one")
+
+    def run(engines: tuple[str, ...], count: int) -> Path:
+        Group(folder, count, *(script_job(engine, script) for engine in engines for script in SCRIPTS)).succeed()
+        return folder
+
+    run(("one",), 1)
+    return run
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engines", [("ddp", "fsdp"), pytest.param(("zero2", "zero3"), marks=needs_deepspeed)])
+def test_every_script_under_every_engine(by_scripts, engines):
+    """Two processes are one, whatever is trained: LoRA's frozen weights, the reference of DPO, a teacher."""
+    folder = by_scripts(engines, 2)
+    for engine, script in itertools.product(engines, SCRIPTS):
+        assert_equal_to_one_process(folder, folder, f"{engine}-{script}")
 
 
 # ------------------------------------------------------------------------------------------------ resume

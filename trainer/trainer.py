@@ -62,7 +62,7 @@ class Run:
         return self.rank == 0
 
     def autocast(self) -> contextlib.AbstractContextManager:
-        if self.dtype == torch.float32 or self.args.deepspeed:  # which has an autocast of its own
+        if self.dtype == torch.float32:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=self.dtype)
 
