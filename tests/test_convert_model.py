@@ -105,6 +105,18 @@ def test_llama_cpp_opens_a_thought_only_for_models_that_think(saved, tmp_path, t
         assert engine.render(CHAT[:2]).endswith("<|im_start|>assistant\n" + "<think>\n" * thinks)
 
 
+@pytest.mark.parametrize("stage, thinks", [("full_sft", False), ("reason", True)])
+def test_the_modelfile_has_what_ollama_looks_for(saved, convert, tmp_path, stage, thinks):
+    """Thinking, which Ollama switches on wherever the template has it, only where it was trained; the marks of thoughts
+    and calls as text at the head of their blocks, where Ollama reads them off."""
+    checkpoint.save(tmp_path / "a.pth", saved(), {"stage": stage})
+    convert(tmp_path / "a.pth", tmp_path / "a.gguf", "--dtype", "fp32")
+    text = (tmp_path / "a.Modelfile").read_text(encoding="utf-8")
+    assert ("{{ if .Thinking }}<think>\n{{ .Thinking }}\n</think>\n\n{{ end }}" in text) == thinks
+    assert (".Thinking" in text) == ("Think }}" in text) == thinks
+    assert text.index(".ToolCalls }}<tool_call>\n") == text.index(" .ToolCalls") + 1
+
+
 def test_what_does_not_agree_is_not_left_behind(saved, convert, tmp_path, monkeypatch):
     saved()
     monkeypatch.setattr(gguf_file, "pair_rotation", lambda w, head_dim: w)  # the trap: llama's rows as they are
