@@ -476,6 +476,11 @@ WRONG = {
     "not a number": (ALONE | {"WORLD_SIZE": "two"}, [], "WORLD_SIZE=two"),
     "no launcher": ({}, ["--fsdp"], "torchrun"),
     "no such file": (ALONE, ["--deepspeed", "nowhere.json", "--optimizer", "adamw"], "nowhere.json"),
+    "compiled under ZeRO 3": (
+        ALONE,
+        [*ENGINES["zero3"], "--compile", "1"],
+        "--compile 1 does not work with --deepspeed",
+    ),
     "Muon under ZeRO": (ALONE, [*ENGINES["zero2"][:2]], "--optimizer adamw"),
 }
 
