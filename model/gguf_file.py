@@ -40,6 +40,7 @@ _NAMES = [  # ours -> llama.cpp's; the experts of a layer are one tensor there
     (r"mlp\.(gate|up|down)_proj", r"ffn_\1"),
     (r"mlp\.experts\.(gate|up|down)_proj", r"ffn_\1_exps"),
 ]
+_YARN_BETAS = {"beta_fast": 32, "beta_slow": 1}
 _EXPERT = re.compile(r"(.*\.mlp\.experts)\.(\d+)\.(.*)")
 
 
@@ -101,6 +102,10 @@ def save_gguf(
         raise CheckpointError("llama.cpp always normalises the expert weights, this MoE does not (norm_topk_prob)")
     if (c.rope_scaling or {}).get("attention_factor") is not None:
         raise CheckpointError("GGUF has no place for YaRN's attention_factor: only its default can be written")
+    if any(((c.rope_scaling or {}).get(name) or default) != default for name, default in _YARN_BETAS.items()):
+        raise CheckpointError(
+            "llama.cpp passes over YaRN's beta_fast and beta_slow: only their defaults, 32 and 1, can be exported"
+        )
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -150,10 +155,6 @@ def _write_shape(writer, c: MiniMindConfig) -> None:
         writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
         writer.add_rope_scaling_factor(c.rope_scaling["factor"])
         writer.add_rope_scaling_orig_ctx_len(c.rope_scaling["original_max_position_embeddings"])
-        if c.rope_scaling.get("beta_fast"):
-            writer.add_rope_scaling_yarn_beta_fast(c.rope_scaling["beta_fast"])
-        if c.rope_scaling.get("beta_slow"):
-            writer.add_rope_scaling_yarn_beta_slow(c.rope_scaling["beta_slow"])
 
 
 def _write_tokenizer(writer, folder: Path, c: MiniMindConfig, thinks: bool) -> None:
