@@ -46,6 +46,7 @@ def loss_fn(model, batch):
 def adapt(run: trainer.Run) -> None:
     """Freeze the model and give it a new adapter; say what that saves."""
     args, model = run.args, run.model
+    torch.manual_seed(args.seed)  # the same adapter on all processes: each keeps a share of its own under FSDP2
     before = state_bytes(build_optimizers(model, args.optimizer)), model.num_parameters()
     try:
         config = LoRAConfig(args.lora_rank, args.lora_alpha, args.lora_dropout, tuple(args.lora_targets))

@@ -40,6 +40,7 @@ _NAMES = [  # ours -> llama.cpp's; the experts of a layer are one tensor there
     (r"mlp\.(gate|up|down)_proj", r"ffn_\1"),
     (r"mlp\.experts\.(gate|up|down)_proj", r"ffn_\1_exps"),
 ]
+_YARN_BETAS = {"beta_fast": 32, "beta_slow": 1}
 _EXPERT = re.compile(r"(.*\.mlp\.experts)\.(\d+)\.(.*)")
 
 
@@ -101,6 +102,10 @@ def save_gguf(
         raise CheckpointError("llama.cpp always normalises the expert weights, this MoE does not (norm_topk_prob)")
     if (c.rope_scaling or {}).get("attention_factor") is not None:
         raise CheckpointError("GGUF has no place for YaRN's attention_factor: only its default can be written")
+    if any(((c.rope_scaling or {}).get(name) or default) != default for name, default in _YARN_BETAS.items()):
+        raise CheckpointError(
+            "llama.cpp passes over YaRN's beta_fast and beta_slow: only their defaults, 32 and 1, can be exported"
+        )
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -150,10 +155,6 @@ def _write_shape(writer, c: MiniMindConfig) -> None:
         writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
         writer.add_rope_scaling_factor(c.rope_scaling["factor"])
         writer.add_rope_scaling_orig_ctx_len(c.rope_scaling["original_max_position_embeddings"])
-        if c.rope_scaling.get("beta_fast"):
-            writer.add_rope_scaling_yarn_beta_fast(c.rope_scaling["beta_fast"])
-        if c.rope_scaling.get("beta_slow"):
-            writer.add_rope_scaling_yarn_beta_slow(c.rope_scaling["beta_slow"])
 
 
 def _write_tokenizer(writer, folder: Path, c: MiniMindConfig, thinks: bool) -> None:
@@ -255,33 +256,49 @@ class LlamaCpp:
 # ------------------------------------------------------------------------------------------------ Ollama
 
 # Ollama renders prompts with Go templates, so this is chat_template.jinja once more. A trimmed newline ({{- or -}}) is
-# written as {{ "\n" }} where the prompt needs it.
+# written as {{ "\n" }} where the prompt needs it. <think>, </think> and the first <tool_call> are text and not strings:
+# there Ollama looks for the marks by which it parses answers. That `if` must be the first with .ToolCalls, hence
+# $message.ToolCalls before it.
 _OLLAMA_TEMPLATE = """\
 {{- if or .System .Tools }}{{ "<|im_start|>system\\n" }}{{ .System }}
 {{- if .Tools }}{{ if .System }}{{ "\\n\\n" }}{{ end }}%s
 {{- range $i, $tool := .Tools }}{{ if $i }}{{ "\\n" }}{{ end }}{{ $tool }}{{ end }}%s
 {{- end }}{{ "<|im_end|>\\n" }}{{ end }}
+{{- $before := "" }}
 {{- range $i, $message := .Messages }}
+{{- if and (eq $before "tool") (ne .Role "tool") }}{{ "<|im_end|>\\n" }}{{ end }}
 {{- if eq .Role "user" }}{{ "<|im_start|>user\\n" }}{{ .Content }}{{ "<|im_end|>\\n" }}
-{{- else if eq .Role "assistant" }}{{ "<|im_start|>assistant\\n" }}
-{{- if .Thinking }}{{ "<think>\\n" }}{{ .Thinking }}{{ "\\n</think>\\n\\n" }}{{ end }}{{ .Content }}
-{{- range $j, $call := .ToolCalls }}{{ if or $j $message.Content }}{{ "\\n" }}{{ end }}
-{{- "<tool_call>\\n" }}{"name": "{{ .Function.Name }}", "arguments": {{ .Function.Arguments }}}{{ "\\n</tool_call>" }}
-{{- end }}{{ "<|im_end|>\\n" }}
-{{- else if eq .Role "tool" }}{{ "<|im_start|>user\\n<tool_response>\\n" }}{{ .Content }}
-{{- "\\n</tool_response><|im_end|>\\n" }}
-{{- end }}
-{{- end }}{{ "<|im_start|>assistant\\n" }}
-{{- if .IsThinkSet }}{{ if .Think }}{{ "<think>\\n" }}{{ else }}{{ "<think>\\n\\n</think>\\n\\n" }}{{ end }}
-{{- end -}}"""
+{{- else if eq .Role "assistant" }}{{ "<|im_start|>assistant\\n" }}%s{{ .Content }}
+{{- if and .Content $message.ToolCalls }}{{ "\\n" }}{{ end }}
+{{- if .ToolCalls }}<tool_call>
+{{- range $j, $call := .ToolCalls }}{{ if $j }}{{ "\\n<tool_call>" }}{{ end }}
+{{- "\\n" }}{"name": "{{ .Function.Name }}", "arguments": {{ .Function.Arguments }}}{{ "\\n</tool_call>" }}
+{{- end }}{{ end }}{{ "<|im_end|>\\n" }}
+{{- else if eq .Role "tool" }}{{ if ne $before "tool" }}{{ "<|im_start|>user" }}{{ end }}
+{{- "\\n<tool_response>\\n" }}{{ .Content }}{{ "\\n</tool_response>" }}
+{{- end }}{{ $before = .Role }}
+{{- end }}{{ if eq $before "tool" }}{{ "<|im_end|>\\n" }}{{ end }}{{ "<|im_start|>assistant\\n" }}%s"""
+_THOUGHT = """{{ if .Thinking }}<think>
+{{ .Thinking }}
+</think>
+
+{{ end }}"""
+_OPEN_THOUGHT = r"""
+{{- if .IsThinkSet }}{{ if .Think }}{{ "<think>\n" }}{{ else }}{{ "<think>\n\n</think>\n\n" }}{{ end }}{{ end }}"""
 
 
-def modelfile(gguf_name: str, config: MiniMindConfig) -> str:
-    """The text of an Ollama Modelfile for a GGUF file that lies beside it."""
+def modelfile(gguf_name: str, config: MiniMindConfig, thinks: bool = True) -> str:
+    """The text of an Ollama Modelfile for a GGUF file that lies beside it. thinks: as in save_gguf(); Ollama switches
+    thinking on for each model whose template has it.
+
+    Ollama itself was not run. The template was rendered by Go's text/template with what Ollama hands to it, and equals
+    chat_template.jinja for system, several turns, thinking on and off, calls and results of tools, but for JSON: Ollama
+    writes schemas and arguments without spaces. It also joins all system messages, and neighbours of one role."""
     before, after = (f"{{{{ {json.dumps(text)} }}}}" for text in (TOOLS_BEFORE, TOOLS_AFTER))
+    thought, open_thought = (_THOUGHT, _OPEN_THOUGHT) if thinks else ("", "")
     context = min(config.max_position_embeddings, 2048)
     return (
         f"# ollama create minimind -f Modelfile && ollama run minimind\nFROM ./{gguf_name}\n"
-        f'TEMPLATE """{_OLLAMA_TEMPLATE % (before, after)}"""\n'
+        f'TEMPLATE """{_OLLAMA_TEMPLATE % (before, after, thought, open_thought)}"""\n'
         f"PARAMETER stop {EOS}\nPARAMETER num_ctx {context}\nPARAMETER temperature 0.7\nPARAMETER top_p 0.9\n"
     )

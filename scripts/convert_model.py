@@ -211,9 +211,14 @@ def to_hf(args, staged: Path, model: MiniMindLM, meta: dict, prompts: list) -> N
         raise CheckpointError("parity does not hold: AutoTokenizer splits text in another way")
 
 
+def thinks(meta: dict) -> bool:
+    """Whether the model was trained to think, or may have been."""
+    return meta.get("stage", "reason") == "reason"
+
+
 def to_gguf(args, staged: Path, model: MiniMindLM, meta: dict, prompts: list) -> None:
     kind = GGUF_DTYPES[args.dtype]
-    save_gguf(staged, model, args.tokenizer, kind, args.dest.stem, thinks=meta.get("stage", "reason") == "reason")
+    save_gguf(staged, model, args.tokenizer, kind, args.dest.stem, thinks(meta))
     stored = with_weights(model, read_gguf(staged, model.config))
     print(with_ours(f"rounding to {kind}, for information", model, stored, prompts))
     for name, w in base_state_dict(model).items():
@@ -307,7 +312,7 @@ def main() -> None:
     finally:
         shutil.rmtree(staged, ignore_errors=True) if staged.is_dir() else staged.unlink(missing_ok=True)
     if args.to == "gguf":
-        text = modelfile(args.dest.name, model.config)
+        text = modelfile(args.dest.name, model.config, thinks(meta))
         checkpoint.write_bytes(args.dest.with_suffix(".Modelfile"), text.encode())
     print(f"parity holds: wrote {args.dest} ({args.to}, {args.dtype})")
 

@@ -4,9 +4,10 @@
     python tests/kill_test.py --kills 10 --stages lora,dpo --seed 7
 
 Each stage is trained once without interruption. Then it is started, killed and resumed until it has taken its share of
-the kills, and finished; weights, metrics log (but for what a clock measures) and sample order must be equal. Every
-second kill waits for the temporary file of a state or of the weights, so that it falls into a save. The last line is
-one JSON object; the exit status is 1 if anything differed.
+the kills, and finished; no file may ever be half written, and weights, metrics log (but for what a clock measures) and
+sample order must be equal. Of three kills one falls anywhere, one waits for the temporary file of whatever is saved
+next, and one for that of the final weights. The last line is one JSON object; the exit status is 1 if anything
+differed.
 """
 
 import argparse
@@ -43,6 +44,7 @@ STAGES = {
     "lora_compiled": ("train_lora.py", "chat", 0, "--from_weight {base} --compile 1 --lora_dropout 0.2"),
     "sft_compiled": ("train_full_sft.py", "chat", 0, "--from_weight {base} --compile 1"),
 }
+AIMS = (None, ".", ".pth.")  # of one kill after the other: part of the temporary file's name that it waits for
 CLOCK = ("seconds", "tokens_per_second", "mfu")
 
 
@@ -117,21 +119,24 @@ def outcome(out: Path) -> tuple[dict[str, torch.Tensor], list[dict], list[str]]:
     return torch.load(path, weights_only=True)["model"], metrics(path.with_suffix(".jsonl")), files
 
 
-def kill_somewhere(process, out: Path, generator: random.Random, inside_a_save: bool) -> str | None:
-    """SIGKILL the process after a random time, or while a temporary file is there; where it was, None if it ended."""
+def kill_somewhere(process, out: Path, generator: random.Random, aim: str | None) -> str | None:
+    """SIGKILL the process after a random time, or from then on while a file of the aim is written, the final weights
+    at any time; where it was, None if it ended."""
     start, began, after = time.monotonic(), time.time(), None
-    wait = generator.uniform(0, 0.9)
+    wait = 0 if aim == ".pth." else generator.uniform(0, 0.9)
     while process.is_alive():
         writing = [path.name for path in out.rglob(".*.tmp")]
         begun = any(path.stat().st_mtime > began for path in out.rglob("*.jsonl"))  # each start rewrites the log
         after = after or (time.monotonic() if begun else None)
-        if after and time.monotonic() - after >= wait and (writing or not inside_a_save):
+        if after and time.monotonic() - after >= wait and (aim is None or any(aim in name for name in writing)):
+            if aim:
+                time.sleep(generator.uniform(0, 0.004))  # not always at the first byte
             process.kill()
             process.join()
             left = [path.name for path in out.rglob(".*.tmp")]
-            kinds = {"resume state": ".state_", "weights": "_64.pth", "adapter": "lora_", "log": ".jsonl"}
+            kinds = {"resume state": ".state_", "final weights": ".pth.", "log": ".jsonl"}
             found = [kind for kind, part in kinds.items() if any(part in name for name in left)]
-            return f"inside a save ({found[0] if found else left[0]})" if left else "in training"
+            return f"inside a save ({found[0] if found else left[0]})" if left else "outside a save"
         if time.monotonic() - start > 120:
             process.kill()
             raise RuntimeError("a run neither ended nor saved within two minutes")
@@ -171,14 +176,20 @@ def check_stage(name: str, kills: int, steps: int, folder: Path, generator: rand
     expected, order = outcome(whole), sample_order(folder / "whole_log")
 
     moments: Counter = Counter()
+    hits = ends = 0
     resume = [*flags, "--out_dir", str(parts), "--from_resume", "1"]
-    while sum(moments.values()) < kills:
+    while hits < kills:
         process = start(resume, folder / "parts_log")
-        moment = kill_somewhere(process, parts, generator, inside_a_save=sum(moments.values()) % 2 == 1)
+        moment = kill_somewhere(process, parts, generator, aim := AIMS[hits % len(AIMS)])
         if moment:
             moments[moment] += 1
+            hits += aim is None or moment.startswith("inside")  # one that came too late is aimed again
+            for file in [*parts.rglob("*.pth"), *parts.rglob("*.pt")]:  # complete or absent
+                torch.load(file, weights_only=True)
         else:  # it came to its end: compare, and begin again
             compare(folder, parts, expected, order)
+            ends += 1
+            assert ends < 5 + kills, "kills find no file that is being written"
             shutil.rmtree(parts)
             Path(f"{folder / 'parts_log'}.order").unlink()
     finish(resume, folder / "parts_log")

@@ -73,6 +73,30 @@ def test_llama_cpp_computes_the_same(saved, convert, tmp_path, capsys, kind, dty
     assert "FROM ./a.gguf" in (tmp_path / "a.Modelfile").read_text()
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_llama_cpp_goes_beyond_the_original_context_with_yarn(saved, tmp_path, kind):
+    """The same greedy tokens at twice the original length, and other ones without YaRN."""
+    pytest.importorskip("xllamacpp")
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+    model = saved(**KINDS[kind], rope_scaling=yarn, max_position_embeddings=256)
+    prompts = torch.randint(10, 6400, (2, 120), generator=torch.Generator().manual_seed(0)).tolist()
+    gguf_file.save_gguf(tmp_path / "a.gguf", model, TOKENIZER_DIR, "f32")
+    with gguf_file.LlamaCpp(tmp_path / "a.gguf", context=256) as engine:
+        convert_model.with_llama_cpp(model, engine, prompts).require(1e-2)
+        model.config.rope_scaling = None
+        model.set_rope()
+        with pytest.raises(CheckpointError, match="parity does not hold"):
+            convert_model.with_llama_cpp(model, engine, prompts).require(1e-2)
+
+
+@pytest.mark.parametrize("beta", ["beta_fast", "beta_slow"])
+def test_yarn_that_llama_cpp_would_not_follow_is_refused(saved, tmp_path, beta):
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, beta: 2.0}
+    with pytest.raises(CheckpointError, match="beta_slow"):
+        gguf_file.save_gguf(tmp_path / "a.gguf", saved(rope_scaling=yarn), TOKENIZER_DIR, "f32")
+    assert not (tmp_path / "a.gguf").exists()
+
+
 def test_llama_cpp_splits_and_renders_the_same(saved, tmp_path):
     pytest.importorskip("xllamacpp")
     from transformers import AutoTokenizer
@@ -103,6 +127,18 @@ def test_llama_cpp_opens_a_thought_only_for_models_that_think(saved, tmp_path, t
     gguf_file.save_gguf(tmp_path / "a.gguf", saved(), TOKENIZER_DIR, "f16", thinks=thinks)
     with gguf_file.LlamaCpp(tmp_path / "a.gguf") as engine:
         assert engine.render(CHAT[:2]).endswith("<|im_start|>assistant\n" + "<think>\n" * thinks)
+
+
+@pytest.mark.parametrize("stage, thinks", [("full_sft", False), ("reason", True)])
+def test_the_modelfile_has_what_ollama_looks_for(saved, convert, tmp_path, stage, thinks):
+    """Thinking, which Ollama switches on wherever the template has it, only where it was trained; the marks of thoughts
+    and calls as text at the head of their blocks, where Ollama reads them off."""
+    checkpoint.save(tmp_path / "a.pth", saved(), {"stage": stage})
+    convert(tmp_path / "a.pth", tmp_path / "a.gguf", "--dtype", "fp32")
+    text = (tmp_path / "a.Modelfile").read_text(encoding="utf-8")
+    assert ("{{ if .Thinking }}<think>\n{{ .Thinking }}\n</think>\n\n{{ end }}" in text) == thinks
+    assert (".Thinking" in text) == ("Think }}" in text) == thinks
+    assert text.index(".ToolCalls }}<tool_call>\n") == text.index(" .ToolCalls") + 1
 
 
 def test_what_does_not_agree_is_not_left_behind(saved, convert, tmp_path, monkeypatch):

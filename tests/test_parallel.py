@@ -1,5 +1,6 @@
 """Several processes: every engine computes what one process does, goes on where it was, and ends in one clear line."""
 
+import importlib
 import itertools
 import json
 import multiprocessing
@@ -33,12 +34,15 @@ CONTEXT = multiprocessing.get_context("forkserver" if sys.platform == "linux" el
 ENGINES = {"one": [], "ddp": [], "fsdp": ["--fsdp"]} | {
     f"zero{n}": ["--deepspeed", str(ROOT / f"configs/zero{n}.json"), "--optimizer", "adamw"] for n in (1, 2, 3)
 }
+for n in (2, 3):  # the same with the optimizer's state, and the weights, in main memory
+    ENGINES[f"offload{n}"] = ["--deepspeed", f"{{folder}}/offload{n}.json", "--optimizer", "adamw"]
 needs_deepspeed = pytest.mark.skipif(sys.platform != "linux", reason="deepspeed is for Linux")
 
 
 def _train(jobs: list[list[str]], env: dict, path: Path) -> None:
-    """Runs train_full_sft.py once for each list of flags. All but the start of the processes is as from the shell: they
-    stay in one group, since meeting and importing cost far more than so small a training."""
+    """Runs train_full_sft.py, or the script named first, once for each list of flags. All but the start of the
+    processes is as from the shell: they stay in one group, since meeting and importing cost far more than so small a
+    training."""
     for stream, suffix in ((sys.stdout, "out"), (sys.stderr, "err")):
         os.dup2(os.open(f"{path}.{suffix}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream.fileno())
     for name in VARIABLES:
@@ -52,12 +56,11 @@ def _train(jobs: list[list[str]], env: dict, path: Path) -> None:
     speed, trainer.SAVE_SECONDS = 1000 ** int(env.get("RANK", 0)), 10
     trainer.time = SimpleNamespace(perf_counter=lambda: speed * time.perf_counter())
     _record(path)
-    from train_full_sft import main
 
     def all_jobs() -> None:
         for flags in jobs:
-            sys.argv = ["train_full_sft.py", *flags]
-            main()
+            sys.argv = flags if flags[0].endswith(".py") else ["train_full_sft.py", *flags]
+            importlib.import_module(sys.argv[0].removesuffix(".py")).main()
 
     cli.run(all_jobs)
 
@@ -157,7 +160,7 @@ def data(tmp_path_factory):
     lines = [json.dumps({"conversations": [turn("user", 3), turn("assistant", 1 + i % 15)]}) for i in range(60)]
     path.write_text("\n".join(lines), encoding="utf-8")
     yield path
-    for cached in CACHE_DIR.glob(f"*-{path.stem}-*"):
+    for cached in CACHE_DIR.glob(f"*{path.stem}-*"):
         shutil.rmtree(cached) if cached.is_dir() else cached.unlink()
 
 
@@ -190,16 +193,31 @@ def difference(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -
 
 
 def job(folder: Path, data: Path, base: dict[str, Path], name: str) -> list:
-    """Flags of the run called engine-optimizer-model; one process gets the global batch."""
-    engine, optimizer, model = name.split("-")
+    """Flags of the run called engine-optimizer-model[-dtype]; one process gets the global batch."""
+    engine, optimizer, model, *dtype = name.split("-")
     flags = [*TINY, "--data_path", data, "--steps", 4, "--from_weight", base[model], "--optimizer", optimizer]
-    flags += ["--out_dir", folder, "--save_weight", name, *ENGINES[engine]]
-    return flags + ["--batch_size", 4] * (engine == "one")
+    flags += ["--out_dir", folder, "--save_weight", name, *(flag.format(folder=folder) for flag in ENGINES[engine])]
+    return (
+        flags
+        + ["--batch_size", 4] * (engine == "one")
+        + ["--dtype", *dtype, "--val_path", data, "--val_tokens", 64] * len(dtype)
+    )
 
 
-ONE = ("one-muon-dense", "one-adamw-dense", "one-adamw-moe")
+def write_offload(folder: Path) -> None:
+    """As the note in configs/zero2.json and zero3.json says."""
+    for n in (2, 3):
+        config = json.loads((ROOT / f"configs/zero{n}.json").read_text(encoding="utf-8"))
+        for name in ("offload_optimizer", "offload_param")[: n - 1]:
+            config["zero_optimization"][name]["device"] = "cpu"
+        (folder / f"offload{n}.json").write_text(json.dumps(config), encoding="utf-8")
+
+
+ONE = ("one-muon-dense", "one-adamw-dense", "one-adamw-moe", "one-adamw-dense-bf16")
 TORCH = ("ddp-muon-dense", "fsdp-muon-dense", "ddp-adamw-moe", "fsdp-adamw-moe")
 ZERO = ("zero1-adamw-dense", "zero2-adamw-dense", "zero3-adamw-dense", "zero2-adamw-moe", "zero3-adamw-moe")
+ZERO += ("offload2-adamw-dense", "offload3-adamw-dense")
+ZERO_BF16 = ("zero2-adamw-dense-bf16", "zero3-adamw-dense-bf16")
 
 
 @pytest.fixture(scope="module")
@@ -211,6 +229,7 @@ def one(tmp_path_factory, data, base):
 
 def two(tmp_path_factory, data, base, names) -> tuple[Path, Group]:
     folder = tmp_path_factory.mktemp("two")
+    write_offload(folder)
     return folder, Group(folder, 2, *(job(folder, data, base, name) for name in names)).succeed()
 
 
@@ -221,7 +240,7 @@ def by_torch(tmp_path_factory, data, base):
 
 @pytest.fixture(scope="module")
 def by_zero(tmp_path_factory, data, base):
-    return two(tmp_path_factory, data, base, ZERO)
+    return two(tmp_path_factory, data, base, ZERO + ZERO_BF16)
 
 
 def assert_equal_to_one_process(one: Path, folder: Path, name: str) -> None:
@@ -244,6 +263,36 @@ def test_two_processes_are_one(one, by_torch, name):
 @pytest.mark.parametrize("name", ZERO)
 def test_two_processes_of_deepspeed_are_one(one, by_zero, name):
     assert_equal_to_one_process(one, by_zero[0], name)
+
+
+@pytest.mark.slow
+@needs_deepspeed
+@pytest.mark.parametrize("name", ZERO_BF16)
+def test_bf16_of_deepspeed_is_that_of_one_process(one, by_zero, name):
+    """DeepSpeed has an autocast of its own, in training alone: the first loss, in training and in validation, is that
+    of ours, not of fp32; the others follow."""
+    runs = [(one, "one-adamw-dense"), (one, "one-adamw-dense-bf16"), (by_zero[0], name)]
+    exact, expected, found = ([row["loss"] for row in outcome(*run)[1] if "loss" in row] for run in runs)
+    assert found[0] == pytest.approx(expected[0], rel=1e-6) != exact[0]
+    assert found == pytest.approx(expected, rel=1e-4)
+    validations = [next(row["val_loss"] for row in outcome(*run)[1] if "val_loss" in row) for run in runs[1:]]
+    assert validations[1] == pytest.approx(validations[0], rel=1e-6)
+
+
+@pytest.mark.slow
+@needs_deepspeed
+def test_the_launcher_of_deepspeed(tmp_path, data, base, by_zero):
+    """Bit for bit the weights of the processes that it did not start."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", 2, "--master_port", port]
+    command += [ROOT / "train_full_sft.py", *job(tmp_path, data, base, "zero2-adamw-dense")]
+    env = {name: value for name, value in os.environ.items() if name not in VARIABLES} | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=env, timeout=200)
+    assert done.returncode == 0 and done.stderr.count("wrote ") == 1, done.stderr
+    expected, found = (outcome(folder, "zero2-adamw-dense")[0] for folder in (by_zero[0], tmp_path))
+    assert difference(expected, found) == 0
 
 
 def test_the_comparison_is_of_what_differs_between_processes(one, by_torch):
@@ -305,6 +354,54 @@ def test_machines_must_see_the_same_files(tmp_path, data, base, by_torch):
     for rank in range(2):
         assert "error: --from_resume 1" in group.err(rank) and "finished for process 0, none for" in group.err(rank)
         assert group.err(rank).count("\n") == 1
+
+
+# ------------------------------------------------------------------------------------------------ every script
+
+SCRIPTS = {  # the further flags, and what the weights to begin with are
+    "pretrain": ("--data_path {text}", "dense"),
+    "lora": ("--data_path {data}", "dense"),
+    "dpo": ("--data_path {pairs} --max_seq_len 64", "dense"),
+    "distill": ("--data_path {data} --teacher {base} --alpha 0.3", "moe"),
+    "reason": ("--data_path {data}", "dense"),
+}
+
+
+@pytest.fixture(scope="module")
+def by_scripts(tmp_path_factory, data, base):
+    """by_scripts(engines, count) runs all scripts under these engines; the folder of their results."""
+    folder = tmp_path_factory.mktemp("scripts")
+    chats = [json.loads(line)["conversations"] for line in data.read_text(encoding="utf-8").splitlines()]
+    rows = {
+        "text": [{"text": answer["content"]} for _, answer in chats],
+        "pairs": [{"chosen": [q, a], "rejected": [q, b]} for (q, a), (_, b) in zip(chats, chats[1:], strict=False)],
+    }
+    paths = {name: data.with_name(f"{name}-{data.name}") for name in rows}
+    for name, lines in rows.items():
+        paths[name].write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+
+    def script_job(engine: str, script: str) -> list:
+        more, model = SCRIPTS[script]
+        flags = [f"train_{script}.py", *TINY, "--from_weight", base[model], "--steps", 3, "--optimizer", "adamw"]
+        flags += more.format(data=data, base=base[model], **paths).split()
+        flags += ["--out_dir", folder, "--save_weight", f"{engine}-{script}", *ENGINES[engine]]
+        return flags + ["--batch_size", 4] * (engine == "one")
+
+    def run(engines: tuple[str, ...], count: int) -> Path:
+        Group(folder, count, *(script_job(engine, script) for engine in engines for script in SCRIPTS)).succeed()
+        return folder
+
+    run(("one",), 1)
+    return run
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engines", [("ddp", "fsdp"), pytest.param(("zero2", "zero3"), marks=needs_deepspeed)])
+def test_every_script_under_every_engine(by_scripts, engines):
+    """Two processes are one, whatever is trained: LoRA's frozen weights, the reference of DPO, a teacher."""
+    folder = by_scripts(engines, 2)
+    for engine, script in itertools.product(engines, SCRIPTS):
+        assert_equal_to_one_process(folder, folder, f"{engine}-{script}")
 
 
 # ------------------------------------------------------------------------------------------------ resume
@@ -379,6 +476,11 @@ WRONG = {
     "not a number": (ALONE | {"WORLD_SIZE": "two"}, [], "WORLD_SIZE=two"),
     "no launcher": ({}, ["--fsdp"], "torchrun"),
     "no such file": (ALONE, ["--deepspeed", "nowhere.json", "--optimizer", "adamw"], "nowhere.json"),
+    "compiled under ZeRO 3": (
+        ALONE,
+        [*ENGINES["zero3"], "--compile", "1"],
+        "--compile 1 does not work with --deepspeed",
+    ),
     "Muon under ZeRO": (ALONE, [*ENGINES["zero2"][:2]], "--optimizer adamw"),
 }
 
@@ -395,6 +497,26 @@ def test_wrong_environment_is_one_line(tmp_path, monkeypatch, case):
         trainer.setup("pretrain", args, minutes=1)
     assert "\n" not in str(raised.value)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("section", ["bf16", "optimizer", "scheduler", "train_batch_size"])
+def test_a_deepspeed_file_must_not_say_what_flags_say(tmp_path, section):
+    path = tmp_path / "own.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage": 2}, section: {}}))
+    args = cli.arguments("pretrain", "").parse_args(["--deepspeed", str(path)])
+    with pytest.raises(cli.UsageError, match=f"own.json: {section} is what our flags say"):
+        parallel.zero_config(args)
+
+
+@pytest.mark.slow
+@needs_deepspeed
+def test_what_deepspeed_refuses_is_one_line(tmp_path, data, base):
+    (tmp_path / "own.json").write_text('{"zero_optimization": {"stage": 2, "bucket": 5}}')
+    flags = job(tmp_path, data, base, "one-adamw-dense")
+    group = Group(tmp_path, 2, [*flags, "--deepspeed", tmp_path / "own.json"])
+    assert group.wait() == [2, 2]
+    [line] = [line for line in group.err(0).splitlines() if line.startswith("error: ")]
+    assert "own.json" in line and "bucket" in line and "Traceback" not in group.err(0)
 
 
 def test_processes_that_do_not_come(monkeypatch):

@@ -473,6 +473,63 @@ def test_disk_too_full_for_the_log(tmp_path, data, pretrained):
     assert (out / "pretrain_64.pth").read_bytes() == before
 
 
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of its own with room for three states."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", folder], capture_output=True).returncode:
+        pytest.skip("only root may mount a small file system")
+    yield folder
+    subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def fill(disk: Path, running: Script) -> None:
+    """Take all space there is, and what the run frees as it removes the half of a state that it could not write."""
+    with open(disk / "filler", "wb", buffering=0) as filler:
+        while running.process.is_alive():
+            try:
+                filler.write(bytes(4096))
+            except OSError:
+                time.sleep(0.001)
+
+
+def make_read_only(disk: Path, running: Script) -> None:
+    command = ["mount", "-o", "remount,ro", disk]
+    while subprocess.run(command, capture_output=True).returncode and running.process.is_alive():
+        pass  # busy: a file is open for writing
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("full", [True, False], ids=["full", "read-only"])
+def test_a_disk_that_fails_in_the_middle_of_a_run(tmp_path, data, small_disk, full):
+    """The last good state survives and is spoken of, and leads to the same end once the disk is usable again."""
+    flags = [*TINY, "--data_path", data["text"], "--steps", 100, "--save_interval", 5, "--out_dir"]
+    assert Script(tmp_path, "train_pretrain.py", *flags, tmp_path / "whole").wait().code == 0
+    out = small_disk / "out"
+    running = Script(tmp_path, "train_pretrain.py", *flags, out)
+    wait_for_step(out, running, 5)
+    (fill if full else make_read_only)(small_disk, running)
+    done = running.wait()
+    one_error(done, 1, f"cannot write {out / 'pretrain_64.pth'}: ", "--from_resume 1 goes on from the state of step ")
+    [state] = out.rglob("*.pt")
+    step = int(state.stem.removeprefix("state_"))
+    assert 5 <= step < 100 and done.err.endswith(f"step {step}\n")
+    assert f"warning: cannot write {state.with_name(f'state_{step + 5:08d}.pt')}: " in done.err
+    assert "what was saved before is kept" in done.err
+
+    still = Script(tmp_path, "train_pretrain.py", *flags, out, "--from_resume", 1).wait()
+    one_error(still, 1 if full else 2, out, "free some space" if full else "cannot be written to")
+    if full:
+        (small_disk / "filler").unlink()
+    else:
+        subprocess.run(["mount", "-o", "remount,rw", small_disk], check=True)
+    done = Script(tmp_path, "train_pretrain.py", *flags, out, "--from_resume", 1).wait()
+    assert done.code == 0, done.err
+    assert_same(tmp_path / "whole" / "pretrain_64.pth", out / "pretrain_64.pth")
+    assert sorted(os.listdir(out)) == ["pretrain_64.jsonl", "pretrain_64.png", "pretrain_64.pth"]
+
+
 # ------------------------------------------------------------------------------------------------ optional packages
 
 

@@ -5,6 +5,8 @@ engine = start(run)      # engine.model is what the loss sees; then accumulating
 
 Both engines give the loop the same few methods, and weights and resume state on rank 0 in our one format.
 
+--compile 1 gives the same under DDP, FSDP2 and ZeRO 2 (1e-5 in fp32); ZeRO 3 cannot be compiled.
+
 N processes compute what one with the same global batch does, but for the balancing loss of a MoE: it is the product of
 two means over the tokens (MoEFeedForward), so its value over all tokens is not the mean of the processes' values; each
 process balances its own tokens, as every batch of an accumulated step does.
@@ -34,6 +36,8 @@ if TYPE_CHECKING:
 
 JOIN_SECONDS = 60  # that a process waits for all others to start
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+# In the file of --deepspeed these would do once more, or otherwise, what our flags say.
+TAKEN = ("optimizer", "scheduler", "fp16", "bf16", "torch_autocast", "train_batch_size")
 REMEDY = "start with torchrun --nproc_per_node N, which sets them all, or unset them"
 
 
@@ -109,7 +113,13 @@ def check(args, world_size: int) -> None:
                 f"{flag}: ZeRO cuts the matrices into flat pieces, and Muon needs them whole: use --optimizer adamw, "
                 "or --fsdp in place of --deepspeed"
             )
-        zero_config(args)
+        if zero_config(args)["zero_optimization"]["stage"] == 3:
+            if args.compile == "1":
+                raise UsageError(
+                    f"--compile 1 does not work with {flag}: under ZeRO 3 a layer has its weights only while it runs; "
+                    "leave --compile out, or use ZeRO 2 or --fsdp"
+                )
+            args.compile = "0"
 
 
 def zero_config(args) -> dict:
@@ -123,6 +133,12 @@ def zero_config(args) -> dict:
         stage = None
     if stage not in (1, 2, 3):
         raise UsageError(f"--deepspeed {args.deepspeed}: it must be JSON with zero_optimization.stage 1, 2 or 3")
+    for name in TAKEN:
+        if name in config:
+            raise UsageError(
+                f"--deepspeed {args.deepspeed}: {name} is what our flags say (--optimizer, --learning_rate, --dtype, "
+                "--batch_size): leave it out of the file"
+            )
     automatic = {
         "train_micro_batch_size_per_gpu": args.batch_size,
         "gradient_accumulation_steps": args.accumulation_steps,
@@ -251,7 +267,10 @@ def _shard_like(p: DTensor, state: dict) -> dict:
 
 class ZeroEngine:
     """ZeRO (Rajbhandari et al. 2020, arXiv:1910.02054): the processes share out the optimizer's state (1), the
-    gradients too (2), the weights too (3). The model stays fp32 and computes under autocast, as without DeepSpeed."""
+    gradients too (2), the weights too (3). The model stays fp32 and computes under autocast, as without DeepSpeed.
+
+    Run with torchrun and with `deepspeed --num_accelerators 2 train_x.py` (its --bind_cores_to_rank needs numactl), on
+    CPUs; offload to main memory with torch's AdamW, which needs no op of DeepSpeed's; offload to NVMe was not run."""
 
     def __init__(self, run: "Run"):
         if run.dtype == torch.float16:
@@ -272,9 +291,18 @@ class ZeroEngine:
             deepspeed.utils.set_z3_leaf_modules(run.model, [Experts])
         [adamw] = build_optimizers(run.model, args.optimizer, args.learning_rate, args.weight_decay)
         trained = [p for p in run.model.parameters() if p.requires_grad]
-        self.model, self.optimizer, _, _ = deepspeed.initialize(
-            model=run.model, model_parameters=trained, optimizer=adamw, config=config, dist_init_required=False
-        )
+        try:
+            self.model, self.optimizer, _, _ = deepspeed.initialize(
+                model=run.model, model_parameters=trained, optimizer=adamw, config=config, dist_init_required=False
+            )
+        except torch.OutOfMemoryError:
+            raise
+        except (ValueError, AssertionError, RuntimeError) as error:  # the file's mistakes, and what it cannot compile
+            said = " ".join(str(error).split())[:300]
+            raise UsageError(
+                f"--deepspeed {args.deepspeed}: DeepSpeed says: {said} (check the file; on a CPU, and for "
+                "some offload, it compiles C++, which needs a compiler and ninja)"
+            ) from error
         self.optimizers = [adamw]
 
     def accumulating(self, last: bool) -> contextlib.AbstractContextManager:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from model.checkpoint import write_bytes
 from trainer.cli import UsageError
 
 if TYPE_CHECKING:
@@ -162,10 +163,13 @@ class Reporter:
             print(file=sys.stderr)
         skipped = f", {progress.skipped} steps skipped" if progress.skipped else ""
         val = f", val {self._val_figure('bits per byte')} (loss {self.val['val_loss']:.3f})" if self.val else ""
+        try:
+            picture = f", {run.path('.png').name}" if draw_curve(self.log_path, run.path(".png")) else ""
+        except OSError as error:  # not worth calling the run failed
+            picture = f"; warning: cannot draw {run.path('.png')}: {error.strerror}"
         self.say(
             f"{run.stage}: {progress.step} steps, {progress.tokens:,} tokens in {progress.seconds / 60:.1f} min{val}"
-            f"{skipped}\nwrote {run.path('.pth')}, {self.log_path.name}"
-            + (f", {run.path('.png').name}" if draw_curve(self.log_path, run.path(".png")) else "")
+            f"{skipped}\nwrote {run.path('.pth')}, {self.log_path.name}{picture}"
         )
         if self.wandb:
             self.wandb.finish()
@@ -185,9 +189,7 @@ def cut_log(path: Path, step: int) -> None:
     rows = read_log(path) if step and path.exists() else []
     # A validation at this very step is not in the state yet: it comes after the saving.
     kept = [row for row in rows if row["step"] < step or (row["step"] == step and "val_loss" not in row)]
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-    os.replace(temporary, path)
+    write_bytes(path, "".join(json.dumps(row) + "\n" for row in kept).encode())
 
 
 def draw_curve(log_path: Path, picture: Path) -> bool:

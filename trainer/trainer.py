@@ -62,7 +62,7 @@ class Run:
         return self.rank == 0
 
     def autocast(self) -> contextlib.AbstractContextManager:
-        if self.dtype == torch.float32 or self.args.deepspeed:  # which has an autocast of its own
+        if self.dtype == torch.float32:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=self.dtype)
 
@@ -274,6 +274,7 @@ def train(run: Run, loss_fn: LossFn, train_rows, val_rows, tokenizer, save: Save
     interrupt, bad_steps = Interrupt(), 0
     clock = time.perf_counter() - progress.seconds
     last_save, pause, stop = progress.seconds, SAVE_SECONDS, False
+    saved = progress.step  # of the newest resume state; 0 = there is none
     while True:
         share = progress.share(args, len(train_rows))
         due = progress.step % args.val_interval == 0 if args.val_interval else share + 1e-9 >= progress.next_val
@@ -327,18 +328,24 @@ def train(run: Run, loss_fn: LossFn, train_rows, val_rows, tokenizer, save: Save
             last_save, start = progress.seconds, time.perf_counter()
             try:
                 _save_resume(run, progress, engine)
+                saved = progress.step
             except checkpoint.CheckpointError as error:
                 reporter.say(f"warning: {error}")
             seconds, _ = _agree(run, time.perf_counter() - start, False)
             pause = max(SAVE_SECONDS, seconds / SAVE_SHARE)
 
-    if stop:
-        _save_resume(run, progress, engine)
-        reporter.interrupted(progress)
-        sys.exit(130)
-    model = engine.whole_model()
+    try:
+        if stop:
+            _save_resume(run, progress, engine)
+            reporter.interrupted(progress)
+            sys.exit(130)
+        model = engine.whole_model()
+        if run.is_main:
+            save(run.path(".pth"), model, reporter.figures(progress) | {"finished": identity(args)})
+    except checkpoint.CheckpointError as error:
+        remedy = f"; --from_resume 1 goes on from the state of step {saved}" if saved else ""
+        raise checkpoint.CheckpointError(f"{error}{remedy}") from None
     if run.is_main:
-        save(run.path(".pth"), model, reporter.figures(progress) | {"finished": identity(args)})
         reporter.finish(progress)
         checkpoint.remove_resume(run.path("_resume"))
 
