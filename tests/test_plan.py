@@ -60,6 +60,7 @@ def test_the_largest_batch_fits_and_one_more_does_not():
     assert largest_batch(config, 512, 0, True) == largest_batch(config, 512, -1e9, True) == 0
 
 
+@pytest.mark.slow
 def test_command(tmp_path):
     def plan(*flags):
         return subprocess.run([sys.executable, "scripts/plan.py", *flags], capture_output=True, text=True, cwd=ROOT)

@@ -649,6 +649,7 @@ def test_connections_that_ask_for_nothing_or_read_nothing_are_closed(weights):
         assert server.chat().status_code == 200
 
 
+@pytest.mark.slow
 def test_a_server_with_a_key_and_narrow_limits(weights):
     options = "--api_key secret --slots 1 --max_queue 1 --timeout 6 --max_prompt_tokens 50 --model_name tiny"
     options += " --cors_origin https://example.com --max_seq_len 30000"
@@ -707,6 +708,7 @@ def test_a_server_with_a_key_and_narrow_limits(weights):
         assert "Traceback" not in server.log and "CancelledError" not in server.log
 
 
+@pytest.mark.slow
 def test_usage_errors_take_one_line(weights):
     for options, code, text in (
         (["--slots", "0"], 2, "--slots 0"),

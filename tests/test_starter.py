@@ -188,6 +188,7 @@ def pairs_in(text: str) -> set[tuple[int, int]]:
     return {tuple(sorted((number[a], number[b]))) for a, b in found if a in number and b in number}
 
 
+@pytest.mark.slow
 def test_operand_pairs_of_heldout_sums_are_never_seen(corpus, sft, pretrain, heldout):
     trained = set()
     for text in [*pretrain, *("\n".join(m["content"] for m in messages) for messages in sft)]:

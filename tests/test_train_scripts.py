@@ -159,6 +159,7 @@ def shell(*argv, env: dict | None = None, cwd: Path = ROOT, timeout: float = 300
 # ------------------------------------------------------------------------------------------------ whole runs
 
 
+@pytest.mark.slow
 def test_pretrain_and_sft_from_the_shell(tmp_path, data):
     """With plain subprocesses, from another folder."""
     flags = [*TINY, "--out_dir", "out", "--steps", 6]
@@ -182,6 +183,7 @@ def test_pretrain_and_sft_from_the_shell(tmp_path, data):
     assert f"wrote {Path('out') / 'full_sft_64.pth'}, full_sft_64.jsonl, full_sft_64.png" in done.err
 
 
+@pytest.mark.slow
 def test_help_is_quick():
     """Without the heavy packages: they are imported by the functions that use them."""
     heavy = {"datasets", "pyarrow", "pandas", "transformers", "matplotlib", "wandb", "peft", "trl"}
@@ -255,6 +257,7 @@ def test_killed_at_any_moment(tmp_path, data, pretrained, script, moe):
     assert sorted(os.listdir(folder)) == [f"{name}.jsonl", f"{name}.png", f"{name}.pth"]
 
 
+@pytest.mark.slow
 def test_ctrl_c_prints_the_command_that_goes_on(tmp_path, data):
     """In a folder whose name needs quotes; the printed line is executed as it stands."""
     out = tmp_path / "my out's"
@@ -533,6 +536,7 @@ def test_a_disk_that_fails_in_the_middle_of_a_run(tmp_path, data, small_disk, fu
 # ------------------------------------------------------------------------------------------------ optional packages
 
 
+@pytest.mark.slow
 def test_without_optional_packages(tmp_path, data):
     shim = tmp_path / "shim"
     shim.mkdir()
