@@ -218,42 +218,32 @@ static void rotate(float* x, const float* cos, const float* sin, int64_t half) {
     }
 }
 
-// N vectors of the mean of n values (D floats apart), each weighted by its p.
-template <int N> static inline void mix(const float* p, const float* values, int64_t n, int64_t D, float inverse, float* y) {
-    f8 acc[N] = {};
-    for (int64_t j = 0; j < n; j++)
-#pragma GCC unroll 8
-        for (int i = 0; i < N; i++) acc[i] += p[j] * load(values + j * D + 8 * i);
-    for (int i = 0; i < N; i++) store(y + 8 * i, acc[i] * inverse);
-}
-
-// One query head against n keys: y (D) = softmax(q k^T / sqrt(D)) v. Eight sums at once keep the multipliers busy.
+// One query head against n keys: y (D) = softmax(q k^T / sqrt(D)) v.
 static void attend(const float* q, const float* keys, const float* values, int64_t n, int64_t D, float* scores, float* y) {
     float largest = -INFINITY, scale = 1.0f / std::sqrt((float)D);
-    for (int64_t j = 0; j < n; j += 8) {
-        const float* key[8];
-        for (int i = 0; i < 8; i++) key[i] = keys + std::min(j + i, n - 1) * D;  // past the end: any that there is
-        f8 acc[8] = {};
-        for (int64_t d = 0; d < D; d += 8) {
-            f8 query = load(q + d);
-#pragma GCC unroll 8
-            for (int i = 0; i < 8; i++) acc[i] += query * load(key[i] + d);
-        }
-        for (int i = 0; i < 8; i++) {
-            scores[j + i] = j + i < n ? sum(acc[i]) * scale : -INFINITY;
-            largest = std::fmax(largest, scores[j + i]);
-        }
+    for (int64_t j = 0; j < n; j++) {
+        f8 acc = {};
+        for (int64_t d = 0; d < D; d += 8) acc += load(q + d) * load(keys + j * D + d);
+        scores[j] = sum(acc) * scale;
+        largest = std::fmax(largest, scores[j]);
     }
+    for (int64_t j = n; j < (n + 7) / 8 * 8; j++) scores[j] = -INFINITY;
     f8 total = {};
     for (int64_t j = 0; j < n; j += 8) {
         f8 p = exp(load(scores + j) - largest);
         store(scores + j, p);
         total += p;
     }
-    const float inverse = 1.0f / sum(total);
-    int64_t d = 0;
-    for (; d + 64 <= D; d += 64) mix<8>(scores, values + d, n, D, inverse, y + d);
-    for (; d < D; d += 16) mix<2>(scores, values + d, n, D, inverse, y + d);
+    float inverse = 1.0f / sum(total);
+    for (int64_t d = 0; d < D; d += 16) {
+        f8 low = {}, high = {};
+        for (int64_t j = 0; j < n; j++) {
+            low += scores[j] * load(values + j * D + d);
+            high += scores[j] * load(values + j * D + d + 8);
+        }
+        store(y + d, low * inverse);
+        store(y + d + 8, high * inverse);
+    }
 }
 
 static void add_product(const Matrix& m, const float* x, float* product, float* residual, int B) {
@@ -267,7 +257,7 @@ static void add_product(const Matrix& m, const float* x, float* product, float* 
 // Floats of scratch memory that step() needs.
 extern "C" int64_t scratch_size(const Model* m, int64_t B, int64_t longest, int64_t threads) {
     int64_t D = m->head_dim, widest = m->heads * D + 2 * m->kv_heads * D;
-    return B * (2 * m->hidden + widest + m->heads * D + 2 * m->intermediate + D) + threads * (longest / 8 * 8 + 16 + B * m->hidden);
+    return B * (2 * m->hidden + widest + m->heads * D + 2 * m->intermediate + D) + threads * (longest + 16 + B * m->hidden);
 }
 
 // tokens, positions (B,): the new tokens and where they stand; row b works on slot b of the cache. logits (B, vocab).
@@ -284,8 +274,8 @@ extern "C" void step(const Model* m, Cache cache, const int64_t* tokens, const i
     {
         const int64_t id = omp_get_thread_num(), team = omp_get_num_threads();
         const Range mine = share(I);
-        float* scores = own + id * (longest / 8 * 8 + 16 + B * H);
-        float* normed = scores + longest / 8 * 8 + 16;  // by each thread for itself: cheaper than to wait for another
+        float* scores = own + id * (longest + 16 + B * H);
+        float* normed = scores + longest + 16;  // by each thread for itself: cheaper than to wait for another
         for (int64_t b = id; b < B; b += team) {
             embed(m->embedding, tokens[b], x + b * H);
             for (int64_t i = 0; i < D / 2; i++) {

@@ -119,14 +119,20 @@ def outcome(out: Path) -> tuple[dict[str, torch.Tensor], list[dict], list[str]]:
     return torch.load(path, weights_only=True)["model"], metrics(path.with_suffix(".jsonl")), files
 
 
+def files_in(out: Path) -> list[Path]:
+    """Those that are there; unlike rglob, it does not mind folders that a running process is just removing."""
+    return [Path(folder, name) for folder, _, names in os.walk(out) for name in names]
+
+
 def kill_somewhere(process, out: Path, generator: random.Random, aim: str | None) -> str | None:
     """SIGKILL the process after a random time, or from then on while a file of the aim is written, the final weights
     at any time; where it was, None if it ended."""
     start, began, after = time.monotonic(), time.time(), None
     wait = 0 if aim == ".pth." else generator.uniform(0, 0.9)
     while process.is_alive():
-        writing = [path.name for path in out.rglob(".*.tmp")]
-        begun = any(path.stat().st_mtime > began for path in out.rglob("*.jsonl"))  # each start rewrites the log
+        found = files_in(out)
+        writing = [path.name for path in found if path.name.startswith(".") and path.suffix == ".tmp"]
+        begun = any(path.suffix == ".jsonl" and path.stat().st_mtime > began for path in found)  # starts rewrite the log
         after = after or (time.monotonic() if begun else None)
         if after and time.monotonic() - after >= wait and (aim is None or any(aim in name for name in writing)):
             if aim:
