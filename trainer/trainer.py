@@ -350,6 +350,7 @@ def train(run: Run, loss_fn: LossFn, train_rows, val_rows, tokenizer, save: Save
         checkpoint.remove_resume(run.path("_resume"))
 
 
+@torch.compiler.set_stance("force_eager")  # a graph without gradients would take longer to compile than it saves
 @torch.no_grad()
 def validate(run: Run, loss_fn: LossFn, rows, bytes_of: Tensor) -> dict[str, float]:
     """val_loss, val_bpb (bits per byte, if the loss is a mean over tokens) and val_<name> of each scalar metric, over
