@@ -458,6 +458,14 @@ class MiniMindLM(nn.Module):
 
     def cross_entropy(self, x: Tensor, labels: Tensor) -> Tensor:
         """Sum of -log p(label) in nats over x (N, hidden), labels (N,)."""
+        if x.dtype == torch.float32 and not torch.is_autocast_enabled(x.device.type):
+            # The logits of 1024 positions at a time, gradients at once: all of them would not fit the caches.
+            weight, options = self.model.embed_tokens.weight, nn.LinearCrossEntropyOptions(batch_chunk_size=1024)
+            return F.linear_cross_entropy(self.model.norm(x), weight, labels, reduction="sum", options=options)
+        return self.rounded_cross_entropy(x, labels)
+
+    def rounded_cross_entropy(self, x: Tensor, labels: Tensor) -> Tensor:
+        """The same where logits are computed in bf16 or fp16: the sum is of fp32 all the same."""
         return F.cross_entropy(self.logits(x).float(), labels, reduction="sum")
 
     def compile_layers(self) -> None:
@@ -468,7 +476,7 @@ class MiniMindLM(nn.Module):
         run, which sees others first, would round differently."""
         for block in self.model.layers:
             block.compile(dynamic=False)
-        self.cross_entropy = torch.compile(self.cross_entropy, dynamic=True)
+        self.rounded_cross_entropy = torch.compile(self.rounded_cross_entropy, dynamic=True)
 
     # -------------------------------------------------------------------------------------------- sizes
 
