@@ -81,7 +81,7 @@ def make_loss_fn(reference, args):
 
 
 def main():
-    parser = cli.arguments("dpo", __doc__, from_weight="full_sft", optimizer="adamw", batch_size=8)
+    parser = cli.arguments("dpo", __doc__, from_weight="full_sft", batch_size=8)
     add = parser.add_argument_group("preference").add_argument
     add("--beta", type=float, default=0.1, help="how dear it is to leave the reference")
     add("--loss", choices=("dpo", "ipo", "simpo"), default="dpo")
