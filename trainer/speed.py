@@ -37,11 +37,11 @@ def synchronize(device: torch.device) -> None:
 
 
 def compile_if_worth(run: "Run", expected_seconds: float) -> bool:
-    """Compile the model's layers if the flag says so, or, on auto, if the run is long enough to win back the 5 to 45
+    """Compile the model's layers if the flag says so, or, on auto, if the run is long enough to win back the 5 to 25
     seconds it costs and the machine has what it takes. A resumed run stays with what was decided: compiled and eager
     code round differently."""
     wish = run.args.compile if run.compiled is None else str(int(run.compiled))
-    if wish == "0" or run.device.type == "mps" or (wish == "auto" and expected_seconds < 150):
+    if wish == "0" or run.device.type == "mps" or (wish == "auto" and expected_seconds < 75):
         return False
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=run.device))
