@@ -20,7 +20,7 @@ def loss_fn(model, batch):
 
 def main():
     args = cli.arguments("full_sft", __doc__, from_weight="pretrain", val_tokens=8192).parse_args()
-    run = trainer.setup("full_sft", args, minutes=7.0)
+    run = trainer.setup("full_sft", args, minutes=5.75)
     tokenizer = load_tokenizer()
     train_rows, val_rows = trainer.datasets(args, "sft", sft_dataset, tokenizer)
 

@@ -18,7 +18,7 @@ def loss_fn(model, batch):
 
 def main():
     args = cli.arguments("pretrain", __doc__, val_tokens=8192).parse_args()
-    run = trainer.setup("pretrain", args, minutes=1.5)
+    run = trainer.setup("pretrain", args, minutes=2.75)
     tokenizer = load_tokenizer()
     train_rows, val_rows = trainer.datasets(args, "pretrain", pretrain_dataset, tokenizer)
 
