@@ -132,7 +132,7 @@ def kill_somewhere(process, out: Path, generator: random.Random, aim: str | None
     while process.is_alive():
         found = files_in(out)
         writing = [path.name for path in found if path.name.startswith(".") and path.suffix == ".tmp"]
-        begun = any(path.suffix == ".jsonl" and path.stat().st_mtime > began for path in found)  # starts rewrite the log
+        begun = any(path.suffix == ".jsonl" and path.stat().st_mtime > began for path in found)  # each start writes it
         after = after or (time.monotonic() if begun else None)
         if after and time.monotonic() - after >= wait and (aim is None or any(aim in name for name in writing)):
             if aim:
