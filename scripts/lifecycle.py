@@ -86,7 +86,7 @@ def lora(life: Life, name: str, what: str, *flags: str) -> list[Line]:
 
 
 def dpo(life: Life) -> list[Line]:
-    minutes = life.train("train_dpo.py", f"dpo_{life.size}", "--steps", "24")  # more steps cost the skills
+    minutes = life.train("train_dpo.py", f"dpo_{life.size}", "--steps", "32")  # more steps cost the skills
     first, *_, last = (row["val_accuracy"] for row in life.log(f"dpo_{life.size}"))
     skills = life.score("heldout", "dpo")
     return [
