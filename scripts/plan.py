@@ -51,11 +51,11 @@ FREE_SHARE = 0.92  # of a GPU's memory that a plan may fill
 # ------------------------------------------------------------------------------------------------ memory
 
 
-def block_bytes(config: MiniMindConfig, tokens: int, autocast: bool, scores_over: int = 0) -> int:
+def block_bytes(config: MiniMindConfig, tokens: int, autocast: bool) -> int:
     """Bytes that one block keeps for its backward over this many tokens, not compiled.
 
-    The residual stream and what the norms keep are fp32, all else is in the precision of the arithmetic. `scores_over`:
-    the sequence length, where attention keeps its probabilities (on a CPU); 0 = a fused kernel, which keeps none.
+    The residual stream and what the norms keep are fp32, all else is in the precision of the arithmetic. Attention is a
+    fused kernel, which keeps no scores.
     """
     c, small = config, 2 if autocast else 4
     q, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
@@ -63,8 +63,6 @@ def block_bytes(config: MiniMindConfig, tokens: int, autocast: bool, scores_over
     if c.qk_norm:
         norms += (q + kv) * (4 + 4)
     attention = (2 * q + 2 * kv) * small  # q, k, v, and what goes into o_proj
-    if scores_over:  # half of them are masked; the block of 128 on the diagonal is computed in full
-        attention += c.num_attention_heads * min(scores_over, (scores_over + 128) // 2) * (4 + small * autocast)
     experts = c.num_experts_per_tok + c.num_shared_experts if c.is_moe else 1
     mlp = experts * 4 * c.intermediate_size * small  # gate, silu(gate), up, their product
     if c.is_moe:  # rows sorted by expert, outputs, outputs in the old order
@@ -72,15 +70,13 @@ def block_bytes(config: MiniMindConfig, tokens: int, autocast: bool, scores_over
     return tokens * (norms + attention + mlp)
 
 
-def activation_bytes(
-    config: MiniMindConfig, batch_size: int, seq_len: int, autocast: bool, checkpointing: bool, cpu: bool = False
-) -> int:
+def activation_bytes(config: MiniMindConfig, batch_size: int, seq_len: int, autocast: bool, checkpointing: bool) -> int:
     """The most that activations take: those of the blocks, and the logits with their gradient.
 
     With checkpointing the blocks' inputs are kept, and later the activations of one block at a time.
     """
     tokens = batch_size * seq_len
-    block = block_bytes(config, tokens, autocast, seq_len * cpu)
+    block = block_bytes(config, tokens, autocast)
     inputs = config.num_hidden_layers * tokens * config.hidden_size * 4
     head = tokens * (config.vocab_size * 4 * 3 + config.hidden_size * 12)  # log-probabilities and two gradients
     if checkpointing:
@@ -135,7 +131,7 @@ def cpu_bytes(config: MiniMindConfig, batch_size: int, seq_len: int, optimizer: 
     Activations are at their most before the gradients exist, which are at their most when the activations are gone.
     """
     _, sizes = sizes_of(config, optimizer)
-    activations = activation_bytes(config, batch_size, seq_len, False, checkpointing, cpu=True)
+    activations = activation_bytes(config, batch_size, seq_len, False, checkpointing)
     return CPU_OVERHEAD + 4 * sizes.parameters + sizes.optimizer + max(activations, 4 * sizes.parameters)
 
 

@@ -34,7 +34,7 @@ def test_blocks_keep_what_the_formula_says(experts, batch, length):
     config = MiniMindConfig(**shape, num_experts=experts, num_shared_experts=experts // 4)
     deeper = MiniMindConfig(**shape | {"num_hidden_layers": 5}, num_experts=experts, num_shared_experts=experts // 4)
     measured = (kept_bytes(deeper, batch, length, False) - kept_bytes(config, batch, length, False)) / 2
-    assert block_bytes(config, batch * length, False, length) == pytest.approx(measured, rel=0.2)
+    assert block_bytes(config, batch * length, False) == pytest.approx(measured, rel=0.2)
 
 
 def test_checkpointed_blocks_keep_their_input():
