@@ -469,8 +469,8 @@ class MiniMindLM(nn.Module):
         return F.cross_entropy(self.logits(x).float(), labels, reduction="sum")
 
     def compile_layers(self) -> None:
-        """torch.compile each block and the head on their own: all blocks share one graph, so that compiling takes
-        seconds rather than the minute that the unrolled model takes, at the same speed.
+        """torch.compile each block, and the head where it is not chunked, on their own: all blocks share one graph, so
+        that compiling takes seconds rather than the minute that the unrolled model takes, at the same speed.
 
         Whether a size is dynamic is fixed: left to the compiler, it depends on the shapes seen before, and a resumed
         run, which sees others first, would round differently."""

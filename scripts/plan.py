@@ -44,7 +44,6 @@ GPUS = {
     "H200": GPU(989, 141),
 }
 OVERHEAD = 1.5e9  # bytes: CUDA context, kernels' workspaces and the gaps of the allocator
-CPU_OVERHEAD = 0.22e9  # the same on a CPU: fitted to five runs of benchmark.py
 FREE_SHARE = 0.92  # of a GPU's memory that a plan may fill
 
 
@@ -125,16 +124,6 @@ def state_memory(mode: str, sizes: Sizes, gpus: int, autocast: bool) -> float:
 MODES = ("one GPU", "DDP", "ZeRO-1", "ZeRO-2", "ZeRO-3", "FSDP2")
 
 
-def cpu_bytes(config: MiniMindConfig, batch_size: int, seq_len: int, optimizer: str, checkpointing: bool) -> float:
-    """Peak of fp32 training in one CPU process, over what importing takes: what the formula is checked against.
-
-    Activations are at their most before the gradients exist, which are at their most when the activations are gone.
-    """
-    _, sizes = sizes_of(config, optimizer)
-    activations = activation_bytes(config, batch_size, seq_len, False, checkpointing)
-    return CPU_OVERHEAD + 4 * sizes.parameters + sizes.optimizer + max(activations, 4 * sizes.parameters)
-
-
 def largest_batch(config: MiniMindConfig, seq_len: int, free: float, checkpointing: bool) -> int:
     """Rows per GPU whose activations fit into so many bytes; 0 if not even one does."""
     per_row = activation_bytes(config, 1, seq_len, True, checkpointing)
@@ -189,7 +178,7 @@ def print_plan(args: argparse.Namespace) -> None:
         f"{OVERHEAD / 1e9:g} GB for\nCUDA and the allocator; {1 - FREE_SHARE:.0%} of the memory left free; "
         "peaks and sizes from datasheets; activations as without\ntorch.compile, which keeps fewer. "
         "On a CPU a block's share agrees with autograd's within\n"
-        "20 %, five whole processes within 8 % with one constant fitted to them. No mode was measured on a GPU."
+        "20 %. No mode was measured on a GPU."
         + (f"\n{args.bytes_per_token:g} bytes per token (--bytes_per_token)." if args.data_path else "")
     )
 
