@@ -118,7 +118,7 @@ def tools(life: Life) -> list[Line]:
     before = life.score("tools_heldout", "full_sft", "--max_seq_len", "512")
     data = ("--data_path", life.data / "tools.jsonl", "--val_path", life.data / "tools_val.jsonl")
     flags = ("--from_weight", "full_sft", "--save_weight", "tools", "--max_seq_len", "512", "--batch_size", "8")
-    minutes = life.train("train_full_sft.py", f"tools_{life.size}", *data, *flags, "--minutes", "3.25")
+    minutes = life.train("train_full_sft.py", f"tools_{life.size}", *data, *flags, "--minutes", "3.5")
     after = life.score("tools_heldout", "tools")
     return [
         Line("tool calls", "the right call is made", percent(before["call"]), percent(after["call"]), minutes),
