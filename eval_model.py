@@ -55,7 +55,7 @@ TOOL_ROUNDS = 4  # calls, results, calls, ... for one question, at most
 TAG = re.compile("|".join((THINK, END_THINK, TOOL_CALL, END_TOOL_CALL)))
 
 
-def arguments() -> argparse.Namespace:
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = ArgumentParser(
         usage="python eval_model.py [options]   (--help lists them)",
         description=__doc__,
@@ -86,7 +86,7 @@ def arguments() -> argparse.Namespace:
     add("--score", metavar="FILE", help="accuracy by skill on a held-out JSONL file, greedy")
     group.add_argument("--scores_out", metavar="FILE", help="with --score: every answer and the scores, as JSON")
     group.add_argument("--show_wrong", type=int, default=0, metavar="N", help="with --score: print N wrong answers")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
 
     check_model_arguments(parser, args)
     if (args.scores_out or args.show_wrong) and not args.score:
@@ -326,8 +326,8 @@ def progress(done: int, total: int, seconds: float) -> None:
         print(f"{done}/{total} questions, {seconds:.0f} s", file=sys.stderr, flush=True)
 
 
-def main() -> None:
-    args = arguments()
+def main(argv: list[str] | None = None) -> None:
+    args = arguments(argv)
     args.ask, args.system = args.ask and clean(args.ask), args.system and clean(args.system)
     sys.stdin.reconfigure(errors="surrogateescape")
     sys.stdout.reconfigure(errors="backslashreplace")

@@ -3,7 +3,9 @@
 bash scripts/lifecycle.sh     # or, in an environment that has requirements.txt: python scripts/lifecycle.py
 """
 
+import contextlib
 import json
+import os
 import subprocess
 import sys
 import time
@@ -13,6 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import eval_model  # noqa: E402
 from dataset.starter import ensure_starter  # noqa: E402
 from model import checkpoint  # noqa: E402
 from trainer import cli  # noqa: E402
@@ -54,8 +57,9 @@ class Life:
         path = self.scores / f"{questions}_{weights.replace('/', '_')}{''.join(flags)}.json"
         file = self.data / f"{questions}.jsonl"
         weight = ("--weight", self.out / f"{weights}_{self.size}.pth")
-        command = ["eval_model.py", *weight, "--out_dir", self.out, "--score", file, "--scores_out", path, *flags]
-        subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+        command = [*weight, "--out_dir", self.out, "--score", file, "--scores_out", path, *flags]
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+            eval_model.main(list(map(str, command)))  # here, as a dozen processes would take a minute to start
         score = json.loads(path.read_text(encoding="utf-8"))["score"]
         return {skill: counts["percent"] for skill, counts in score["skills"].items()} | {"all": score["percent"]}
 
