@@ -15,12 +15,12 @@ ADD_MAX = 50  # operands of additions and subtractions
 SMALL_SHARE = 0.35  # of the trained sums have operands up to ten only
 WORD_MAX = 10  # operands of arithmetic in words
 TIMES_MAX = 6  # multiplication table
-COMPARE_MAX = 15  # numbers to compare
+COMPARE_MAX = 12  # numbers to compare
 HELD_OUT_ONE_IN = 10  # share of the keys kept for the held-out file
 
 NAMES = {
-    "zh": ["小明", "小红", "小华", "小丽", "小军", "小芳", "乐乐", "豆豆"],
-    "en": ["Tom", "Lily", "Ben", "Anna", "Max", "Mia", "Sam", "Emma"],
+    "zh": ["小明", "小红", "小华", "小丽", "乐乐", "豆豆"],
+    "en": ["Tom", "Lily", "Ben", "Anna", "Mia", "Sam"],
 }
 
 
@@ -247,7 +247,7 @@ def times_table(rng: random.Random, lang: str, held: bool) -> Item:
     return Item(question, f"{a} × {b} = {a * b}", f"times|{question}")
 
 
-SIZES = ["ant", "bee", "mouse", "cat", "sheep", "horse", "elephant", "whale"]  # a strict order that nobody doubts
+SIZES = ["ant", "mouse", "cat", "sheep", "horse", "elephant"]  # a strict order that nobody doubts
 ZH = {row["id"]: row["zh"] for row in load_table("animals")}
 
 

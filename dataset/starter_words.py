@@ -78,23 +78,21 @@ def units_dates(rng: random.Random, lang: str, held: bool) -> Item:
     if kind < 0.9:
         days = kind < 0.7
         ring = (WEEKDAYS if days else MONTHS)[lang]
-        step = rng.choice([1, 1, -1, -1, 2]) if days else rng.choice([1, 1, -1])
+        step = rng.choice([1, -1])
         i, index = rng.randrange(len(ring)), rng.randrange(3)
         here, there = ring[i], ring[(i + step) % len(ring)]
         if lang == "zh":
-            when = {1: "的后一天" if days else "的下一个月", -1: "的前一天" if days else "的上一个月"}.get(
-                step, f"之后 {step} 天"
-            )
+            when = {1: "的后一天" if days else "的下一个月", -1: "的前一天" if days else "的上一个月"}[step]
             question = ["{0}{1}是{2}？", "{0}{1}是哪{3}？", "请问{0}{1}是什么？"][index]
             question = question.format(here, when, "星期几" if days else "几月", "天" if days else "个月")
             answer = f"{here}{when}是{there}。"
         else:
             unit = "day" if days else "month"
-            when = {1: f"the {unit} after", -1: f"the {unit} before"}.get(step, f"{step} {unit}s after")
+            when = f"the {unit} {'after' if step > 0 else 'before'}"
             question = [
-                f"What {unit} is {when} {here}?" if abs(step) > 1 else f"What is {when} {here}?",
+                f"What is {when} {here}?",
                 f"Which {unit} is {when} {here}?",
-                f"Tell me {when} {here}." if abs(step) == 1 else f"Tell me what {unit} is {when} {here}.",
+                f"Tell me {when} {here}.",
             ][index]
             answer = cap(f"{when} {here} is {there}.")
         return Item(spoken(rng, question, lang), answer, f"ring|{lang}|{index}|{here}|{step}")
