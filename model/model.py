@@ -405,9 +405,7 @@ class MiniMindLM(nn.Module):
                 nn.init.normal_(p, std=std / math.sqrt(2 * self.config.num_hidden_layers) if into_residual else std)
         for block in self.model.layers:
             attention = block.self_attn
-            values = attention.v_proj.weight.unflatten(
-                0, (attention.num_kv_heads, attention.head_dim)
-            )  # (KV, D, hidden)
+            values = attention.v_proj.weight.unflatten(0, (attention.num_kv_heads, attention.head_dim))
             values = values.repeat_interleave(attention.num_heads // attention.num_kv_heads, dim=0)  # of each head
             attention.o_proj.weight.copy_(values.flatten(0, 1).T / math.sqrt(2 * self.config.num_hidden_layers))
 

@@ -355,6 +355,12 @@ def test_initialisation():
         std = 0.02 / math.sqrt(2 * config.num_hidden_layers) if residual else 0.02
         assert p.std().item() == pytest.approx(std, rel=0.1), name
         assert abs(p.mean().item()) < std / 10
+    attention, head_dim = model.model.layers[0].self_attn, config.head_dim
+    for head in range(config.num_attention_heads):  # hands on what it looks at
+        kv_head = head * config.num_key_value_heads // config.num_attention_heads
+        values = attention.v_proj.weight[kv_head * head_dim : (kv_head + 1) * head_dim]
+        out = attention.o_proj.weight[:, head * head_dim : (head + 1) * head_dim]
+        torch.testing.assert_close(out * math.sqrt(2 * config.num_hidden_layers), values.T)
     ids = tokens(4, 64, vocab=6400)
     with torch.no_grad():
         assert model(ids, labels=ids.roll(-1, 1)).loss.item() == pytest.approx(math.log(6400), abs=0.1)

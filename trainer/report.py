@@ -212,11 +212,11 @@ def draw_curve(log_path: Path, picture: Path) -> bool:
             right = left.twinx()
             right.plot(*zip(*val, strict=True), color="tab:orange", marker="o", markersize=3)
             right.set_ylabel(f"validation {label}", color="tab:orange")
-            right.set_ylim(bottom=0)
+            _from_zero(right)
             end = f"{val[-1][1]:.3f}"
             right.annotate(end, val[-1], textcoords="offset points", xytext=(-10, 8), color="tab:orange")
             break
-    left.set_ylim(bottom=0)
+    _from_zero(left)
     left.set_title(log_path.stem)
     left.grid(alpha=0.3)
     figure.tight_layout()
@@ -236,13 +236,17 @@ def compare_curves(log_paths: list[Path], name: str, label: str, picture: Path) 
         axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=path.stem)
     axes.set_xlabel("tokens trained on")
     axes.set_ylabel(label)
-    axes.set_ylim(bottom=0)
+    _from_zero(axes)
     axes.legend()
     axes.grid(alpha=0.3)
     figure.tight_layout()
     figure.savefig(picture)
     plt.close(figure)
     return True
+
+
+def _from_zero(axes) -> None:
+    axes.set_ylim(0, 1.05 * axes.get_ylim()[1])  # a flat curve would lie on the frame
 
 
 def _pyplot():
