@@ -41,7 +41,7 @@ def main():
     args = parser.parse_args()
     if not args.marker_weight > 0:
         raise cli.UsageError(f"--marker_weight {args.marker_weight}: must be above 0")
-    run = trainer.setup("reason", args, minutes=1.5, rate=0.5)
+    run = trainer.setup("reason", args, minutes=2.25, rate=0.5)
     tokenizer = load_tokenizer()
     train_rows, val_rows = trainer.datasets(args, "reason", reason_dataset, tokenizer)
 

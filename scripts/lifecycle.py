@@ -103,7 +103,7 @@ def distill(life: Life) -> list[Line]:
     """Two students of one size see the same tokens in the same order: one the labels, the other the teacher."""
     minutes, logs = 0.0, []
     for name, alpha in (("student_labels", "1"), ("student_teacher", "0")):
-        flags = ("--hidden_size", "192", "--steps", "60", "--alpha", alpha, "--save_weight", name)
+        flags = ("--hidden_size", "192", "--steps", "45", "--alpha", alpha, "--save_weight", name)
         minutes += life.train("train_distill.py", f"{name}_192", *flags)
         logs.append(life.out / f"{name}_192.jsonl")
     compare_curves(logs, "val_bpb", "validation bits per byte", life.out / "distill.png")
