@@ -395,9 +395,9 @@ class MiniMindLM(nn.Module):
         """Matrices ~ N(0, 0.02^2); those that write into the residual stream are divided by sqrt(2 * layers), so that
         its variance does not grow with depth (Radford et al. 2019, GPT-2). Norm weights are 1.
 
-        Every other head's part of o_proj is its v_proj transposed: what the head looks at, it hands on as it is, so that
-        copying is there from the start (after Trockman & Kolter 2023, arXiv:2305.09828). 100 steps on the starter corpus
-        then end at 1.30 nats in place of 1.38; with all heads at 1.34, and numbers were copied worse.
+        Every other head's part of o_proj is its v_proj transposed: what the head looks at, it hands on as it is, so
+        that copying is there from the start (after Trockman & Kolter 2023, arXiv:2305.09828). 100 steps on the starter
+        corpus end at 1.30 nats in place of 1.38; with all heads so, sums came out worse.
         """
         std = self.config.initializer_range
         for name, p in self.named_parameters():
