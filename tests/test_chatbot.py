@@ -109,8 +109,12 @@ def test_answers_of_many_prompts_end_for_the_same_reason_through_transformers(ch
     checkpoint.save_hf(tmp_path / "hf", ours.model, TOKENIZER_DIR, torch.float32)
     theirs = TransformersChatbot(tmp_path / "hf", torch.device("cpu"), torch.float32, ours.args)
     prompts = [[{"role": "user", "content": f"What is {n}?"}] for n in range(8)]
-    expected = sorted(ours.answer_each(prompts, [None] * 8, 3))
-    assert list(theirs.answer_each(prompts, [None] * 8, 3)) == expected
+    expected, found = (
+        # a character cut in two at the end is one replacement sign or several
+        [(i, text.rstrip("\ufffd"), reason) for i, text, reason in bot.answer_each(prompts, [None] * 8, 3)]
+        for bot in (ours, theirs)
+    )
+    assert found == sorted(expected)
     assert {reason for _, _, reason in expected} == {"stop", "length"}
 
 

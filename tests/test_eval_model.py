@@ -242,6 +242,13 @@ class Terminal:
                 except OSError:
                     raise AssertionError(f"ended without {text!r}:\n{self.seen}") from None
 
+    def wait_until_idle(self) -> None:
+        """Until it sleeps: a Ctrl-C between the prompt and the wait for a key gets lost in Python's readline."""
+        stat = Path(f"/proc/{self.pid}/stat")
+        deadline = time.time() + 60
+        while stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "S":
+            assert time.time() < deadline, self.seen
+
     def type(self, text: str) -> None:
         os.write(self.fd, text.encode())
 
@@ -271,6 +278,7 @@ def test_manual_input_in_a_terminal(weights, leave):
     terminal.wait_for("tokens/s]")
     assert "minimind> 我叫MiniMind。" in terminal.seen
     terminal.wait_for("you> ", 2)
+    terminal.wait_until_idle()
     terminal.type(leave)
     assert terminal.exit_code() == 0, terminal.seen
     assert "Traceback" not in terminal.seen
