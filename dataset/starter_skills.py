@@ -289,8 +289,6 @@ def comparing(rng: random.Random, lang: str, held: bool) -> Item:
             answer = f"{x} is {word} than {y}."
         return Item(spoken(rng, question, lang), answer, f"compare|{min(a, b)}|{max(a, b)}")
     older = rng.random() < 0.5
-    if older and max(a, b) > 30:  # names of children
-        return comparing(rng, lang, held)
     n, m = rng.sample(NAMES[lang], 2)
     (x, winner), (y, _) = sorted([(a, n), (b, m)], reverse=True)
     if lang == "zh":
