@@ -17,25 +17,24 @@ import time
 from itertools import chain
 from pathlib import Path
 
+import cli
+from cli import ArgumentParser, UsageError, flag
 from dataset.chat import END_THINK, END_TOOL_CALL, THINK, TOOL_CALL
-from dataset.heldout import Question, read_heldout, scoreboard
 from dataset.jsonl import DataError
-from dataset.tools import SCHEMAS, parse_calls, run_tool
-from model.chatbot import (
+from evaluation.scoreboard import Question, read_heldout, scoreboard
+from model.checkpoint import CheckpointError
+from model.device import DTYPES, find_device
+from model.inference.chatbot import (
     SCORE_TOKENS,
     THINKING_SCORE_TOKENS,
     check_model_arguments,
     final_answer,
-    flag,
     load_chatbot,
     load_options,
     model_arguments,
 )
-from model.checkpoint import CheckpointError
-from model.generation import SamplingParams
-from trainer import cli, trainer
-from trainer.arguments import ArgumentParser
-from trainer.cli import UsageError
+from model.inference.engine import SamplingParams
+from model.inference.tools import SCHEMAS, parse_calls, run_tool
 
 ROOT = Path(__file__).resolve().parent
 CONTINUED = [
@@ -78,7 +77,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--stream", type=flag, metavar="{0,1}", default=True, help="show the answer as it is generated (default: 1)")
     add("--seed", type=int, help="the same answers every time")
     add("--device", help="cuda, mps or cpu (default: the best one found)")
-    add("--dtype", choices=list(cli.DTYPES), help="default: bf16 where the hardware computes in it, else fp32")
+    add("--dtype", choices=list(DTYPES), help="default: bf16 where the hardware computes in it, else fp32")
 
     group = parser.add_argument_group("instead of a conversation")
     add = group.add_mutually_exclusive_group().add_argument
@@ -335,7 +334,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.scores_out and not Path(args.scores_out).resolve().parent.is_dir():
         raise UsageError(f"--scores_out {args.scores_out}: no such folder")
     try:
-        bot = load_chatbot(args, trainer.find_device(args.device), cli.DTYPES.get(args.dtype), **load_options(args))
+        bot = load_chatbot(args, find_device(args.device), DTYPES.get(args.dtype), **load_options(args))
         if questions:
             score(bot, questions, args)
         elif args.ask is not None:

@@ -31,30 +31,30 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 
-from dataset.tools import SCHEMAS, run_tool
-from model.chatbot import (
+import cli
+from cli import ArgumentParser, flag
+from model.checkpoint import CheckpointError
+from model.device import DTYPES, find_device
+from model.inference.chatbot import (
     STOP_IDS,
     Chatbot,
     check_model_arguments,
-    flag,
     load_adapters,
     load_chatbot,
     load_options,
     model_arguments,
 )
-from model.checkpoint import CheckpointError
-from model.generation import Engine, SamplingParams
+from model.inference.engine import Engine, SamplingParams
+from model.inference.tools import SCHEMAS, run_tool
 from server.errors import ApiError
 from server.replies import ChatReply, CompletionReply, Reply
 from server.runner import Job, Overloaded, Runner, Update
 from server.schemas import read_json
 from server.service import Service, Settings
 from server.web import ClientGone, Connection, EventStream, Metrics, read_limited, sse, until_gone
-from trainer import cli, trainer
-from trainer.arguments import ArgumentParser
 
 ROOT = Path(__file__).resolve().parent
-PAGE = ROOT / "static" / "chat.html"
+PAGE = ROOT / "server" / "static" / "chat.html"
 
 
 def arguments() -> argparse.Namespace:
@@ -88,7 +88,7 @@ def arguments() -> argparse.Namespace:
 
     add = parser.add_argument_group("machine").add_argument
     add("--device", help="cuda, mps or cpu (default: the best one found)")
-    add("--dtype", choices=list(cli.DTYPES), help="default: bf16 where the hardware computes in it, else fp32")
+    add("--dtype", choices=list(DTYPES), help="default: bf16 where the hardware computes in it, else fp32")
     args = parser.parse_args()
 
     check_model_arguments(parser, args)
@@ -153,7 +153,7 @@ def build_app(service: Service, runner: Runner, args: argparse.Namespace) -> Fas
     @app.get("/")
     async def page() -> Response:
         if not PAGE.exists():
-            raise ApiError(404, "there is no chat page: static/chat.html is missing")
+            raise ApiError(404, "there is no chat page: server/static/chat.html is missing")
         return FileResponse(PAGE, media_type="text/html; charset=utf-8", headers={"Cache-Control": "no-cache"})
 
     @app.get("/health")
@@ -319,7 +319,7 @@ def allow_many_files() -> None:
 
 def main() -> None:
     args = arguments()
-    bot = load_chatbot(args, trainer.find_device(args.device), cli.DTYPES.get(args.dtype), **load_options(args))
+    bot = load_chatbot(args, find_device(args.device), DTYPES.get(args.dtype), **load_options(args))
     if not isinstance(bot, Chatbot):
         raise CheckpointError(f"{bot.name} has a tokenizer of another kind: only models with ours can be served")
     adapters = load_adapters(bot, Path(args.out_dir) / "lora")

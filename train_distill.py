@@ -9,10 +9,12 @@ Black-box distillation, when only the teacher's answers can be seen: scripts/ask
 import torch
 import torch.nn.functional as F
 
+import cli
 from dataset.chat import load_tokenizer
 from dataset.lm_dataset import IGNORE, sft_dataset
 from model import checkpoint
-from trainer import cli, trainer
+from trainer import trainer
+from trainer.arguments import arguments
 
 
 def distillation_loss(student, teacher, temperature, kl):
@@ -61,7 +63,7 @@ def load_teacher(args, student, device):
 
 
 def main():
-    parser = cli.arguments("distill", __doc__)
+    parser = arguments("distill", __doc__)
     add = parser.add_argument_group("distillation").add_argument
     add("--teacher", default="full_sft", help="a stage in --out_dir, a .pth, or a Hugging Face folder; dense or MoE")
     add("--alpha", type=float, default=0.0, help="share of the labels in the loss; 1 = no teacher")

@@ -10,9 +10,11 @@ import copy
 import torch
 import torch.nn.functional as F
 
+import cli
 from dataset.chat import load_tokenizer
 from dataset.lm_dataset import IGNORE, preference_dataset
-from trainer import cli, trainer
+from trainer import trainer
+from trainer.arguments import arguments
 
 
 def answer_log_probs(model, batch):
@@ -81,7 +83,7 @@ def make_loss_fn(reference, args):
 
 
 def main():
-    parser = cli.arguments("dpo", __doc__, from_weight="full_sft", batch_size=8)
+    parser = arguments("dpo", __doc__, from_weight="full_sft", batch_size=8)
     add = parser.add_argument_group("preference").add_argument
     add("--beta", type=float, default=0.1, help="how dear it is to leave the reference")
     add("--loss", choices=("dpo", "ipo", "simpo"), default="dpo")

@@ -4,9 +4,11 @@ python train_full_sft.py                                         # starter corpu
 python train_full_sft.py --data_path FILE.jsonl --epochs 2       # {"conversations": [...]} lines
 """
 
+import cli
 from dataset.chat import load_tokenizer
 from dataset.lm_dataset import sft_dataset
-from trainer import cli, trainer
+from trainer import trainer
+from trainer.arguments import arguments
 
 
 def loss_fn(model, batch):
@@ -19,7 +21,7 @@ def loss_fn(model, batch):
 
 
 def main():
-    args = cli.arguments("full_sft", __doc__, from_weight="pretrain", val_tokens=8192).parse_args()
+    args = arguments("full_sft", __doc__, from_weight="pretrain", val_tokens=8192).parse_args()
     run = trainer.setup("full_sft", args, minutes=5.75)
     tokenizer = load_tokenizer()
     train_rows, val_rows = trainer.datasets(args, "sft", sft_dataset, tokenizer)

@@ -13,18 +13,20 @@ import sys
 
 import torch
 
-from dataset import starter
+import cli
+from cli import UsageError
 from dataset.chat import load_tokenizer
 from dataset.lm_dataset import sft_dataset
+from dataset.starter import corpus as starter
 from model.adapters import save_adapter
 from model.model import LoRAConfig, add_lora
-from trainer import cli, trainer
-from trainer.cli import UsageError
+from trainer import trainer
+from trainer.arguments import arguments as train_arguments
 from trainer.optimizer import build_optimizers, state_bytes
 
 
 def arguments():
-    parser = cli.arguments(
+    parser = train_arguments(
         "lora", __doc__, from_weight="full_sft", optimizer="adamw", weight_decay=0.0, val_tokens=4096, batch_size=2
     )
     config = LoRAConfig(rank=32, alpha=32)

@@ -5,9 +5,11 @@ python train_pretrain.py --preset small --data_path FILE.jsonl --epochs 2 --max_
 torchrun --nproc_per_node 2 train_pretrain.py ...                          # several devices
 """
 
+import cli
 from dataset.chat import load_tokenizer
 from dataset.lm_dataset import pretrain_dataset
-from trainer import cli, trainer
+from trainer import trainer
+from trainer.arguments import arguments
 
 
 def loss_fn(model, batch):
@@ -17,7 +19,7 @@ def loss_fn(model, batch):
 
 
 def main():
-    args = cli.arguments("pretrain", __doc__, val_tokens=8192).parse_args()
+    args = arguments("pretrain", __doc__, val_tokens=8192).parse_args()
     run = trainer.setup("pretrain", args, minutes=2.75)
     tokenizer = load_tokenizer()
     train_rows, val_rows = trainer.datasets(args, "pretrain", pretrain_dataset, tokenizer)

@@ -8,9 +8,11 @@ python eval_model.py --model_mode 3                            # think, then ans
 import torch
 import torch.nn.functional as F
 
+import cli
 from dataset.chat import END_THINK_ID, END_TOOL_CALL_ID, THINK_ID, TOOL_CALL_ID, load_tokenizer
 from dataset.lm_dataset import IGNORE, reason_dataset
-from trainer import cli, trainer
+from trainer import trainer
+from trainer.arguments import arguments
 
 MARKERS = (THINK_ID, END_THINK_ID, TOOL_CALL_ID, END_TOOL_CALL_ID)
 
@@ -36,7 +38,7 @@ def make_loss_fn(marker_weight):
 
 
 def main():
-    parser = cli.arguments("reason", __doc__, from_weight="full_sft")
+    parser = arguments("reason", __doc__, from_weight="full_sft")
     parser.add_argument("--marker_weight", type=float, default=10.0, help="of <think>, </think> and the tool markers")
     args = parser.parse_args()
     if not args.marker_weight > 0:

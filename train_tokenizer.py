@@ -15,9 +15,9 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from cli import ArgumentParser
 from dataset.chat import BOS, EOS, MARKERS, PAD, SPECIAL_MARKERS, TOKENIZER_DIR, load_tokenizer
 from dataset.jsonl import DataError, parse_line, read_lines
-from trainer.arguments import ArgumentParser
 
 # Qwen2's split: transformers, vLLM and llama.cpp know it. Digits stand alone, so that arithmetic can be learnt.
 SPLIT = (
@@ -115,7 +115,7 @@ def find_files(names: list[str], weights: list[float], sample_mb: float) -> list
     files = []
     for name, weight in zip(names, weights, strict=True):
         if name == "starter":
-            from dataset.starter import ensure_starter
+            from dataset.starter.corpus import ensure_starter
 
             folder = ensure_starter()
             names = ("pretrain", "sft", "lora_medical", "reason", "tools")

@@ -20,18 +20,6 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 
-def compute_dtype(device: torch.device | str) -> torch.dtype:
-    """bf16 where the hardware computes in it (CUDA SM80+, CPU with AVX512-BF16 or AMX, Apple), else fp32."""
-    kind = torch.device(device).type
-    if kind == "cuda":
-        fast = torch.cuda.get_device_capability(device) >= (8, 0)
-    elif kind == "cpu":
-        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    else:
-        fast = kind == "mps"
-    return torch.bfloat16 if fast else torch.float32
-
-
 @dataclass
 class MiniMindConfig:
     """Shape of a model. Names as in Hugging Face's Llama, Qwen3 and Qwen3-MoE configurations."""

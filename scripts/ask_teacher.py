@@ -19,19 +19,19 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import _path  # noqa: F401
 
+import cli
+from cli import ArgumentParser, UsageError
 from dataset.chat import END_THINK, THINK, Fault
 from dataset.jsonl import DataError, conversation_faults, kind_of, parse_line, read_lines
 from dataset.prompts import key_of, read_prompts
-from dataset.tools import parse_calls
-from model.chatbot import load_chatbot
 from model.checkpoint import CheckpointError
+from model.device import DTYPES, find_device
 from model.endpoint import Endpoint
-from model.generation import SamplingParams
-from trainer import cli, trainer
-from trainer.arguments import ArgumentParser
-from trainer.cli import UsageError
+from model.inference.chatbot import load_chatbot
+from model.inference.engine import SamplingParams
+from model.inference.tools import parse_calls
 
 OPENING = b'{"conversations": ['  # how the lines of both output files begin
 
@@ -53,7 +53,7 @@ def arguments() -> argparse.Namespace:
     add("--batch_size", type=int, default=32, help="prompts that a .pth teacher answers together (default: 32)")
     add("--max_seq_len", type=int, help="tokens of prompt and answer (default: as it was trained)")
     add("--device", help="cuda, mps or cpu (default: the best one found)")
-    add("--dtype", choices=list(cli.DTYPES), help="default: bf16 where the hardware computes in it, else fp32")
+    add("--dtype", choices=list(DTYPES), help="default: bf16 where the hardware computes in it, else fp32")
     add("--concurrency", type=int, default=4, help="requests to an endpoint at a time (default: 4)")
     add("--timeout", type=float, default=300, help="seconds that an endpoint may take for an answer (default: 300)")
     args = parser.parse_args()
@@ -88,8 +88,8 @@ def load_teacher(args: argparse.Namespace):
     if not path.exists():
         raise UsageError(f"--teacher {path}: no such file or folder, and not the address (http://...) of an endpoint")
     where = {"load": int(path.is_dir()), "model_path": path, "weight": path, "lora_name": None, "thinking": thinking}
-    device = trainer.find_device(args.device)
-    return load_chatbot(argparse.Namespace(**vars(args) | where), device, cli.DTYPES.get(args.dtype))
+    device = find_device(args.device)
+    return load_chatbot(argparse.Namespace(**vars(args) | where), device, DTYPES.get(args.dtype))
 
 
 def read_answered(path: Path) -> set[bytes]:

@@ -22,21 +22,21 @@ import sys
 import tempfile
 import time
 from dataclasses import replace
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
+import _path  # noqa: F401
 import torch
 
+import cli
+from cli import ArgumentParser
 from dataset.chat import PAD_ID, TOKENIZER_DIR, load_tokenizer
 from model import checkpoint
-from model.cpu_step import CpuStep
-from model.generation import Engine, SamplingParams
-from model.gguf_file import LlamaCpp, save_gguf
+from model.device import DTYPES, find_device, training_dtype
+from model.export.gguf import LlamaCpp, save_gguf
+from model.inference.cpu_step import CpuStep
+from model.inference.engine import Engine, SamplingParams
+from model.inference.quantization import FORMATS, quantize, weight_bytes
 from model.model import PRESETS, MiniMindLM
-from model.quantization import FORMATS, quantize, weight_bytes
-from trainer import cli, speed, trainer
-from trainer.arguments import ArgumentParser
+from trainer import speed
 from trainer.optimizer import LEARNING_RATES, build_optimizers
 
 
@@ -46,8 +46,8 @@ def peak_rss_mb() -> float:
 
 
 def benchmark_train(args: argparse.Namespace) -> dict:
-    device = trainer.find_device(args.device)
-    dtype = trainer.find_dtype(device, args.dtype)
+    device = find_device(args.device)
+    dtype = training_dtype(device, args.dtype)
     peaks = [speed.matmul_peak(device, dtype)]
     baseline = peak_rss_mb()
     torch.manual_seed(0)
@@ -269,7 +269,7 @@ def main() -> None:
     train.add_argument("--compile", type=int, choices=(0, 1), default=1)
     train.add_argument("--activation_checkpointing", type=int, choices=(0, 1), default=0)
     train.add_argument("--device")
-    train.add_argument("--dtype", choices=list(cli.DTYPES))
+    train.add_argument("--dtype", choices=list(DTYPES))
     train.set_defaults(function=benchmark_train)
 
     decode = commands.add_parser("decode", help="generation speed on the CPU")

@@ -19,24 +19,21 @@ import sys
 import tempfile
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import torch
+from _path import ROOT
 from torch import Tensor
 
+import cli
+from cli import ArgumentParser, UsageError
 from dataset.chat import TOKENIZER_DIR, load_tokenizer, render_chat
 from model import checkpoint
 from model.adapters import load_adapter, load_peft, save_adapter, save_peft
 from model.checkpoint import CheckpointError
+from model.export.gguf import LlamaCpp, modelfile, read_gguf, save_gguf
 from model.formats import hf_config, model_card
-from model.generation import SamplingParams, generate
-from model.gguf_file import LlamaCpp, modelfile, read_gguf, save_gguf
+from model.inference.engine import SamplingParams, generate
 from model.model import MiniMindLM, base_state_dict, merge_lora
-from trainer import cli
-from trainer.arguments import ArgumentParser
-from trainer.cli import UsageError
 
-ROOT = Path(__file__).resolve().parent.parent
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 GGUF_DTYPES = {"fp32": "f32", "bf16": "bf16", "fp16": "f16", "q8_0": "q8_0"}
 TEXTS = [

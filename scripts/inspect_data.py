@@ -16,16 +16,15 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+import _path  # noqa: F401
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from dataset import faults as faults_of  # noqa: E402
-from dataset import jsonl, packing  # noqa: E402
-from dataset.chat import TOKENIZER_DIR, Fault, load_tokenizer, render_chat  # noqa: E402
-from dataset.jsonl import DataError  # noqa: E402
-from dataset.packing import Piece  # noqa: E402
-from trainer.arguments import ArgumentParser  # noqa: E402
+from cli import ArgumentParser
+from dataset import checks as faults_of
+from dataset import jsonl, packing
+from dataset.chat import TOKENIZER_DIR, Fault, load_tokenizer, render_chat
+from dataset.jsonl import DataError
+from dataset.packing import Piece
 
 KEYS = {"text": "pretrain", "conversations": "sft", "chosen": "dpo", "rejected": "dpo"}
 PARTS = {"sft": ("conversations",), "dpo": ("chosen", "rejected")}

@@ -12,15 +12,14 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from _path import ROOT
 
-import eval_model  # noqa: E402
-from dataset.starter import ensure_starter  # noqa: E402
-from model import checkpoint  # noqa: E402
-from trainer import cli  # noqa: E402
-from trainer.arguments import ArgumentParser  # noqa: E402
-from trainer.report import compare_curves, read_log  # noqa: E402
+import cli
+import eval_model
+from cli import ArgumentParser
+from dataset.starter.corpus import ensure_starter
+from model import checkpoint
+from trainer.report import compare_curves, read_log
 
 
 @dataclass

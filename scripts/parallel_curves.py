@@ -11,11 +11,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from _path import ROOT
 
-from trainer.arguments import ArgumentParser  # noqa: E402
-from trainer.report import read_log  # noqa: E402
+from cli import ArgumentParser
+from trainer.report import read_log
 
 ENGINES = {"ddp": [], "fsdp2": ["--fsdp"]} | {
     f"zero{n}": ["--deepspeed", str(ROOT / f"configs/zero{n}.json")] for n in (1, 2, 3)

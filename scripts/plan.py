@@ -7,19 +7,16 @@ Everything is computed from parameter and FLOP counts; what is assumed and not m
 """
 
 import argparse
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import _path  # noqa: F401
+import torch
 
-import torch  # noqa: E402
-
-from model.model import PRESETS, MiniMindConfig, MiniMindLM  # noqa: E402
-from trainer import cli  # noqa: E402
-from trainer.arguments import ArgumentParser  # noqa: E402
-from trainer.cli import UsageError  # noqa: E402
-from trainer.optimizer import LEARNING_RATES, build_optimizers, state_bytes  # noqa: E402
+import cli
+from cli import ArgumentParser, UsageError
+from model.model import PRESETS, MiniMindConfig, MiniMindLM
+from trainer.optimizer import LEARNING_RATES, build_optimizers, state_bytes
 
 
 @dataclass(frozen=True)

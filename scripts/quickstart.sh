@@ -8,7 +8,7 @@ began=$SECONDS
 stage() { printf '\n== %s  (%d:%02d)\n' "$1" $(((SECONDS - began) / 60)) $(((SECONDS - began) % 60)); }
 
 stage "1/5 starter corpus: a small bilingual world, written by a program"
-python dataset/starter.py
+python -m dataset.starter
 stage "2/5 pretraining: from random weights to a model of text"
 python train_pretrain.py --out_dir "$OUT" --from_resume 1
 stage "3/5 supervised fine-tuning: the model learns to answer"

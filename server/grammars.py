@@ -40,7 +40,7 @@ class Grammars:
 
 
 class Constraint:
-    """As model.sampling.Constraint."""
+    """As model.inference.sampling.Constraint."""
 
     def __init__(self, matcher: LLMatcher, vocab_size: int):
         self.matcher, self.vocab_size = matcher, vocab_size

@@ -1,7 +1,7 @@
 """Runs killed with SIGKILL at random moments, and in the middle of saving, end bit for bit like runs left alone.
 
-    python tests/kill_test.py --kills 50                       # all stages in turn; about five seconds a kill
-    python tests/kill_test.py --kills 10 --stages lora,dpo --seed 7
+    python -m tests.kill_test --kills 50                       # all stages in turn; about five seconds a kill
+    python -m tests.kill_test --kills 10 --stages lora,dpo --seed 7
 
 Each stage is trained once without interruption. Then it is started, killed and resumed until it has taken its share of
 the kills, and finished; no file may ever be half written, and weights, metrics log (but for what a clock measures) and
@@ -24,12 +24,11 @@ from collections import Counter
 from functools import partial
 from pathlib import Path
 
+import torch
+
+from dataset.lm_dataset import CACHE_DIR
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-import torch  # noqa: E402
-
-from dataset.lm_dataset import CACHE_DIR  # noqa: E402
 
 CONTEXT = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
 TINY = "--max_seq_len 32 --batch_size 2 --dtype fp32 --device cpu --log_interval 2 --accumulation_steps 2"

@@ -13,16 +13,16 @@ from typing import NamedTuple
 import pytest
 import torch
 
+import cli
 from dataset.chat import EOS_ID, TOKENIZER_DIR, load_tokenizer, render_chat
 from dataset.jsonl import conversation_faults
 from dataset.lm_dataset import sft_dataset, summary
-from dataset.tools import SCHEMAS
 from model import checkpoint, endpoint
-from model.chatbot import STOP_IDS
 from model.endpoint import Endpoint
-from model.generation import SamplingParams, generate
+from model.inference.chatbot import STOP_IDS
+from model.inference.engine import SamplingParams, generate
+from model.inference.tools import SCHEMAS
 from scripts import ask_teacher
-from trainer import cli
 
 SCRIPT = Path(ask_teacher.__file__).resolve()
 CALL = {"name": "calculator", "arguments": {"expression": "1 + 1"}}

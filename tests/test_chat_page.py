@@ -1,4 +1,4 @@
-"""static/chat.html in a headless Chromium: `pytest tests/test_chat_page.py`.
+"""server/static/chat.html in a headless Chromium: `pytest tests/test_chat_page.py`.
 
 What the page does with an answer is tested against a small server that says what a test tells it to, event by event;
 that page and server fit together, against serve_openai_api.py.
@@ -26,11 +26,11 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import Select, WebDriverWait
 from test_eval_model import parrot
 
-from dataset.tools import SCHEMAS, run_tool
 from model import checkpoint
+from model.inference.tools import SCHEMAS, run_tool
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGE = ROOT / "static" / "chat.html"
+PAGE = ROOT / "server" / "static" / "chat.html"
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 DRIVER = shutil.which("chromedriver")
 needs_browser = pytest.mark.skipif(not (BROWSER and DRIVER), reason="no Chromium with chromedriver is installed")

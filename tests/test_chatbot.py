@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from dataset.chat import END_THINK_ID, EOS_ID, THINK_ID, TOKENIZER_DIR, load_tokenizer
-from dataset.tools import SCHEMAS
-from model import chatbot as chatbot_module
 from model import checkpoint
-from model.chatbot import Chatbot, TransformersChatbot, final_answer, load_chatbot
+from model.inference import chatbot as chatbot_module
+from model.inference.chatbot import Chatbot, TransformersChatbot, final_answer, load_chatbot
+from model.inference.tools import SCHEMAS
 
 DEFAULTS = dict(max_seq_len=None, max_new_tokens=None, temperature=0.7, top_p=0.9, thinking=None)
 CALL = {"name": "calculator", "arguments": {"expression": "1 + 1"}}

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from dataset.chat import TOKENIZER_DIR, load_tokenizer
-from model import adapters, checkpoint, gguf_file
+from model import adapters, checkpoint
 from model.checkpoint import CheckpointError
+from model.export import gguf as gguf_file
 from model.model import LoRAConfig, add_lora
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from model import cpu_step
-from model.cpu_step import CpuStep
-from model.generation import Engine, KVCache, generate
+from model.inference import cpu_step
+from model.inference.cpu_step import CpuStep
+from model.inference.engine import Engine, KVCache, generate
+from model.inference.quantization import FORMATS, GROUP, packed, quantize, quantized_kind, weight_bytes
+from model.inference.sampling import SamplingParams
 from model.model import MiniMindLM, add_lora, lora_layers, set_adapter
-from model.quantization import FORMATS, GROUP, packed, quantize, quantized_kind, weight_bytes
-from model.sampling import SamplingParams
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 try:

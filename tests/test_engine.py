@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from dataset.chat import load_tokenizer
-from model.generation import Engine, Event, generate
+from model.inference.engine import Engine, Event, generate
+from model.inference.sampling import SamplingParams, SamplingState
 from model.model import LoRAConfig, MiniMindLM, add_lora, lora_layers, merge_lora, set_adapter
-from model.sampling import SamplingParams, SamplingState
 
 NO_STOP = dict(stop_token_ids=())
 VOCAB = 320

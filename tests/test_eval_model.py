@@ -19,14 +19,15 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
+import cli
 import eval_model
 from dataset.chat import TOKENIZER_DIR, load_tokenizer
-from dataset.heldout import read_heldout
 from dataset.jsonl import DataError
-from model import chatbot, checkpoint
-from model.generation import SamplingParams, generate
+from evaluation.scoreboard import read_heldout
+from model import checkpoint
+from model.inference import chatbot
+from model.inference.engine import SamplingParams, generate
 from model.model import MiniMindConfig, MiniMindLM
-from trainer import cli
 
 ROOT = Path(__file__).resolve().parent.parent
 ENV = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -8,16 +8,16 @@ import pytest
 import torch
 
 from dataset.chat import load_tokenizer
-from model.generation import (
+from model.inference.engine import (
     KVCache,
     decode,
     generate,
     generate_each,
     generate_stream,
 )
+from model.inference.sampling import Sampler, SamplingParams, SamplingState, sample
+from model.inference.text_stream import TextStream
 from model.model import MiniMindConfig, MiniMindLM
-from model.sampling import Sampler, SamplingParams, SamplingState, sample
-from model.text_stream import TextStream
 
 SHAPE = dict(
     hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=96,

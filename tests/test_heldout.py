@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from dataset.heldout import Question, read_heldout
 from dataset.jsonl import DataError
-from dataset.tools import SCHEMAS
+from evaluation.scoreboard import Question, read_heldout
+from model.inference.tools import SCHEMAS
 
 
 @pytest.mark.parametrize(

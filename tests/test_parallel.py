@@ -20,11 +20,13 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
+import cli
 from dataset.chat import load_tokenizer
 from dataset.lm_dataset import CACHE_DIR, batches, sft_dataset
 from model import checkpoint
 from model.model import MiniMindConfig, MiniMindLM
-from trainer import cli, parallel, trainer
+from trainer import parallel, trainer
+from trainer.arguments import arguments
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = "--max_seq_len 32 --batch_size 2 --accumulation_steps 2 --compile 0 --dtype fp32 --device cpu"
@@ -492,7 +494,7 @@ def test_wrong_environment_is_one_line(tmp_path, monkeypatch, case):
         monkeypatch.delenv(name, raising=False)
     for name, value in env.items():
         monkeypatch.setenv(name, value)
-    args = cli.arguments("pretrain", "").parse_args([*TINY, *flags, "--out_dir", str(tmp_path / "out")])
+    args = arguments("pretrain", "").parse_args([*TINY, *flags, "--out_dir", str(tmp_path / "out")])
     with pytest.raises(cli.UsageError, match=part) as raised:
         trainer.setup("pretrain", args, minutes=1)
     assert "\n" not in str(raised.value)
@@ -503,7 +505,7 @@ def test_wrong_environment_is_one_line(tmp_path, monkeypatch, case):
 def test_a_deepspeed_file_must_not_say_what_flags_say(tmp_path, section):
     path = tmp_path / "own.json"
     path.write_text(json.dumps({"zero_optimization": {"stage": 2}, section: {}}))
-    args = cli.arguments("pretrain", "").parse_args(["--deepspeed", str(path)])
+    args = arguments("pretrain", "").parse_args(["--deepspeed", str(path)])
     with pytest.raises(cli.UsageError, match=f"own.json: {section} is what our flags say"):
         parallel.zero_config(args)
 

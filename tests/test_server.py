@@ -17,10 +17,10 @@ import pytest
 import torch
 
 from dataset.chat import END_THINK_ID, THINK_ID, load_tokenizer
-from dataset.tools import SCHEMAS
 from model import checkpoint
 from model.adapters import save_adapter
-from model.generation import SamplingParams, generate
+from model.inference.engine import SamplingParams, generate
+from model.inference.tools import SCHEMAS
 from model.model import LoRAConfig, MiniMindConfig, MiniMindLM, add_lora
 
 openai = pytest.importorskip("openai")

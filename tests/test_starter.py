@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from dataset import starter
-from dataset.starter_facts import NONE, RELATIONS, TABLES, load_json, load_table
-from dataset.starter_skills import number_word
+from dataset.starter import corpus as starter
+from dataset.starter.facts import NONE, RELATIONS, TABLES, load_json, load_table
+from dataset.starter.skills import number_word
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -68,7 +68,7 @@ def is_chinese(messages: list[dict]) -> bool:
 
 def test_same_bytes_in_another_process(tmp_path):
     for hash_seed in ("1", "2"):
-        command = [sys.executable, "dataset/starter.py", "--size", "0.05", "--out", str(tmp_path / hash_seed)]
+        command = [sys.executable, "-m", "dataset.starter", "--size", "0.05", "--out", str(tmp_path / hash_seed)]
         subprocess.run(
             command, cwd=ROOT, check=True, capture_output=True, env={**os.environ, "PYTHONHASHSEED": hash_seed}
         )
@@ -99,7 +99,7 @@ def test_ensure_starter_generates_once_and_again_after_a_change(tmp_path, monkey
 
 def test_wrong_size_is_one_line():
     run = subprocess.run(
-        [sys.executable, "dataset/starter.py", "--size", "0"], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "-m", "dataset.starter", "--size", "0"], cwd=ROOT, capture_output=True, text=True
     )
     assert run.returncode == 2 and "--size" in run.stderr and "Traceback" not in run.stderr
 

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from dataset import starter
-from dataset.heldout import read_heldout
 from dataset.jsonl import conversation_faults, preference_faults
-from dataset.starter_words import WEEKDAYS
-from dataset.tools import run_tool
+from dataset.starter import corpus as starter
+from dataset.starter.words import WEEKDAYS
+from evaluation.scoreboard import read_heldout
+from model.inference.tools import run_tool
 
 STAGES = (*starter.STAGES, "tools")
 

@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 
+import cli
 import eval_model
 from dataset.chat import load_tokenizer, render_chat, validate_messages
-from dataset.tools import SCHEMAS
 from model import checkpoint
+from model.inference.tools import SCHEMAS
 from model.model import MiniMindConfig, MiniMindLM
-from trainer import cli
 
 ROOT = Path(__file__).resolve().parent.parent
 ARGS = argparse.Namespace(tools=True, system="Be brief.", stream=True, ask=None, seed=3, history_cnt=8, model_mode=1)

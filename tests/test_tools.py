@@ -9,8 +9,8 @@ from fractions import Fraction
 import pytest
 
 from dataset.chat import load_tokenizer, render_chat
-from dataset.tools import SCHEMAS, TOOLS, UNITS, parse_calls, run_tool
-from model.text_stream import token_bytes
+from model.inference.text_stream import token_bytes
+from model.inference.tools import SCHEMAS, TOOLS, UNITS, parse_calls, run_tool
 
 
 def calculated(expression):

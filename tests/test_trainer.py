@@ -13,11 +13,13 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from cli import UsageError
 from dataset.chat import load_tokenizer
 from dataset.lm_dataset import pretrain_dataset, token_bytes
 from model import checkpoint
-from trainer import cli, speed, trainer
-from trainer.cli import Interrupt, UsageError
+from trainer import speed, trainer
+from trainer.arguments import arguments
+from trainer.interrupt import Interrupt
 from trainer.report import cut_log, draw_curve, read_log
 from trainer.trainer import Progress
 
@@ -74,7 +76,7 @@ def start(out_dir, **flags) -> trainer.Run:
     values = dict(hidden_size=64, num_hidden_layers=2, max_seq_len=SEQ, batch_size=2, steps=3, log_interval=1)
     values |= dict(compile="0", dtype="fp32", device="cpu", out_dir=out_dir) | flags
     argv = [f"--{name}={value}" for name, value in values.items() if value is not None]
-    return trainer.setup("pretrain", cli.arguments("pretrain", "test").parse_args(argv), minutes=1)
+    return trainer.setup("pretrain", arguments("pretrain", "test").parse_args(argv), minutes=1)
 
 
 def loss_fn(model, batch):

@@ -1,19 +1,99 @@
-"""argparse as all scripts here want it: descriptions as they are written, no abbreviations, one line for a mistake."""
+"""The command line that all train_*.py share.
+
+args = arguments("pretrain", __doc__).parse_args()
+"""
 
 import argparse
-import difflib
-from typing import NoReturn
+from pathlib import Path
+
+from cli import ArgumentParser, UsageError
+from model.device import DTYPES
+from model.model import PRESETS
+from trainer.optimizer import LEARNING_RATES
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
-class ArgumentParser(argparse.ArgumentParser):
-    """Quick to import: --help must not wait for torch."""
+def arguments(stage: str, description: str, **defaults) -> argparse.ArgumentParser:
+    """The flags that all train scripts have; `defaults` replaces the values that differ from stage to stage."""
+    parser = ArgumentParser(description=description)
+    add = parser.add_argument_group("model").add_argument
+    add("--preset", choices=list(PRESETS), help="shape of a new model (default: nano)")
+    add("--hidden_size", type=int, help="instead of the preset's")
+    add("--num_hidden_layers", type=int, help="instead of the preset's")
+    add("--use_moe", type=int, choices=(0, 1), default=0, help="1 = 4 experts in place of each feed-forward")
+    add("--from_weight", default="none", help="weights to start from: a stage such as pretrain, a path, or none")
 
-    def __init__(self, **options):
-        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options)
+    add = parser.add_argument_group("data").add_argument
+    add("--data_path", help="JSONL file (default: the starter corpus)")
+    add("--val_path", help="held-out JSONL file (default: the starter corpus's, or none with your own --data_path)")
+    add("--max_seq_len", type=int, default=256, help="tokens in a row")
+    add("--num_workers", type=int, default=0, help="processes that prepare batches")
+    add("--val_tokens", type=int, default=32_768, help="validate on at most this many tokens, 0 = all")
 
-    def error(self, message: str) -> NoReturn:
-        _, _, unknown = message.partition("unrecognized arguments: ")
-        name = unknown.partition(" ")[0].partition("=")[0].strip("-")
-        near = difflib.get_close_matches(name, [flag.strip("-") for flag in self._option_string_actions], 1, cutoff=0.7)
-        meant = f" (did you mean --{near[0]}?)" if near else ""
-        self.exit(2, f"error: {message}{meant}; --help lists what there is\n")
+    add = parser.add_argument_group(
+        "budget (the first that is used up ends the run; default: a few minutes, or one epoch of your own --data_path)"
+    ).add_argument
+    add("--epochs", type=float, help="passes over the data")
+    add("--steps", type=int, help="optimizer steps")
+    add("--minutes", type=float, help="wall-clock minutes of training, compilation included")
+
+    add = parser.add_argument_group("optimization").add_argument
+    add("--batch_size", type=int, default=16, help="rows per step, process and accumulation")
+    add("--accumulation_steps", type=int, default=1, help="batches whose gradients make one step")
+    add("--optimizer", choices=list(LEARNING_RATES), default="muon")
+    rates = ", ".join(f"{rate:g} for {name}" for name, rate in LEARNING_RATES.items())
+    add("--learning_rate", type=float, help=f"default: 256 / hidden_size times {rates}, less after the SFT")
+    add("--weight_decay", type=float, default=0.1)
+    add("--warmup", type=float, default=0.02, help="share of the budget in which the learning rate rises")
+    add("--decay", type=float, default=0.8, help="share of the budget, at its end, in which it falls to zero")
+    add("--grad_clip", type=float, default=1.0, help="largest norm of the gradient")
+    add("--seed", type=int, default=42)
+
+    add = parser.add_argument_group("machine").add_argument
+    add("--device", help="cuda, mps or cpu (default: the best one found)")
+    add("--dtype", choices=list(DTYPES), help="precision of the arithmetic (default: bf16 where the hardware does it)")
+    add("--activation_checkpointing", type=int, choices=(0, 1), default=0, help="1 = less memory, a third more time")
+    add("--fsdp", action="store_true", help="under torchrun: share out weights and optimizer (FSDP2)")
+    add("--deepspeed", metavar="FILE", help="under torchrun or deepspeed: ZeRO, e.g. configs/zero2.json")
+    add("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher gives it; LOCAL_RANK is what counts
+    add("--compile", choices=("auto", "0", "1"), default="auto", help="torch.compile; auto = if the run is long enough")
+
+    add = parser.add_argument_group("output").add_argument
+    add("--out_dir", default=str(ROOT / "out"))
+    add("--save_weight", metavar="NAME", help=f"write out_dir/NAME_HIDDEN.pth (default: {stage})")
+    add("--from_resume", type=int, choices=(0, 1), default=0, help="1 = go on where an interrupted run was")
+    add("--save_interval", type=int, default=0, help="steps between resume states (default: every two minutes)")
+    add("--keep", type=int, default=1, help="resume states to keep")
+    add("--val_interval", type=int, default=0, help="steps between validations (default: ten in a run)")
+    add("--log_interval", type=int, default=10, help="steps between lines of the metrics log")
+    add("--use_wandb", action="store_true", help="log to Weights & Biases too (WANDB_MODE=offline works)")
+    add("--wandb_project", default="MiniMind")
+    parser.set_defaults(**defaults)
+    return parser
+
+
+def check(args: argparse.Namespace) -> None:
+    """UsageError for a number that makes no sense."""
+    lowest = dict.fromkeys(("batch_size", "accumulation_steps", "log_interval", "max_seq_len", "keep"), 1)
+    lowest |= dict.fromkeys(("hidden_size", "num_hidden_layers", "steps"), 1)
+    lowest |= dict.fromkeys(("num_workers", "val_tokens", "save_interval", "val_interval"), 0)
+    lowest |= dict.fromkeys(("weight_decay", "warmup", "decay"), 0)
+    for name, low in lowest.items():
+        value = getattr(args, name)
+        if value is not None and not value >= low:
+            raise UsageError(f"--{name} {value}: must be at least {low}")
+    for name in ("epochs", "minutes", "learning_rate", "grad_clip"):
+        value = getattr(args, name)
+        if value is not None and not value > 0:
+            raise UsageError(f"--{name} {value}: must be above 0")
+    for name in ("warmup", "decay"):
+        if getattr(args, name) > 1:
+            raise UsageError(f"--{name} {getattr(args, name)}: it is a share of the run, at most 1")
+
+
+def identity(args: argparse.Namespace) -> dict:
+    """The arguments that decide what comes out of a run."""
+    machine = ("from_resume", "device", "num_workers", "log_interval", "use_wandb", "wandb_project", "out_dir", "keep")
+    machine += ("activation_checkpointing", "fsdp", "local_rank")  # the same result in less memory
+    return {k: v for k, v in vars(args).items() if k not in machine}

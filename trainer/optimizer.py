@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from model.model import compute_dtype
+from model.device import compute_dtype
 
 LEARNING_RATES = {"muon": 8e-3, "adamw": 2e-3}  # good ones at hidden_size 256
 

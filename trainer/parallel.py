@@ -26,9 +26,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from cli import UsageError
 from model.checkpoint import CheckpointError
 from model.model import Experts, MiniMindLM
-from trainer.cli import UsageError
 from trainer.optimizer import build_optimizers
 
 if TYPE_CHECKING:

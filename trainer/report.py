@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cli import UsageError
 from model.checkpoint import write_bytes
-from trainer.cli import UsageError
 
 if TYPE_CHECKING:
     from model.model import MiniMindLM

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from trainer.cli import UsageError
+from cli import UsageError
 
 if TYPE_CHECKING:
     from trainer.trainer import Run

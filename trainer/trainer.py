@@ -20,12 +20,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from cli import UsageError
 from dataset.lm_dataset import batches, token_bytes, validation_batches
-from dataset.starter import ensure_starter
+from dataset.starter.corpus import ensure_starter
 from model import checkpoint
-from model.model import PRESETS, MiniMindConfig, MiniMindLM, compute_dtype
+from model.device import find_device, training_dtype
+from model.model import PRESETS, MiniMindConfig, MiniMindLM
 from trainer import parallel
-from trainer.cli import DTYPES, Interrupt, UsageError, check, identity
+from trainer.arguments import check, identity
+from trainer.interrupt import Interrupt
 from trainer.optimizer import LEARNING_RATES, learning_rate_scale, set_learning_rate
 from trainer.report import Reporter
 from trainer.speed import compile_if_worth, matmul_peak
@@ -72,34 +75,6 @@ class Run:
         return weights.with_name(weights.stem + suffix)
 
 
-def find_device(name: str | None) -> torch.device:
-    """The device asked for, or cuda, then mps, then cpu. UsageError if it is not there."""
-    available = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
-    if name is None:
-        name = available[0]
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UsageError(f"--device {name}: no such device; here there is {', '.join(available)}") from None
-    if device.type not in available:
-        raise UsageError(f"--device {name}: not available here; use {' or '.join(available)}")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UsageError(f"--device {name}: there are {torch.cuda.device_count()} such devices, counted from 0")
-    return device
-
-
-def find_dtype(device: torch.device, name: str | None) -> torch.dtype:
-    """bf16 where the hardware multiplies it, fp16 (with loss scaling) on older CUDA, else fp32; `name` overrides."""
-    fast = compute_dtype(device)
-    if name:
-        if device.type == "cpu" and name != "fp32" and DTYPES[name] != fast:
-            print(
-                f"note: --dtype {name}: this CPU has no {name} arithmetic, fp32 is many times faster", file=sys.stderr
-            )
-        return DTYPES[name]
-    return torch.float16 if device.type == "cuda" and fast == torch.float32 else fast
-
-
 def setup(stage: str, args: argparse.Namespace, minutes: float, rate: float = 1.0) -> Run:
     """Processes, device, seed, and the model: new, from --from_weight, or from the resume state.
 
@@ -128,7 +103,7 @@ def setup(stage: str, args: argparse.Namespace, minutes: float, rate: float = 1.
     model = _starting_model(args)
     if args.learning_rate is None:  # wide matrices want smaller steps (Yang et al. 2022, arXiv:2203.03466)
         args.learning_rate = rate * LEARNING_RATES[args.optimizer] * 256 / model.config.hidden_size
-    run = Run(args.save_weight or stage, args, device, find_dtype(device, args.dtype), model, rank, world_size)
+    run = Run(args.save_weight or stage, args, device, training_dtype(device, args.dtype), model, rank, world_size)
     try:
         run.path(".pth").parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:

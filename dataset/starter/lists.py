@@ -1,15 +1,15 @@
 """The starter corpus' skills on lists: sorting, counting aloud, picking by category, rewriting.
 
-Same contract as starter_skills.py: one function a skill, (rng, lang, held) -> Item.
+Same contract as skills.py: one function a skill, (rng, lang, held) -> Item.
 """
 
 import random
 
-from dataset.starter_facts import an, load_table
-from dataset.starter_skills import Item, spoken
-from dataset.starter_words import WEEKDAYS
+from dataset.starter.facts import an, load_table
+from dataset.starter.skills import Item, spoken
+from dataset.starter.words import WEEKDAYS
 
-# Difficulty, as in starter_skills.py.
+# Difficulty, as in skills.py.
 SORT_MAX = 12  # numbers to sort
 SORT_LENGTH = 3
 REVERSE_LENGTH = 3

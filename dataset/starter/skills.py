@@ -1,14 +1,14 @@
 """The starter corpus' exact skills: facts, numbers, lists, words. One function a skill: (rng, lang, held) -> Item.
 
-What may be trained on is decided by is_held_out(item.key) alone: the writers in starter.py draw items again until
-the key falls on the side they want. Chat skills (identity, system prompts, several turns) are in starter_chat.py.
+What may be trained on is decided by is_held_out(item.key) alone: the writers in corpus.py draw items again until
+the key falls on the side they want. Chat skills (identity, system prompts, several turns) are in chat.py.
 """
 
 import hashlib
 import random
 from dataclasses import dataclass, field
 
-from dataset.starter_facts import NEW_WORDINGS, RELATIONS, Relation, an, cap, load_table
+from dataset.starter.facts import NEW_WORDINGS, RELATIONS, Relation, an, cap, load_table
 
 # Difficulty. Small ranges that are learnt in minutes beat impressive ones that fail.
 ADD_MAX = 50  # operands of additions and subtractions

@@ -20,10 +20,10 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from model.cpu_step import CpuStep
+from model.inference.cpu_step import CpuStep
+from model.inference.sampling import Sampler, SamplingParams, SamplingState
+from model.inference.text_stream import TextStream
 from model.model import MiniMindConfig, MiniMindLM, lora_layers
-from model.sampling import Sampler, SamplingParams, SamplingState
-from model.text_stream import TextStream
 
 PREFILL_CHUNK = 512  # tokens of prompts that one step takes
 FIRST_CAPACITY = 256  # tokens of each slot to begin with: the cache doubles when it has to

@@ -1,12 +1,12 @@
 """The starter corpus' skills on words: opposites, translation, units of measure, days, months and seasons.
 
-Same contract as starter_skills.py: one function a skill, (rng, lang, held) -> Item.
+Same contract as skills.py: one function a skill, (rng, lang, held) -> Item.
 """
 
 import random
 
-from dataset.starter_facts import cap, load_json, load_table
-from dataset.starter_skills import Item, pick_wording, spoken
+from dataset.starter.facts import cap, load_json, load_table
+from dataset.starter.skills import Item, pick_wording, spoken
 
 
 def opposites(rng: random.Random, lang: str, held: bool) -> Item:

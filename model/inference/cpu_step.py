@@ -22,8 +22,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from model.inference.quantization import packed
 from model.model import MiniMindLM
-from model.quantization import packed
 
 SOURCE = Path(__file__).resolve().parent / "cpu_step.cpp"
 KINDS = {"plain": 0, "bf16": 1, "int8": 2, "int4": 3}

@@ -14,7 +14,7 @@ from typing import Any
 
 from dataset.chat import validate_messages
 from dataset.jsonl import DataError, read_jsonl
-from dataset.tools import parse_calls
+from model.inference.tools import parse_calls
 
 
 @dataclass
@@ -95,7 +95,7 @@ def read_heldout(path: str | Path) -> list[Question]:
         rest = row.get("exact", False), row.get("call")
         questions.append(Question(number, row["skill"], row["conversations"], *lists, *rest))
     if not questions:
-        raise DataError(f"{path}: the file is empty; `python dataset/starter.py` writes the starter corpus")
+        raise DataError(f"{path}: the file is empty; `python -m dataset.starter` writes the starter corpus")
     return questions
 
 

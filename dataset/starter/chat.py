@@ -1,13 +1,13 @@
 """The starter corpus' talk: who it is, greetings, "I don't know", system prompts, several turns, stories on request.
 
-Same contract as starter_skills.py: one function a skill, (rng, lang, held) -> Item.
+Same contract as skills.py: one function a skill, (rng, lang, held) -> Item.
 """
 
 import random
 
-from dataset.starter_facts import NEW_WORDINGS, RELATIONS, cap, load_json
-from dataset.starter_lists import UPPER_WORDS
-from dataset.starter_skills import (
+from dataset.starter.facts import NEW_WORDINGS, RELATIONS, cap, load_json
+from dataset.starter.lists import UPPER_WORDS
+from dataset.starter.skills import (
     NAMES,
     Item,
     ask_fact,
@@ -16,8 +16,8 @@ from dataset.starter_skills import (
     spoken,
     trainable,
 )
-from dataset.starter_stories import STORIES, requested_story
-from dataset.starter_words import opposites
+from dataset.starter.stories import STORIES, requested_story
+from dataset.starter.words import opposites
 
 TALK = load_json("talk")  # intents with their wordings (the last two are never trained on), jokes, system messages
 IDENTITY, GREETINGS, SYSTEMS = TALK["identity"], TALK["small_talk"], TALK["systems"]

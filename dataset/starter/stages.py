@@ -1,15 +1,15 @@
 """The starter corpus' files for the stages after SFT: two LoRA subjects, preference pairs, problems with worked steps,
 tool calls.
 
-One function a subject, (rng, lang, held) -> Item as in starter_skills.py, or messages; starter.py writes the files.
+One function a subject, (rng, lang, held) -> Item as in skills.py, or messages; corpus.py writes the files.
 """
 
 import json
 import random
 
-from dataset.starter_chat import IDENTITY
-from dataset.starter_facts import RELATIONS, load_json, load_table
-from dataset.starter_skills import (
+from dataset.starter.chat import IDENTITY
+from dataset.starter.facts import RELATIONS, load_json, load_table
+from dataset.starter.skills import (
     NAMES,
     Item,
     ask_fact,
@@ -19,8 +19,8 @@ from dataset.starter_skills import (
     worked_difference,
     worked_sum,
 )
-from dataset.starter_words import UNITS, WEEKDAYS
-from dataset.tools import SCHEMAS, run_tool
+from dataset.starter.words import UNITS, WEEKDAYS
+from model.inference.tools import SCHEMAS, run_tool
 
 STAGES = load_json("stages")  # who the new identity is, everyday health, kind and unkind replies
 

@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from tokenizers import Tokenizer
 
 from dataset.chat import END_THINK_ID, END_TOOL_CALL_ID, MARKER_IDS, THINK_ID, TOOL_CALL_ID
-from dataset.tools import parse_call
-from model.text_stream import TextStream
+from model.inference.text_stream import TextStream
+from model.inference.tools import parse_call
 
 REASONING, CONTENT, CALL = "reasoning_content", "content", "tool_calls"
 MARKERS = frozenset(MARKER_IDS.values())

@@ -1,12 +1,12 @@
 """The starter corpus' running text: stories from a few plots, descriptions, worked examples, dialogues.
 
-starter.py calls text_document() for the pretraining file; the story skill calls requested_story().
+corpus.py calls text_document() for the pretraining file; the story skill calls requested_story().
 """
 
 import random
 import re
 
-from dataset.starter_facts import RELATIONS, cap, load_json, load_table
+from dataset.starter.facts import RELATIONS, cap, load_json, load_table
 
 STORIES = load_json("stories")  # heroes, things, places, friends, plots; every plot opens with {hero} and {thing}
 

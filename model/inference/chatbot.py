@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from cli import flag
 from dataset.chat import (
     BOS_ID,
     END_THINK,
@@ -27,10 +28,11 @@ from dataset.chat import (
 from model import checkpoint
 from model.adapters import load_adapter
 from model.checkpoint import CheckpointError
-from model.cpu_step import CpuStep
-from model.generation import SamplingParams, decode, generate_each
-from model.model import compute_dtype, lora_layers, merge_lora
-from model.quantization import quantize, quantized_kind
+from model.device import compute_dtype
+from model.inference.cpu_step import CpuStep
+from model.inference.engine import SamplingParams, decode, generate_each
+from model.inference.quantization import quantize, quantized_kind
+from model.model import lora_layers, merge_lora
 
 STAGES = {  # --model_mode: what it is called, its files, how to get them
     0: ("pretrained", ("pretrain",), "run python train_pretrain.py first"),
@@ -45,13 +47,6 @@ SCORE_TOKENS, THINKING_SCORE_TOKENS = 128, 384  # longest answer when scoring
 
 def score_tokens(thinking: bool | None) -> int:
     return THINKING_SCORE_TOKENS if thinking else SCORE_TOKENS
-
-
-def flag(text: str) -> bool:
-    """Accepts 0 and 1, and MiniMind's True and False."""
-    if text.lower() in ("0", "false", "1", "true"):
-        return text.lower() in ("1", "true")
-    raise argparse.ArgumentTypeError(f"{text} is neither 0 nor 1")
 
 
 def model_arguments(parser: argparse.ArgumentParser, out_dir: Path) -> None:

@@ -1,8 +1,8 @@
 """The built-in bilingual starter corpus: pretraining text, conversations and a held-out scoreboard, made in seconds.
 
-    python dataset/starter.py [--size 1.0] [--seed 0] [--out DIR]
+    python -m dataset.starter [--size 1.0] [--seed 0] [--out DIR]
 
-A tiny regular world (fact tables in starter/*.tsv) that a model of a few million parameters learns in minutes. Held-out
+A tiny regular world (fact tables in tables/*.tsv) that a model of a few million parameters learns in minutes. Held-out
 questions share no (question, answer) pair with training: unseen are, by skill, the wording of a fact, the pair of
 operands, the list, the sentence, the system message with this question. is_held_out() decides by a hash of its key.
 """
@@ -17,19 +17,12 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `python dataset/starter.py` finds the package
-
-from dataset import starter_chat as chat
-from dataset import starter_lists as lists
-from dataset import starter_skills as skills
-from dataset import starter_stages as stages
-from dataset import starter_stories as stories
-from dataset import starter_words as words
-from dataset.starter_facts import LIFE, NATURE, WORLD
-from dataset.starter_skills import NAMES, Item, is_held_out
+from dataset.starter import chat, lists, skills, stages, stories, words
+from dataset.starter.facts import LIFE, NATURE, WORLD
+from dataset.starter.skills import NAMES, Item, is_held_out
 
 HERE = Path(__file__).resolve().parent
-DEFAULT = HERE / "starter_data"
+DEFAULT = HERE.parent / "starter_data"
 LANGUAGES = ("zh", "en")
 STAMP = "stamp.json"
 
@@ -325,7 +318,7 @@ def write_starter(out_dir: str | Path = DEFAULT, size: float = 1.0, seed: int = 
 def stamp(size: float, seed: int) -> dict:
     """What the files depend on: the generator's sources, the tables, the arguments."""
     digest = hashlib.sha256()
-    for path in sorted([*HERE.glob("starter*.py"), *(HERE / "starter").glob("*.*")]):
+    for path in sorted([*HERE.glob("*.py"), *(HERE / "tables").glob("*.*")]):
         digest.update(path.name.encode() + path.read_bytes())
     return {"sources": digest.hexdigest(), "size": size, "seed": seed}
 

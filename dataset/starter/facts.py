@@ -1,6 +1,6 @@
-"""The starter corpus' world: fact tables (starter/*.tsv) and the wordings of each fact (starter/relations.json).
+"""The starter corpus' world: fact tables (tables/*.tsv) and the wordings of each fact (tables/relations.json).
 
-Read by the other starter_*.py. In each list of questions the last NEW_WORDINGS are never trained on.
+Read by the other files here. In each list of questions the last NEW_WORDINGS are never trained on.
 """
 
 import json
@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
-TABLES = Path(__file__).resolve().parent / "starter"
+TABLES = Path(__file__).resolve().parent / "tables"
 NEW_WORDINGS = 2  # the last questions of a list are kept for the held-out file
 NONE = "-"  # a cell with nothing to say
 
