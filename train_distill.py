@@ -6,15 +6,17 @@ python train_distill.py --teacher FILE_OR_FOLDER --from_weight pretrain --alpha 
 Black-box distillation, when only the teacher's answers can be seen: scripts/ask_teacher.py, then train_full_sft.py.
 """
 
+from functools import partial
+
 import torch
-import torch.nn.functional as F
 
 import cli
 from dataset.chat import load_tokenizer
 from dataset.lm_dataset import IGNORE, sft_dataset
 from model import checkpoint
-from trainer import trainer
 from trainer.arguments import arguments
+from trainer.run import Run
+from trainer.speed import cross_entropy
 
 
 def distillation_loss(student, teacher, temperature, kl):
@@ -27,29 +29,25 @@ def distillation_loss(student, teacher, temperature, kl):
     return temperature**2 * (log_p.exp() * (log_p - log_q)).sum(-1).sum() / max(len(log_p), 1)
 
 
-def make_loss_fn(teacher, args):
+def distill_loss(model, batch, teacher, args):
     """alpha * cross-entropy with the labels + (1 - alpha) * distillation, over the tokens of the answers."""
-
-    def loss_fn(model, batch):
-        labels = batch["labels"]
-        answer = labels != IGNORE
-        inputs = {"input_ids": batch["input_ids"], "segment_ids": batch["segment_ids"], "logits_at": answer}
-        out = model(**inputs)
-        cross_entropy = F.cross_entropy(out.logits.float(), labels[answer], reduction="sum") / max(answer.sum(), 1)
-        loss, metrics = args.alpha * cross_entropy, {"cross_entropy": cross_entropy.detach()}
-        if args.alpha < 1:
-            with torch.no_grad():
-                teacher_logits = teacher(**inputs).logits
-            divergence = distillation_loss(out.logits, teacher_logits, args.temperature, args.kl)
-            loss, metrics = loss + (1 - args.alpha) * divergence, metrics | {"divergence": divergence.detach()}
-        return trainer.with_balance(out, loss, metrics)
-
-    return loss_fn
+    labels = batch["labels"]  # (B, T)
+    trained = labels != IGNORE
+    inputs = {"input_ids": batch["input_ids"], "segment_ids": batch["segment_ids"], "logits_at": trained}
+    out = model(**inputs)  # logits (N, vocab)
+    of_labels = cross_entropy(out.logits, labels[trained])
+    loss, metrics = args.alpha * of_labels, out.metrics | {"cross_entropy": of_labels.detach()}
+    if args.alpha < 1:
+        with torch.no_grad():
+            teacher_logits = teacher(**inputs).logits
+        divergence = distillation_loss(out.logits, teacher_logits, args.temperature, args.kl)
+        loss, metrics = loss + (1 - args.alpha) * divergence, metrics | {"divergence": divergence.detach()}
+    return loss + out.aux_loss, metrics
 
 
-def load_teacher(args, student, device):
+def load_teacher(out_dir, name, student, device):
     """The teacher, frozen; refused if its tokens are not the student's."""
-    path = checkpoint.find_weights(args.out_dir, args.teacher)
+    path = checkpoint.find_weights(out_dir, name)
     teacher, _ = checkpoint.load(path, device)
     same_tokens = teacher.config.vocab_size == student.config.vocab_size
     if path.is_dir() and (path / "tokenizer.json").exists():
@@ -62,7 +60,7 @@ def load_teacher(args, student, device):
     return teacher.requires_grad_(False)
 
 
-def main():
+def parse_arguments():
     parser = arguments("distill", __doc__)
     add = parser.add_argument_group("distillation").add_argument
     add("--teacher", default="full_sft", help="a stage in --out_dir, a .pth, or a Hugging Face folder; dense or MoE")
@@ -74,12 +72,25 @@ def main():
         raise cli.UsageError("--alpha must be between 0 and 1, --temperature above 0")
     if args.from_weight == "none" and not (args.preset or args.hidden_size):
         args.hidden_size = 192
-    run = trainer.setup("distill", args, minutes=2.0)
-    teacher = load_teacher(args, run.model, run.device)
-    tokenizer = load_tokenizer()
-    train_rows, val_rows = trainer.datasets(args, "sft", sft_dataset, tokenizer)
+    return args
 
-    trainer.train(run, make_loss_fn(teacher, args), train_rows, val_rows, tokenizer)
+
+def main():
+    args = parse_arguments()
+    run = Run("distill", args, minutes=2.0)
+    teacher = load_teacher(args.out_dir, args.teacher, run.model, run.device)
+    train_rows, val_rows = run.rows(sft_dataset, "sft")
+    loss_fn = partial(distill_loss, teacher=teacher, args=args)
+
+    for micro_batches in run.steps(train_rows):
+        if run.validation_due:
+            run.validate(loss_fn, val_rows)
+        for batch in micro_batches:
+            loss, metrics = loss_fn(run.model, batch)
+            run.backward(loss, batch)
+        run.update(metrics)
+    run.validate(loss_fn, val_rows)
+    run.finish()
 
 
 if __name__ == "__main__":

@@ -6,35 +6,27 @@ python train_dpo.py --loss ipo | --loss simpo | --label_smoothing 0.1 | --length
 """
 
 import copy
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 
 import cli
-from dataset.chat import load_tokenizer
 from dataset.lm_dataset import IGNORE, preference_dataset
-from trainer import trainer
 from trainer.arguments import arguments
+from trainer.run import Run
 
 
 def answer_log_probs(model, batch):
-    """log pi(y|x) of each answer, the sum over its own tokens: (pairs, 2), chosen and rejected; the number of those
-    tokens, (pairs, 2); and the log-probabilities of the whole vocabulary at each of them, (N, vocab). All fp32: in bf16
-    a sum of a hundred log-probabilities is off by more than two answers differ.
-
-    A pair is two neighbouring segments of a packed row; padding and prompts have no label, so they are never summed."""
-    labels, segments = batch["labels"], batch["segment_ids"].long()
-    answer = labels != IGNORE  # (B, T)
-    out = model(batch["input_ids"], segment_ids=segments, logits_at=answer)
+    """log pi(y|x) of each answer y, the sum over its own tokens: (pairs, 2), chosen and rejected, fp32; and what the
+    model gave. In bf16 a sum of a hundred log-probabilities is off by more than two answers differ."""
+    labels, answer_of = batch["labels"], batch["answer_of"]  # (B, T) both; -100 and -1 outside of the answers
+    answer = labels != IGNORE
+    out = model(batch["input_ids"], segment_ids=batch["segment_ids"], logits_at=answer)
     log_probs = out.logits.float().log_softmax(-1)  # (N, vocab)
     of_label = log_probs.gather(-1, labels[answer][:, None])[:, 0]  # (N,)
-
-    B, S = len(labels), int(segments.max()) // 2 * 2
-    place = (torch.arange(B, device=labels.device)[:, None] * S + segments - 1)[answer]  # (N,) which answer it is of
-    sums = of_label.new_zeros(B * S).index_add(0, place, of_label)
-    lengths = of_label.new_zeros(B * S).index_add(0, place, torch.ones_like(of_label))
-    exists = (segments.max(1).values[:, None] > torch.arange(S, device=labels.device)).flatten()  # rows hold 1 to S / 2
-    return sums[exists].view(-1, 2), lengths[exists].view(-1, 2), log_probs, out
+    sums = of_label.new_zeros(batch["answer_lengths"].numel()).index_add(0, answer_of[answer], of_label)
+    return sums.view(-1, 2), log_probs, out
 
 
 def preference_loss(policy, reference, lengths, args):
@@ -59,33 +51,37 @@ def preference_loss(policy, reference, lengths, args):
     return -(1 - epsilon) * F.logsigmoid(margins) - epsilon * F.logsigmoid(-margins), rewards
 
 
-def make_loss_fn(reference, args):
-    def loss_fn(model, batch):
-        policy, lengths, log_probs, out = answer_log_probs(model, batch)
-        with torch.no_grad():  # pi_ref: the weights that the training began with
-            at_start, _, reference_log_probs, _ = answer_log_probs(reference, batch)
+def dpo_loss(model, batch, reference, args):
+    """Mean of preference_loss() over the pairs. reference: pi_ref, the weights that the training began with; None for
+    a loss that has none."""
+    policy, log_probs, out = answer_log_probs(model, batch)
+    at_start, metrics = None, out.metrics
+    if reference is not None:
+        with torch.no_grad():
+            at_start, reference_log_probs, _ = answer_log_probs(reference, batch)
+        if not model.training:  # KL(pi || pi_ref) per token of the answers, over the whole vocabulary
             kl = (log_probs.exp() * (log_probs - reference_log_probs)).sum(-1).mean()
-        losses, rewards = preference_loss(policy, at_start, lengths, args)
-        loss, rewards, policy = losses.mean(), rewards.detach(), policy.detach()
-        metrics = {
-            "accuracy": (policy[:, 0] > policy[:, 1]).float().mean(),  # ranks the pair right by itself
-            "reward_accuracy": (rewards[:, 0] > rewards[:, 1]).float().mean(),  # against the reference
-            "reward_margin": (rewards[:, 0] - rewards[:, 1]).mean(),
-            "chosen_reward": rewards[:, 0].mean(),
-            "rejected_reward": rewards[:, 1].mean(),
-            "chosen_log_prob": policy[:, 0].mean(),
-            "rejected_log_prob": policy[:, 1].mean(),
-            "kl": kl,  # KL(pi || pi_ref) per token of the answers
-        }
-        return trainer.with_balance(out, loss, metrics)
-
-    return loss_fn
+            metrics = metrics | {"kl": kl}
+    losses, rewards = preference_loss(policy, at_start, batch["answer_lengths"], args)
+    return losses.mean() + out.aux_loss, metrics | preference_metrics(policy.detach(), rewards.detach())
 
 
-def main():
+def preference_metrics(policy, rewards):
+    return {
+        "accuracy": (policy[:, 0] > policy[:, 1]).float().mean(),  # ranks the pair right by itself
+        "reward_accuracy": (rewards[:, 0] > rewards[:, 1]).float().mean(),  # against the reference
+        "reward_margin": (rewards[:, 0] - rewards[:, 1]).mean(),
+        "chosen_reward": rewards[:, 0].mean(),
+        "rejected_reward": rewards[:, 1].mean(),
+        "chosen_log_prob": policy[:, 0].mean(),
+        "rejected_log_prob": policy[:, 1].mean(),
+    }
+
+
+def parse_arguments():
     parser = arguments("dpo", __doc__, from_weight="full_sft", batch_size=8)
     add = parser.add_argument_group("preference").add_argument
-    add("--beta", type=float, default=0.1, help="how dear it is to leave the reference")
+    add("--beta", type=float, default=0.1, help="the smaller, the further the model may move from where it began")
     add("--loss", choices=("dpo", "ipo", "simpo"), default="dpo")
     add("--label_smoothing", type=float, default=0.0, help="share of the pairs that may be the wrong way round (cDPO)")
     add("--length_normalize", action="store_true", help="log-ratios per token, so that long answers are not favoured")
@@ -93,12 +89,25 @@ def main():
     args = parser.parse_args()
     if not args.beta > 0 or not 0 <= args.label_smoothing < 0.5:
         raise cli.UsageError("--beta must be above 0, --label_smoothing at least 0 and below 0.5")
-    run = trainer.setup("dpo", args, minutes=1.0, rate=0.05)
-    reference = copy.deepcopy(run.model).eval().requires_grad_(False)
-    tokenizer = load_tokenizer()
-    train_rows, val_rows = trainer.datasets(args, "dpo", preference_dataset, tokenizer)
+    return args
 
-    trainer.train(run, make_loss_fn(reference, args), train_rows, val_rows, tokenizer)
+
+def main():
+    args = parse_arguments()
+    run = Run("dpo", args, minutes=1.0, rate=0.05)
+    reference = None if args.loss == "simpo" else copy.deepcopy(run.model).eval().requires_grad_(False)
+    train_rows, val_rows = run.rows(preference_dataset, "dpo")
+    loss_fn = partial(dpo_loss, reference=reference, args=args)
+
+    for micro_batches in run.steps(train_rows):
+        if run.validation_due:
+            run.validate(loss_fn, val_rows)
+        for batch in micro_batches:
+            loss, metrics = loss_fn(run.model, batch)
+            run.backward(loss, batch)
+        run.update(metrics)
+    run.validate(loss_fn, val_rows)
+    run.finish()
 
 
 if __name__ == "__main__":

@@ -6,25 +6,35 @@ torchrun --nproc_per_node 2 train_pretrain.py ...                          # sev
 """
 
 import cli
-from dataset.chat import load_tokenizer
-from dataset.lm_dataset import pretrain_dataset
-from trainer import trainer
+from dataset.lm_dataset import IGNORE, pretrain_dataset
 from trainer.arguments import arguments
+from trainer.run import Run
+from trainer.speed import cross_entropy
 
 
-def loss_fn(model, batch):
-    """Mean of -log p(next token) over all tokens; a MoE adds its load-balancing loss."""
-    out = model(batch["input_ids"], labels=batch["labels"])
-    return trainer.with_balance(out, out.loss, {})
+def pretrain_loss(model, batch):
+    """Mean of -log p(next token | all tokens before it); a MoE adds its load-balancing loss."""
+    labels = batch["labels"]  # (B, T): labels[b, t] follows input_ids[b, t]
+    trained = labels != IGNORE
+    out = model(batch["input_ids"], logits_at=trained)  # logits (N, vocab)
+    loss = cross_entropy(out.logits, labels[trained])
+    return loss + out.aux_loss, out.metrics
 
 
 def main():
     args = arguments("pretrain", __doc__, val_tokens=8192).parse_args()
-    run = trainer.setup("pretrain", args, minutes=2.75)
-    tokenizer = load_tokenizer()
-    train_rows, val_rows = trainer.datasets(args, "pretrain", pretrain_dataset, tokenizer)
+    run = Run("pretrain", args, minutes=2.75)
+    train_rows, val_rows = run.rows(pretrain_dataset, "pretrain")
 
-    trainer.train(run, loss_fn, train_rows, val_rows, tokenizer)
+    for micro_batches in run.steps(train_rows):
+        if run.validation_due:
+            run.validate(pretrain_loss, val_rows)
+        for batch in micro_batches:
+            loss, metrics = pretrain_loss(run.model, batch)
+            run.backward(loss, batch)
+        run.update(metrics)
+    run.validate(pretrain_loss, val_rows)
+    run.finish()
 
 
 if __name__ == "__main__":

@@ -5,36 +5,34 @@ python train_reason.py --data_path FILE.jsonl --epochs 2       # {"conversations
 python eval_model.py --model_mode 3                            # think, then answer; --thinking 0 = at once
 """
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 
 import cli
-from dataset.chat import END_THINK_ID, END_TOOL_CALL_ID, THINK_ID, TOOL_CALL_ID, load_tokenizer
+from dataset.chat import END_THINK_ID, END_TOOL_CALL_ID, THINK_ID, TOOL_CALL_ID
 from dataset.lm_dataset import IGNORE, reason_dataset
-from trainer import trainer
 from trainer.arguments import arguments
+from trainer.run import Run
 
 MARKERS = (THINK_ID, END_THINK_ID, TOOL_CALL_ID, END_TOOL_CALL_ID)
 
 
-def make_loss_fn(marker_weight):
+def reason_loss(model, batch, marker_weight):
     """Cross-entropy over the tokens of thinking and answer, in which the four markers count `marker_weight` times.
 
     The sum is divided by the number of tokens, not of weights: the rest is learnt as in plain SFT, and only the format
     harder. A thinking block that never closes costs the whole answer, and its marker is one token in a hundred."""
-
-    def loss_fn(model, batch):
-        labels = batch["labels"]
-        answer = labels != IGNORE
-        out = model(batch["input_ids"], segment_ids=batch["segment_ids"], logits_at=answer)
-        losses = F.cross_entropy(out.logits.float(), labels[answer], reduction="none")  # (N,)
-        is_marker = torch.isin(labels[answer], torch.tensor(MARKERS, device=labels.device))
-        count = max(len(losses), 1)
-        loss = (losses * torch.where(is_marker, marker_weight, 1.0)).sum() / count
-        metrics = {"cross_entropy": losses.detach().sum() / count}
-        return trainer.with_balance(out, loss, metrics)
-
-    return loss_fn
+    labels = batch["labels"]  # (B, T)
+    trained = labels != IGNORE
+    labels = labels[trained]  # (N,)
+    out = model(batch["input_ids"], segment_ids=batch["segment_ids"], logits_at=trained)  # logits (N, vocab)
+    losses = F.cross_entropy(out.logits.float(), labels, reduction="none")  # (N,)
+    is_marker = torch.isin(labels, torch.tensor(MARKERS, device=labels.device))
+    count = max(len(labels), 1)
+    loss = (losses * torch.where(is_marker, marker_weight, 1.0)).sum() / count
+    return loss + out.aux_loss, out.metrics | {"cross_entropy": losses.detach().sum() / count}
 
 
 def main():
@@ -43,11 +41,19 @@ def main():
     args = parser.parse_args()
     if not args.marker_weight > 0:
         raise cli.UsageError(f"--marker_weight {args.marker_weight}: must be above 0")
-    run = trainer.setup("reason", args, minutes=2.25, rate=0.5)
-    tokenizer = load_tokenizer()
-    train_rows, val_rows = trainer.datasets(args, "reason", reason_dataset, tokenizer)
+    run = Run("reason", args, minutes=2.25, rate=0.5)
+    train_rows, val_rows = run.rows(reason_dataset, "reason")
+    loss_fn = partial(reason_loss, marker_weight=args.marker_weight)
 
-    trainer.train(run, make_loss_fn(args.marker_weight), train_rows, val_rows, tokenizer)
+    for micro_batches in run.steps(train_rows):
+        if run.validation_due:
+            run.validate(loss_fn, val_rows)
+        for batch in micro_batches:
+            loss, metrics = loss_fn(run.model, batch)
+            run.backward(loss, batch)
+        run.update(metrics)
+    run.validate(loss_fn, val_rows)
+    run.finish()
 
 
 if __name__ == "__main__":

@@ -152,7 +152,8 @@ def collate(rows: list[dict[str, np.ndarray]], seq_len: int, kind: str) -> dict[
     `weight`, the number of items whose mean the loss is: the labels, or the pairs of preference rows.
 
     labels[b, t] is the token that follows input_ids[b, t], or -100. SFT rows also give segment_ids (B, T) int32, the
-    number of the conversation inside the row from 1, 0 where there is padding. An empty dict is a row of padding.
+    number of the conversation inside the row from 1, 0 where there is padding; preference rows what _answers() does.
+    An empty dict is a row of padding.
     """
     import torch
 
@@ -176,8 +177,27 @@ def collate(rows: list[dict[str, np.ndarray]], seq_len: int, kind: str) -> dict[
     batch = {"input_ids": torch.from_numpy(input_ids), "labels": torch.from_numpy(labels)}
     if kind != "pretrain":
         batch["segment_ids"] = torch.from_numpy(segment_ids)
-    tokens, pairs = int((labels != IGNORE).sum()), int(segment_ids.max(axis=1).sum()) // 2
-    return batch | {"tokens": tokens, "weight": pairs if kind == "preference" else tokens}
+    tokens = int((labels != IGNORE).sum())
+    if kind == "preference":
+        batch |= _answers(labels, segment_ids)
+        return batch | {"tokens": tokens, "weight": len(batch["answer_lengths"])}
+    return batch | {"tokens": tokens, "weight": tokens}
+
+
+def _answers(labels: np.ndarray, segment_ids: np.ndarray) -> dict[str, torch.Tensor]:
+    """Of preference rows, whose pairs are two neighbouring segments each. answer_of (B, T) int64: the answer that a
+    label belongs to, numbered over the batch, 2 i the chosen one of pair i and 2 i + 1 the rejected one; -1 where there
+    is no label. answer_lengths (pairs, 2) int64: their numbers of labels."""
+    import torch
+
+    segments_of = segment_ids.max(axis=1)  # (B,)
+    first = np.cumsum(segments_of) - segments_of  # (B,): answers in the rows before
+    answer_of = np.where(labels != IGNORE, first[:, None] + segment_ids - 1, -1)
+    lengths = np.bincount(answer_of[answer_of >= 0], minlength=segments_of.sum())
+    return {
+        "answer_of": torch.from_numpy(answer_of.astype(np.int64)),
+        "answer_lengths": torch.from_numpy(lengths.astype(np.int64)).view(-1, 2),
+    }
 
 
 class _Source:

@@ -2,7 +2,9 @@
 
     from model.model import MiniMindLM, PRESETS
     model = MiniMindLM(PRESETS["nano"])
-    loss = model(input_ids, labels=labels).loss
+    logits = model(input_ids).logits                       # (B, T, vocab): of the token that follows each position
+    loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), input_ids[:, 1:].flatten())
+    ids = model.generate(input_ids, max_new_tokens=20)
 
 Field and parameter names are Hugging Face's. A dense model is a `LlamaForCausalLM`, with QK-norm a `Qwen3ForCausalLM`;
 a MoE with QK-norm and without shared experts is a `Qwen3MoeForCausalLM`.
@@ -10,8 +12,9 @@ a MoE with QK-norm and without shared experts is a `Qwen3MoeForCausalLM`.
 
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn as nn
@@ -149,31 +152,29 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------------ layers
 
 
-def blocked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, block: int = 128) -> Tensor:
-    """Causal attention as matrix products over blocks of queries, each against the keys up to its own end.
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """softmax(q k^T / sqrt(D)) v: q (B, H, T, D), k and v (B, KV, S, D) -> (B, H, T, D); H / KV heads share a key head.
 
-    q (B, H, T, D), k and v (B, KV, T, D), mask (B, 1, T, T) bool or None for plain causal -> (B, H, T, D).
-    Trains faster in bf16 on a CPU than the fused kernel of `scaled_dot_product_attention` (which is 40 % of a compiled
-    step there): the products run at the machine's peak, the softmax between them is fused by torch.compile, and keys
-    after the block are never touched. The query heads that share a key head are rows of one product. In fp32 the two
-    are equally fast, and the fused kernel spares half of the time to compile.
-    """
-    B, H, T, D = q.shape
-    KV = k.shape[1]
-    G = H // KV
-    q = (q * D**-0.5).reshape(B * KV, G, T, D)
-    k, v = k.reshape(B * KV, T, D), v.reshape(B * KV, T, D)
-    if mask is None:
-        mask = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()[None, None]
-    out = []
-    for start in range(0, T, block):
-        end = min(start + block, T)
-        n = end - start
-        scores = (q[:, :, start:end].reshape(B * KV, G * n, D) @ k[:, :end].transpose(1, 2)).view(B, KV * G, n, end)
-        scores = scores.float().masked_fill(~mask[:, :, start:end, :end], float("-inf"))
-        probs = scores.softmax(-1).to(v.dtype).view(B * KV, G * n, end)
-        out.append((probs @ v[:, :end]).view(B, H, n, D))
-    return torch.cat(out, dim=2)
+    mask (B, 1, T, S) bool, True = may look; None: causal, position t sees 0 to t."""
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1]
+    )
+
+
+class LayerCache(Protocol):
+    """Keys and values that one layer has computed before."""
+
+    def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Keep k and v (B, KV, T, D) of the new tokens; all that these may look at, (B, KV, S, D)."""
+
+
+class Cache(Protocol):
+    """What a forward of T new tokens needs to know of those before: see inference/engine.py."""
+
+    positions: Tensor  # (B, T) of the new tokens
+    mask: Tensor | None  # (B, 1, T, S) bool, as attention() takes it
+
+    def layer(self, index: int) -> LayerCache: ...
 
 
 class RMSNorm(nn.Module):
@@ -195,11 +196,8 @@ class Attention(nn.Module):
 
     def __init__(self, config: MiniMindConfig):
         super().__init__()
-        self.num_heads, self.num_kv_heads, self.head_dim = (
-            config.num_attention_heads,
-            config.num_key_value_heads,
-            config.head_dim,
-        )
+        self.num_heads, self.num_kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.head_dim = config.head_dim
         self.q_proj = nn.Linear(config.hidden_size, self.num_heads * self.head_dim, bias=False)
         self.k_proj = nn.Linear(config.hidden_size, self.num_kv_heads * self.head_dim, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, self.num_kv_heads * self.head_dim, bias=False)
@@ -208,8 +206,9 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
             self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
         self.qk_norm = config.qk_norm
+        self.attend = attention  # a faster form of the same may take its place (trainer/speed.py)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache=None, layer: int = 0) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: LayerCache | None) -> Tensor:
         B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, self.num_heads, self.head_dim)  # (B, T, H, D)
         k = self.k_proj(x).view(B, T, self.num_kv_heads, self.head_dim)
@@ -219,13 +218,8 @@ class Attention(nn.Module):
         q, k = apply_rope(q, cos, sin).transpose(1, 2), apply_rope(k, cos, sin).transpose(1, 2)  # (B, H, T, D)
         v = v.transpose(1, 2)
         if cache is not None:
-            k, v = cache.update(layer, k, v)  # (B, KV, S, D): everything seen so far
-        if x.device.type == "cpu" and self.training and q.dtype == torch.bfloat16:
-            y = blocked_attention(q, k, v, mask)
-        else:
-            y = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.num_kv_heads != self.num_heads
-            )
+            k, v = cache.update(k, v)  # (B, KV, S, D): everything seen so far
+        y = self.attend(q, k, v, mask)  # (B, H, T, D)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -245,51 +239,49 @@ class FeedForward(nn.Module):
 class Experts(nn.ModuleList):
     """The routed experts: SwiGLU feed-forwards of which each works on its own contiguous block of rows."""
 
+    def __init__(self, experts: Iterable[FeedForward]):
+        super().__init__(experts)
+        self.compute = each_expert  # a faster form of the same may take its place (trainer/speed.py)
+
     @torch.compiler.disable  # each step has other numbers of rows, and each number would be compiled anew
     def forward(self, x: Tensor, ends: Tensor) -> Tensor:
         """x (N, hidden) sorted by expert; expert e owns rows ends[e-1]:ends[e], ends (E,) int32 -> (N, hidden)."""
-        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
-        adapted = any(isinstance(layer, LoRALinear) and layer.adapts for layer in self.modules())
-        # One kernel over all experts; stacking them costs a copy. It sees the weights alone, without an adapter.
-        if dtype == torch.bfloat16 and x.shape[0] > 64 and not adapted:
-            x = x.to(dtype)
-            gate = grouped_linear(x, [expert.gate_proj for expert in self], ends)
-            up = grouped_linear(x, [expert.up_proj for expert in self], ends)
-            return grouped_linear(F.silu(gate) * up, [expert.down_proj for expert in self], ends)
-        sizes = torch.diff(ends, prepend=ends.new_zeros(1)).tolist()
-        # In training the idle ones too, as in the kernel above: their gradient is then zero, not None, and all
-        # processes of a run have gradients of the same parameters to exchange.
-        idle_too = torch.is_grad_enabled()
-        rows_of = zip(self, x.split(sizes), strict=True)
-        return torch.cat([expert(rows) for expert, rows in rows_of if idle_too or len(rows)])
+        return self.compute(self, x, ends)
 
 
-def grouped_linear(x: Tensor, layers: list[nn.Linear], ends: Tensor) -> Tensor:
-    """Each block of rows times the matrix of its layer, in bf16: x (N, in), ends (E,) -> (N, out)."""
-    weight = torch.stack([layer.weight.to(x.dtype) for layer in layers])  # (E, out, in)
-    return F.grouped_mm(x, weight.transpose(-2, -1), offs=ends)
+def each_expert(experts: Experts, x: Tensor, ends: Tensor) -> Tensor:
+    """One expert after the other."""
+    sizes = torch.diff(ends, prepend=ends.new_zeros(1)).tolist()
+    # In training the idle ones too: their gradient is then zero, not None, and all processes of a run have gradients
+    # of the same parameters to exchange.
+    idle_too = torch.is_grad_enabled()
+    rows_of = zip(experts, x.split(sizes), strict=True)
+    return torch.cat([expert(rows) for expert, rows in rows_of if idle_too or len(rows)])
+
+
+class Routing(NamedTuple):
+    """What a MoE layer tells of its router."""
+
+    aux_loss: Tensor  # () load-balancing loss; 1.0 = balanced
+    load: Tensor  # (E,) share of the tokens' choices that each expert got
 
 
 class MoEFeedForward(nn.Module):
     """Sparse feed-forward: each token goes through its k best experts, and through the shared ones if there are any.
 
-    After a training forward, `aux_loss` is the load-balancing loss of Switch Transformers (Fedus et al. 2021,
-    arXiv:2101.03961; 1.0 = balanced) and `load` (E,) the share of the tokens' choices that each expert got.
+    The load-balancing loss is that of Switch Transformers (Fedus et al. 2021, arXiv:2101.03961).
     """
 
     def __init__(self, config: MiniMindConfig):
         super().__init__()
-        self.k, self.num_experts, self.norm_topk_prob = (
-            config.num_experts_per_tok,
-            config.num_experts,
-            config.norm_topk_prob,
-        )
+        self.k, self.num_experts = config.num_experts_per_tok, config.num_experts
+        self.norm_topk_prob = config.norm_topk_prob
         self.gate = nn.Linear(config.hidden_size, config.num_experts, bias=False)
         self.experts = Experts(FeedForward(config) for _ in range(config.num_experts))
         self.shared_experts = nn.ModuleList(FeedForward(config) for _ in range(config.num_shared_experts))
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, T, hidden) -> output (B, T, hidden), aux_loss (), load (E,)."""
+    def forward(self, x: Tensor) -> tuple[Tensor, Routing]:
+        """(B, T, hidden) -> the same."""
         B, T, H = x.shape
         x = x.reshape(B * T, H)
         probs = self.gate(x).float().softmax(-1)  # (N, E)
@@ -312,7 +304,7 @@ class MoEFeedForward(nn.Module):
 
         load = counts / counts.sum()
         aux_loss = self.num_experts * (load.detach() * probs.mean(0)).sum()
-        return y.view(B, T, H), aux_loss, load
+        return y.view(B, T, H), Routing(aux_loss, load)
 
 
 class Block(nn.Module):
@@ -324,14 +316,26 @@ class Block(nn.Module):
         self.self_attn = Attention(config)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MoEFeedForward(config) if config.is_moe else FeedForward(config)
+        self.is_moe = config.is_moe
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache=None, layer: int = 0):
-        """(B, T, hidden) -> the same, and from a MoE the pair (aux_loss, load), else None."""
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache, layer)
-        h = self.mlp(self.post_attention_layernorm(x))
-        if isinstance(h, tuple):
-            return x + h[0], h[1:]
-        return x + h, None
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: LayerCache | None = None
+    ) -> tuple[Tensor, Routing | None]:
+        """(B, T, hidden) -> the same, and what the router did; None when dense."""
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)
+        h = self.post_attention_layernorm(x)
+        if self.is_moe:
+            y, routing = self.mlp(h)
+            return x + y, routing
+        return x + self.mlp(h), None
+
+
+def causal_mask(segment_ids: Tensor) -> Tensor:
+    """The causal mask of packed rows: a position sees itself and what came before it in its own segment.
+    segment_ids (B, T) -> (B, 1, T, T) bool, True = may look."""
+    T = segment_ids.shape[1]
+    same = segment_ids[:, :, None] == segment_ids[:, None, :]  # (B, T, T)
+    return (same & torch.ones(T, T, dtype=torch.bool, device=same.device).tril())[:, None]
 
 
 class Decoder(nn.Module):
@@ -348,12 +352,18 @@ class Decoder(nn.Module):
 
 
 class ModelOutput(NamedTuple):
-    """What a forward returns. `loss` is the mean over the labels, without aux_loss."""
+    """What a forward returns."""
 
-    logits: Tensor | None  # (B, T, vocab), or (N, vocab) at the positions asked for; None when labels were given
-    loss: Tensor | None  # () fp32
-    aux_loss: Tensor | None  # () router balance, already times its coefficient; None when dense
-    expert_load: Tensor | None  # (layers, E) share of the tokens; None when dense
+    logits: Tensor  # (B, T, vocab), or (N, vocab) at the positions asked for
+    aux_loss: Tensor | float = 0.0  # () router balance, already times its coefficient; 0 when dense
+    expert_load: Tensor | None = None  # (layers, E) share of the tokens; None when dense
+
+    @property
+    def metrics(self) -> dict[str, Tensor]:
+        """What a training log should say of the router; {} when dense."""
+        if self.expert_load is None:
+            return {}
+        return {"aux_loss": self.aux_loss.detach(), "expert_load": self.expert_load.mean(0)}
 
 
 class MiniMindLM(nn.Module):
@@ -381,102 +391,69 @@ class MiniMindLM(nn.Module):
     @torch.no_grad()
     def init_weights(self) -> None:
         """Matrices ~ N(0, 0.02^2); those that write into the residual stream are divided by sqrt(2 * layers), so that
-        its variance does not grow with depth (Radford et al. 2019, GPT-2). Norm weights are 1.
-
-        Every other head's part of o_proj is its v_proj transposed: what the head looks at, it hands on as it is, so
-        that copying is there from the start (after Trockman & Kolter 2023, arXiv:2305.09828). 100 steps on the starter
-        corpus end at 1.30 nats in place of 1.38 (80 on real text at 6.18 in place of 6.15); with all heads so, sums
-        came out worse.
-        """
+        its variance does not grow with depth (Radford et al. 2019, GPT-2). Norm weights are 1."""
         std, depth = self.config.initializer_range, math.sqrt(2 * self.config.num_hidden_layers)
         for name, p in self.named_parameters():
             if p.ndim >= 2:
                 into_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
                 nn.init.normal_(p, std=std / depth if into_residual else std)
-        for block in self.model.layers:
-            attention = block.self_attn
-            values = attention.v_proj.weight.unflatten(0, (attention.num_kv_heads, attention.head_dim))
-            values = values.repeat_interleave(attention.num_heads // attention.num_kv_heads, dim=0)  # of each head
-            out = attention.o_proj.weight.unflatten(1, (attention.num_heads, attention.head_dim))  # (hidden, H, D)
-            out[:, ::2] = values[::2].permute(2, 0, 1) / depth
 
     def forward(
         self,
         input_ids: Tensor,
-        labels: Tensor | None = None,
         segment_ids: Tensor | None = None,
-        cache=None,
         logits_at: Tensor | None = None,
+        cache: Cache | None = None,
     ) -> ModelOutput:
-        """Logits, or the loss when labels are given.
+        """Logits of the token that follows each position.
 
-        input_ids: (B, T) int64. labels: (B, T) int64, already shifted: labels[b, t] is the token that follows
-        input_ids[b, t], -100 where nothing is to be learnt. segment_ids: (B, T) int; a position attends only to earlier
-        positions of its own segment (packed conversations). cache: a generation.KVCache, which then says the positions.
-        logits_at: (B, T) bool, where logits are wanted: all others are never computed.
+        input_ids: (B, T) int64. segment_ids: (B, T) int; a position attends only to earlier positions of its own
+        segment (packed conversations). logits_at: (B, T) bool, where logits are wanted: all others are never computed.
+        cache: what was computed before, which then says the positions.
         """
         B, T = input_ids.shape
-        positions = cache.positions(T) if cache is not None else torch.arange(T, device=input_ids.device)[None]
+        positions = torch.arange(T, device=input_ids.device)[None]  # (1, T)
+        mask = None  # plain causal
+        if cache is not None:
+            positions, mask = cache.positions, cache.mask
+        elif segment_ids is not None:
+            mask = causal_mask(segment_ids)
         angles = positions[..., None, None].float() * self.inv_freq  # (B or 1, T, 1, D/2)
         cos, sin = angles.cos() * self.rope_factor, angles.sin() * self.rope_factor
-        mask = None  # causal
-        if cache is not None:
-            mask = cache.mask(T)
-        elif segment_ids is not None:
-            same = segment_ids[:, :, None] == segment_ids[:, None, :]
-            mask = (same & torch.ones(T, T, dtype=torch.bool, device=same.device).tril())[:, None]  # (B, 1, T, T)
 
         x = self.model.embed_tokens(input_ids)  # (B, T, hidden)
-        routing = []
+        routings = []
         for i, block in enumerate(self.model.layers):
             if self.activation_checkpointing and torch.is_grad_enabled():
-                x, routed = checkpoint(block, x, cos, sin, mask, use_reentrant=False)
+                x, routing = checkpoint(block, x, cos, sin, mask, use_reentrant=False)
             else:
-                x, routed = block(x, cos, sin, mask, cache, i)
-            routing.append(routed)
-        aux_loss = expert_load = None
-        if self.config.is_moe:
-            aux_losses, loads = zip(*routing, strict=True)
-            aux_loss = self.config.router_aux_loss_coef * torch.stack(aux_losses).mean()
-            expert_load = torch.stack(loads)
+                x, routing = block(x, cos, sin, mask, None if cache is None else cache.layer(i))
+            routings.append(routing)
+        if logits_at is not None:
+            x = x[logits_at]  # (N, hidden)
+        logits = F.linear(self.model.norm(x), self.model.embed_tokens.weight)
+        if not self.config.is_moe:
+            return ModelOutput(logits)
+        aux_losses, loads = zip(*routings, strict=True)
+        aux_loss = self.config.router_aux_loss_coef * torch.stack(aux_losses).mean()
+        return ModelOutput(logits, aux_loss, torch.stack(loads))
 
-        if labels is None:
-            return ModelOutput(self.logits(x if logits_at is None else x[logits_at]), None, aux_loss, expert_load)
-        return ModelOutput(None, self.loss(x, labels), aux_loss, expert_load)
-
-    def loss(self, x: Tensor, labels: Tensor) -> Tensor:
-        """Mean cross-entropy in nats, fp32, from the last block's output (B, T, hidden) and labels (B, T)."""
-        x, labels = x.flatten(0, 1), labels.flatten()
-        trained = labels != -100
-        if not trained.all():  # SFT learns from a third of its tokens: no logits for the others
-            x, labels = x[trained], labels[trained]
-        return self.cross_entropy(x, labels) / max(len(labels), 1)  # a batch without labels has loss 0, not 0/0
-
-    def logits(self, x: Tensor) -> Tensor:
-        """Final norm and output layer: (..., hidden) -> (..., vocab)."""
-        return F.linear(self.model.norm(x), self.model.embed_tokens.weight)
-
-    def cross_entropy(self, x: Tensor, labels: Tensor) -> Tensor:
-        """Sum of -log p(label) in nats over x (N, hidden), labels (N,)."""
-        if x.dtype == torch.float32 and not torch.is_autocast_enabled(x.device.type):
-            # The logits of 1024 positions at a time, gradients at once: all of them would not fit the caches.
-            weight, options = self.model.embed_tokens.weight, nn.LinearCrossEntropyOptions(batch_chunk_size=1024)
-            return F.linear_cross_entropy(self.model.norm(x), weight, labels, reduction="sum", options=options)
-        return self.rounded_cross_entropy(x, labels)
-
-    def rounded_cross_entropy(self, x: Tensor, labels: Tensor) -> Tensor:
-        """The same where logits are computed in bf16 or fp16: the sum is of fp32 all the same."""
-        return F.cross_entropy(self.logits(x).float(), labels, reduction="sum")
-
-    def compile_layers(self) -> None:
-        """torch.compile each block, and the head where it is not chunked, on their own: all blocks share one graph, so
-        that compiling takes seconds rather than the minute that the unrolled model takes, at the same speed.
-
-        Whether a size is dynamic is fixed: left to the compiler, it depends on the shapes seen before, and a resumed
-        run, which sees others first, would round differently."""
-        for block in self.model.layers:
-            block.compile(dynamic=False)
-        self.rounded_cross_entropy = torch.compile(self.rounded_cross_entropy, dynamic=True)
+    @torch.inference_mode()
+    def generate(
+        self, input_ids: Tensor, max_new_tokens: int, temperature: float = 0.0, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Continue input_ids (B, T): the likeliest token each time, or one drawn at `temperature`; (B, T + new), less
+        if all rows end before. Each token computes everything again: inference/engine.py does the same with a cache."""
+        for _ in range(max_new_tokens):
+            logits = self(input_ids).logits[:, -1].float()  # (B, vocab)
+            if temperature == 0:
+                next_ids = logits.argmax(-1, keepdim=True)  # (B, 1)
+            else:
+                next_ids = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
+            input_ids = torch.cat([input_ids, next_ids], dim=1)
+            if (next_ids == self.config.eos_token_id).all():
+                break
+        return input_ids
 
     # -------------------------------------------------------------------------------------------- sizes
 

@@ -1,15 +1,18 @@
-"""The command line that all train_*.py share.
+"""The command line that all train_*.py share, and what it says: the budget, the model to begin with.
 
 args = arguments("pretrain", __doc__).parse_args()
 """
 
 import argparse
+import math
 from pathlib import Path
 
 from cli import ArgumentParser, UsageError
+from model import checkpoint
 from model.device import DTYPES
-from model.model import PRESETS
+from model.model import PRESETS, MiniMindConfig, MiniMindLM
 from trainer.optimizer import LEARNING_RATES
+from trainer.progress import Budget
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -97,3 +100,44 @@ def identity(args: argparse.Namespace) -> dict:
     machine = ("from_resume", "device", "num_workers", "log_interval", "use_wandb", "wandb_project", "out_dir", "keep")
     machine += ("activation_checkpointing", "fsdp", "local_rank")  # the same result in less memory
     return {k: v for k, v in vars(args).items() if k not in machine}
+
+
+def budget_of(args: argparse.Namespace, minutes: float) -> Budget:
+    """What the flags say; without any, `minutes` on the starter corpus and one epoch of your own data."""
+    if args.epochs is args.steps is args.minutes is None:
+        args.minutes, args.epochs = (minutes, None) if args.data_path is None else (None, 1.0)
+    return Budget(args.steps, args.epochs, args.minutes)
+
+
+def starting_model(args: argparse.Namespace) -> MiniMindLM:
+    """The weights of --from_weight, or a new model of the shape that the flags give."""
+    if args.from_weight == "none":
+        return MiniMindLM(new_config(args))
+    path = checkpoint.find_weights(args.out_dir, args.from_weight, args.hidden_size, bool(args.use_moe))
+    model, _ = checkpoint.load(path)
+    has = {name: getattr(model.config, name) for name in ("hidden_size", "num_hidden_layers", "num_experts")}
+    wanted = {name: getattr(PRESETS[args.preset], name) for name in has} if args.preset else {}
+    wanted |= {name: vars(args)[name] for name in ("hidden_size", "num_hidden_layers") if vars(args)[name]}
+    if any(has[name] != value for name, value in wanted.items()) or (args.use_moe and not model.config.is_moe):
+        sizes = ", ".join(f"{name} {value}" for name, value in has.items())
+        flags = [f"--{name}" for name in ("preset", "hidden_size", "num_hidden_layers") if vars(args)[name]]
+        flags = " and ".join(flags + ["--use_moe"] * args.use_moe)
+        raise UsageError(f"{flags} cannot change the shape of {path}, which has {sizes}: leave out {flags}")
+    return model.train()
+
+
+def new_config(args: argparse.Namespace) -> MiniMindConfig:
+    """The preset's, with what other flags change. UsageError if the sizes do not fit each other."""
+    values = PRESETS[args.preset or "nano"].to_dict()
+    if args.hidden_size and args.hidden_size != values["hidden_size"]:
+        # Keep the proportions: the SwiGLU widths are about 8/3 of hidden_size, in multiples of 64.
+        values |= {"hidden_size": args.hidden_size, "head_dim": None}
+        values["intermediate_size"] = 64 * math.ceil(args.hidden_size * 8 / 3 / 64)
+    if args.num_hidden_layers:
+        values["num_hidden_layers"] = args.num_hidden_layers
+    if args.use_moe and not values["num_experts"]:
+        values |= {"num_experts": 4, "num_experts_per_tok": 1, "qk_norm": True}
+    try:
+        return MiniMindConfig.from_dict(values)
+    except ValueError as error:
+        raise UsageError(str(error)) from None

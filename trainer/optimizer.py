@@ -9,8 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from model.device import compute_dtype
-
 LEARNING_RATES = {"muon": 8e-3, "adamw": 2e-3}  # good ones at hidden_size 256
 
 
@@ -18,13 +16,20 @@ class Muon(torch.optim.Optimizer):
     """Momentum whose update of each matrix is made nearly orthogonal: all its singular values become about 1.
 
     Jordan et al. 2024, kellerjordan.github.io/posts/muon; scaled by 0.2 * sqrt(larger side) to the root mean square of
-    an AdamW update (Liu et al. 2025, arXiv:2502.16982), so that one learning rate fits both. The same as
-    `torch.optim.Muon(..., adjust_lr_fn="match_rms_adamw")`, but for the precision of the iteration: that one always
-    takes bf16, which a CPU without bf16 arithmetic multiplies a hundred times more slowly than fp32.
+    an AdamW update (Liu et al. 2025, arXiv:2502.16982), so that one learning rate fits both. In bf16 the same as
+    `torch.optim.Muon(..., adjust_lr_fn="match_rms_adamw")`; `dtype` is the precision of its matrix products.
     """
 
-    def __init__(self, params, lr: float = 1e-3, weight_decay: float = 0.1, momentum: float = 0.95):
+    def __init__(
+        self,
+        params,
+        lr: float = 1e-3,
+        weight_decay: float = 0.1,
+        momentum: float = 0.95,
+        dtype: torch.dtype = torch.float32,
+    ):
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
+        self.dtype = dtype
 
     @torch.no_grad()
     def step(self) -> None:
@@ -39,10 +44,10 @@ class Muon(torch.optim.Optimizer):
                 buffer.lerp_(p.grad, 1 - group["momentum"])
                 update = p.grad.lerp(buffer, group["momentum"])
                 if isinstance(update, DTensor):  # FSDP2: a piece of a matrix; each process computes on the whole one
-                    whole = orthogonalize(update.full_tensor(), compute_dtype(p.device)).to(p.dtype)
+                    whole = orthogonalize(update.full_tensor(), self.dtype).to(p.dtype)
                     update = distribute_tensor(whole, p.device_mesh, p.placements, src_data_rank=None)
                 else:
-                    update = orthogonalize(update, compute_dtype(p.device))
+                    update = orthogonalize(update, self.dtype)
                 p.mul_(1 - group["lr"] * group["weight_decay"])
                 p.add_(update, alpha=-group["lr"] * 0.2 * math.sqrt(max(p.shape)))
 
@@ -63,11 +68,15 @@ def orthogonalize(matrix: Tensor, dtype: torch.dtype, steps: int = 5) -> Tensor:
 
 
 def build_optimizers(
-    model: nn.Module, name: str = "muon", learning_rate: float = 1e-3, weight_decay: float = 0.1
+    model: nn.Module,
+    name: str = "muon",
+    learning_rate: float = 1e-3,
+    weight_decay: float = 0.1,
+    dtype: torch.dtype = torch.float32,
 ) -> list[torch.optim.Optimizer]:
     """AdamW for everything, or Muon for the matrices of the blocks and AdamW for embeddings, norms and routers.
 
-    Only the matrices of the blocks decay.
+    Only the matrices of the blocks decay. dtype: the run's; Muon multiplies in bf16 where the run does, else in fp32.
     """
     matrices, router, embeddings, vectors = [], [], [], []
     for param_name, p in model.named_parameters():
@@ -92,7 +101,8 @@ def build_optimizers(
         groups.insert(0, {"params": matrices, "weight_decay": weight_decay})
         optimizers = [torch.optim.AdamW([g for g in groups if g["params"]], **adamw)]
     elif name == "muon":
-        muon = Muon(matrices, lr=learning_rate, weight_decay=weight_decay)
+        products = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+        muon = Muon(matrices, lr=learning_rate, weight_decay=weight_decay, dtype=products)
         groups = [g for g in groups if g["params"]]
         optimizers = [muon] + ([torch.optim.AdamW(groups, **adamw)] if groups else [])
     else:

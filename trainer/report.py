@@ -8,29 +8,44 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import NamedTuple
+
+import torch
 
 from cli import UsageError
 from model.checkpoint import write_bytes
-
-if TYPE_CHECKING:
-    from model.model import MiniMindLM
-    from trainer.trainer import Progress, Run
+from model.model import MiniMindLM
+from trainer.parallel import Processes
+from trainer.progress import Progress
 
 LINE_SECONDS = 10  # between progress lines where standard error is a file
+
+
+class ModelSizes(NamedTuple):
+    """Numbers of parameters."""
+
+    total: int
+    active: int  # those that work on one token
+    trained: int
+    head: int  # of the output layer
+
+    @classmethod
+    def of(cls, model: MiniMindLM) -> "ModelSizes":
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        head = model.config.vocab_size * model.config.hidden_size
+        return cls(model.num_parameters(), model.num_parameters(active=True), trained, head)
 
 
 class Reporter:
     """Speaks on the main process only. Figures are means since the last line of the log."""
 
-    def __init__(self, run: "Run", progress: "Progress"):
-        self.run, self.on = run, run.is_main
-        self.log_path = run.path(".jsonl")
+    def __init__(self, name: str, weights: Path, processes: Processes, log_interval: int):
+        self.name, self.weights, self.processes, self.log_interval = name, weights, processes, log_interval
+        self.on = processes.is_main
+        self.log_path, self.picture = weights.with_suffix(".jsonl"), weights.with_suffix(".png")
         self.tty = sys.stderr.isatty()
         self.last_line = 0.0
-        self.mark = (progress.seconds, progress.slots, progress.tokens)
         self.rate = self.mfu = 0.0
-        self.first_step = progress.step
         self.val: dict[str, float] = {}
         self.wandb = None
         self.log_failed = False
@@ -39,57 +54,55 @@ class Reporter:
         if self.on:
             print(f"\r\033[K{text}" if self.tty else text, file=sys.stderr, flush=True)
 
-    def start(self, model: "MiniMindLM", compiled: bool, peak: float) -> None:
-        """`model`: of whole sizes, also where run.model is one process's share. `peak`: FLOP/s of one
-        device."""
-        run, config = self.run, self.run.model.config
+    def start(
+        self,
+        progress: Progress,
+        sizes: ModelSizes,
+        device: torch.device,
+        dtype: torch.dtype,
+        compiled: bool,
+        peak: float,
+    ) -> None:
+        """`peak`: FLOP/s of one device."""
+        self.mark = (progress.seconds, progress.positions, progress.tokens)
         if not self.on:
             return
         # A frozen weight hands the gradient on (2 FLOPs, after 2 in the forward) but has none of its own (2 more).
-        trained = sum(p.numel() for p in model.parameters() if p.requires_grad) / model.num_parameters()
-        per_weight = 4 + 2 * trained
+        per_weight = 4 + 2 * sizes.trained / sizes.total
         # Per position and per label: the output layer works only where there is something to learn.
-        self.head_flops = per_weight * config.vocab_size * config.hidden_size
-        self.body_flops = per_weight * model.num_parameters(active=True) - self.head_flops
-        self.peak = peak * run.world_size
-        if run.args.use_wandb:
-            self.wandb = self._start_wandb()
-        cut_log(self.log_path, self.first_step)
-        active = model.num_parameters(active=True)
-        of_which = f" ({active / 1e6:.2f} M active)" if active != model.num_parameters() else ""
+        self.head_flops = per_weight * sizes.head
+        self.body_flops = per_weight * sizes.active - self.head_flops
+        self.peak = peak * self.processes.count
+        cut_log(self.log_path, progress.step)
+        of_which = f" ({sizes.active / 1e6:.2f} M active)" if sizes.active != sizes.total else ""
         how = "compiled" if compiled else "not compiled"
         self.say(
-            f"{run.stage}: {model.num_parameters() / 1e6:.2f} M parameters{of_which}, {run.device.type} "
-            f"{str(run.dtype).removeprefix('torch.')}, {how}, matrix peak {peak / 1e9:,.0f} GFLOP/s"
+            f"{self.name}: {sizes.total / 1e6:.2f} M parameters{of_which}, {device.type} "
+            f"{str(dtype).removeprefix('torch.')}, {how}, peak {peak / 1e9:,.0f} GFLOP/s"
         )
 
-    def _start_wandb(self):
-        args = self.run.args
+    def start_wandb(self, project: str, config: dict, folder: str) -> None:
+        if not self.on:
+            return
         try:
             import wandb
 
-            name = self.run.path("").name
-            return wandb.init(project=args.wandb_project, name=name, config=vars(args), dir=args.out_dir)
+            self.wandb = wandb.init(project=project, name=self.weights.stem, config=config, dir=folder)
         except ImportError:
             raise UsageError("--use_wandb: the package is missing: pip install wandb") from None
         except Exception as error:  # no account, no network: wandb has a class for each
             text = str(error).strip().split("\n")[0]
             raise UsageError(f"--use_wandb: {text}; set WANDB_MODE=offline to log without an account") from None
 
-    def step(self, progress, share, loss, grad_norm, learning_rate, metrics) -> None:
+    def step(self, progress: Progress, share, loss, grad_norm, learning_rate, metrics) -> None:
+        """After an update. share: of the budget, before it."""
         if not self.on:
             return
-        args = self.run.args
         if math.isfinite(loss):
             progress.window.append(loss)
-        interval = progress.step % args.log_interval == 0
+        interval = progress.step % self.log_interval == 0
         if interval:
-            now = (progress.seconds, progress.slots, progress.tokens)
-            seconds, slots, tokens = (after - before for after, before in zip(now, self.mark, strict=True))
-            self.mark = now
-            self.rate = slots / max(seconds, 1e-9)
-            flops = slots * self.body_flops + tokens * self.head_flops
-            self.mfu = flops / max(seconds, 1e-9) / self.peak
+            self._measure(progress)
             row = {
                 "step": progress.step, "loss": sum(progress.window) / len(progress.window) if progress.window else None,
                 "learning_rate": learning_rate, "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
@@ -104,7 +117,16 @@ class Reporter:
             self.last_line = now
             self._progress_line(progress, share, loss)
 
-    def _progress_line(self, progress, share, loss) -> None:
+    def _measure(self, progress: Progress) -> None:
+        """Speed since the last time."""
+        now = (progress.seconds, progress.positions, progress.tokens)
+        seconds, positions, tokens = (after - before for after, before in zip(now, self.mark, strict=True))
+        self.mark = now
+        self.rate = positions / max(seconds, 1e-9)
+        flops = positions * self.body_flops + tokens * self.head_flops
+        self.mfu = flops / max(seconds, 1e-9) / self.peak
+
+    def _progress_line(self, progress: Progress, share: float, loss: float) -> None:
         speed = f"{self.rate:,.0f} tokens/s  MFU {self.mfu:.2f}  " if self.rate else ""
         eta = progress.seconds / share * (1 - share) if share > 0 else 0
         done = int(share * 20)
@@ -120,7 +142,7 @@ class Reporter:
             return f"{self.val['val_bpb']:.3f} {unit}"
         return f"accuracy {self.val['val_accuracy']:.1%}" if "val_accuracy" in self.val else ""
 
-    def validation(self, progress, figures: dict[str, float]) -> None:
+    def validation(self, progress: Progress, figures: dict[str, float]) -> None:
         self.val = figures
         self._log({"step": progress.step, "seconds": round(progress.seconds, 2), "tokens": progress.tokens} | self.val)
 
@@ -137,12 +159,12 @@ class Reporter:
         if self.wandb:
             self.wandb.log({k: v for k, v in row.items() if k != "step"}, step=row["step"])
 
-    def interrupted(self, progress) -> None:
+    def interrupted(self, progress: Progress) -> None:
         argv = sys.argv if sys.argv[-2:] == ["--from_resume", "1"] else [*sys.argv, "--from_resume", "1"]
         machines = int(os.environ.get("GROUP_WORLD_SIZE", "1"))  # torchrun's word for its nodes
         launcher, where = "python", ""
         if "RANK" in os.environ:
-            launcher = f"torchrun --nproc_per_node {self.run.world_size // machines}"
+            launcher = f"torchrun --nproc_per_node {self.processes.count // machines}"
         if machines > 1:
             launcher += f" --nnodes {machines} --node_rank {os.environ['GROUP_RANK']}"
             launcher += f" --master_addr {os.environ['MASTER_ADDR']} --master_port {os.environ['MASTER_PORT']}"
@@ -151,25 +173,27 @@ class Reporter:
             f"stopped at step {progress.step}, nothing is lost. Go on{where} with:\n  {launcher} {shlex.join(argv)}"
         )
 
-    def figures(self, progress) -> dict:
+    def figures(self, progress: Progress) -> dict:
         """What is worth knowing about the weights."""
-        figures = {"stage": self.run.stage, "steps": progress.step, "tokens": progress.tokens} | self.val
+        figures = {"steps": progress.step, "tokens": progress.tokens} | self.val
         return figures | {"seconds": round(progress.seconds, 1), "skipped": progress.skipped}
 
-    def finish(self, progress) -> None:
+    def finish(self, progress: Progress) -> None:
         """The picture and the last line, after the weights are safe."""
-        run = self.run
         if self.tty:
             print(file=sys.stderr)
         skipped = f", {progress.skipped} steps skipped" if progress.skipped else ""
-        val = f", val {self._val_figure('bits per byte')} (loss {self.val['val_loss']:.3f})" if self.val else ""
+        val = ""
+        if self.val:
+            loss = f" (loss {self.val['val_loss']:.3f})" if "val_loss" in self.val else ""
+            val = f", val {self._val_figure('bits per byte')}{loss}"
         try:
-            picture = f", {run.path('.png').name}" if draw_curve(self.log_path, run.path(".png")) else ""
+            picture = f", {self.picture.name}" if draw_curve(self.log_path, self.picture) else ""
         except OSError as error:  # not worth calling the run failed
-            picture = f"; warning: cannot draw {run.path('.png')}: {error.strerror}"
+            picture = f"; warning: cannot draw {self.picture}: {error.strerror}"
         self.say(
-            f"{run.stage}: {progress.step} steps, {progress.tokens:,} tokens in {progress.seconds / 60:.1f} min{val}"
-            f"{skipped}\nwrote {run.path('.pth')}, {self.log_path.name}{picture}"
+            f"{self.name}: {progress.step} steps, {progress.tokens:,} tokens in {progress.seconds / 60:.1f} min{val}"
+            f"{skipped}\nwrote {self.weights}, {self.log_path.name}{picture}"
         )
         if self.wandb:
             self.wandb.finish()
@@ -188,7 +212,7 @@ def cut_log(path: Path, step: int) -> None:
     """Keep the rows up to this step: those after the state that is resumed will be written again. 0 starts anew."""
     rows = read_log(path) if step and path.exists() else []
     # A validation at this very step is not in the state yet: it comes after the saving.
-    kept = [row for row in rows if row["step"] < step or (row["step"] == step and "val_loss" not in row)]
+    kept = [row for row in rows if row["step"] < step or (row["step"] == step and "loss" in row)]
     write_bytes(path, "".join(json.dumps(row) + "\n" for row in kept).encode())
 
 

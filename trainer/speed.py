@@ -1,15 +1,128 @@
-"""How fast the machine multiplies, and whether compiling the model pays."""
+"""Faster forms of what model.py and the losses say plainly, and whether they pay: equal in tests/test_speed.py.
+
+install(model, torch.bfloat16, device)      # kernels for this device and precision
+compile_blocks(model)                       # torch.compile, block by block
+"""
 
 import math
 import time
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from functools import cache
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from cli import UsageError
+from model.model import Attention, Experts, MiniMindLM, lora_layers
 
-if TYPE_CHECKING:
-    from trainer.trainer import Run
+WORTH_COMPILING = 75  # seconds of training that win back the 5 to 25 that compiling takes
+
+
+# ------------------------------------------------------------------------------------------------ kernels
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """F.cross_entropy(logits, labels): the mean of -log softmax(logits)[label] in nats, fp32; logits (N, vocab), labels
+    (N,). It is 0, not 0 / 0, where there is no label. Compiled where the run is."""
+    return _compiled_cross_entropy()(logits, labels) / max(len(labels), 1)
+
+
+@cache
+def _compiled_cross_entropy() -> Callable[[Tensor, Tensor], Tensor]:
+    def total(logits: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(logits.float(), labels, reduction="sum")
+
+    return torch.compile(total, dynamic=True)
+
+
+def blocked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, block: int = 128) -> Tensor:
+    """model.attention() as matrix products over blocks of queries, each against the keys up to its own end.
+
+    For training in bf16 on a CPU, where torch's fused kernel takes 40 % of a compiled step: the products run at the
+    machine's peak, the softmax between them is fused by torch.compile, and keys after the block are never touched. The
+    query heads that share a key head are rows of one product.
+    """
+    B, H, T, D = q.shape
+    KV = k.shape[1]
+    G = H // KV
+    q = (q * D**-0.5).reshape(B * KV, G, T, D)
+    k, v = k.reshape(B * KV, T, D), v.reshape(B * KV, T, D)
+    if mask is None:
+        mask = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()[None, None]
+    out = []
+    for start in range(0, T, block):
+        end = min(start + block, T)
+        n = end - start
+        scores = (q[:, :, start:end].reshape(B * KV, G * n, D) @ k[:, :end].transpose(1, 2)).view(B, KV * G, n, end)
+        scores = scores.float().masked_fill(~mask[:, :, start:end, :end], float("-inf"))
+        probs = scores.softmax(-1).to(v.dtype).view(B * KV, G * n, end)
+        out.append((probs @ v[:, :end]).view(B, H, n, D))
+    return torch.cat(out, dim=2)
+
+
+def grouped_experts(experts: Experts, x: Tensor, ends: Tensor) -> Tensor:
+    """model.each_expert() as one kernel over all experts, in bf16: x (N, hidden) sorted by expert, ends (E,)."""
+    x = x.bfloat16()
+    gate = _grouped_linear(x, [expert.gate_proj for expert in experts], ends)
+    up = _grouped_linear(x, [expert.up_proj for expert in experts], ends)
+    return _grouped_linear(F.silu(gate) * up, [expert.down_proj for expert in experts], ends)
+
+
+def _grouped_linear(x: Tensor, layers: list[nn.Linear], ends: Tensor) -> Tensor:
+    """Each block of rows times the matrix of its layer: x (N, in), ends (E,) -> (N, out)."""
+    weight = torch.stack([layer.weight.to(x.dtype) for layer in layers])  # (E, out, in)
+    return F.grouped_mm(x, weight.transpose(-2, -1), offs=ends)
+
+
+def install(model: MiniMindLM, dtype: torch.dtype, device: torch.device) -> None:
+    """Give the model the forms that train faster in this precision on this device, where torch has what they need."""
+    if dtype != torch.bfloat16:
+        return
+    adapted = bool(lora_layers(model))  # the kernel over all experts sees their weights alone
+    for layer in model.modules():
+        if isinstance(layer, Attention) and device.type == "cpu":
+            layer.attend = blocked_attention
+        elif isinstance(layer, Experts) and hasattr(F, "grouped_mm") and not adapted:
+            layer.compute = grouped_experts
+
+
+# ------------------------------------------------------------------------------------------------ compiling
+
+
+def compile_blocks(model: MiniMindLM) -> None:
+    """torch.compile each block on its own: all share one graph, so that compiling takes seconds rather than the minute
+    that the unrolled model takes, at the same speed.
+
+    Whether a size is dynamic is fixed: left to the compiler, it depends on the shapes seen before, and a resumed run,
+    which sees others first, would round differently."""
+    for block in model.model.layers:
+        block.compile(dynamic=False)
+
+
+def compile_if_worth(
+    model: MiniMindLM, wish: str, device: torch.device, expected_seconds: float, say: Callable[[str], None]
+) -> bool:
+    """Compile the model and cross_entropy() if `wish` is "1", or, on "auto", if the run is long enough to win back
+    what it costs and the machine has what it takes; "0": everything runs as it is written. Returns what was done."""
+    compiled = wish == "1" or (wish == "auto" and expected_seconds >= WORTH_COMPILING and device.type != "mps")
+    if compiled:
+        torch.compiler.set_stance("default")
+        try:
+            torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
+        except Exception as error:  # whatever a missing or broken C++ compiler raises, training goes on without it
+            reason = str(error).strip().split("\n")[0][:150]
+            if wish == "1":
+                raise UsageError(f"--compile 1: torch.compile does not work here: {reason}") from None
+            say(f"torch.compile does not work here, training goes on without: {reason}")
+            compiled = False
+    if compiled:
+        compile_blocks(model)
+    torch.compiler.set_stance("default" if compiled else "force_eager")
+    return compiled
+
+
+# ------------------------------------------------------------------------------------------------ the machine
 
 
 def matmul_peak(device: torch.device, dtype: torch.dtype, size: int | None = None, repeat: int = 5) -> float:
@@ -34,25 +147,3 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
     elif device.type == "mps":
         torch.mps.synchronize()
-
-
-def compile_if_worth(run: "Run", expected_seconds: float) -> bool:
-    """Compile the model's layers if the flag says so, or, on auto, if the run is long enough to win back the 5 to 25
-    seconds it costs and the machine has what it takes. A resumed run stays with what was decided: compiled and eager
-    code round differently."""
-    wish = run.args.compile if run.compiled is None else str(int(run.compiled))
-    if wish == "0" or run.device.type == "mps" or (wish == "auto" and expected_seconds < 75):
-        return False
-    try:
-        torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=run.device))
-    except Exception as error:  # whatever a missing or broken C++ compiler raises, training goes on without it
-        if wish == "1":
-            raise UsageError(f"--compile 1: torch.compile does not work here: {_first_line(error)}") from None
-        run.reporter.say(f"torch.compile does not work here, training goes on without: {_first_line(error)}")
-        return False
-    run.model.compile_layers()
-    return True
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0][:150]

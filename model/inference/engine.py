@@ -36,12 +36,7 @@ READ_BLOCK = 64  # the cache is read up to the longest sequence, rounded up to t
 
 
 class KVCache:
-    """Keys and values of all layers, preallocated; every slot holds one sequence and has its own length.
-
-    A forward works on a window of neighbouring slots. A forward of T tokens writes at each sequence's length, and a
-    query at position p sees the keys j <= p. So prompts of different lengths are simply padded on the right: what
-    padding wrote is overwritten before it can be seen.
-    """
+    """Keys and values of all layers, preallocated; every slot holds one sequence and has its own length."""
 
     def __init__(
         self, config: MiniMindConfig, slots: int, capacity: int, device: torch.device | str, dtype: torch.dtype
@@ -50,7 +45,6 @@ class KVCache:
         self.k = torch.zeros(shape, device=device, dtype=dtype)  # (layers, slots, KV, S, D)
         self.v = torch.zeros(shape, device=device, dtype=dtype)
         self.lengths = [0] * slots
-        self.window = slice(0, slots)
 
     @property
     def capacity(self) -> int:
@@ -75,39 +69,58 @@ class KVCache:
             cache[:, [a, b], :, :n] = cache[:, [b, a], :, :n]
         self.lengths[a], self.lengths[b] = self.lengths[b], self.lengths[a]
 
-    # The model calls the three below in this order: positions, mask, and update in each layer.
-
-    def positions(self, T: int) -> Tensor:
-        """Positions of the next T tokens of the window's slots, (B, T)."""
-        lengths = self.lengths[self.window]
+    def window(self, first: int, count: int, T: int) -> "CacheWindow":
+        """What a forward of T new tokens in each of `count` neighbouring slots needs; the lengths stay as they are."""
+        lengths = self.lengths[first : first + count]
         longest = max(lengths)
         self.reserve(longest + T)
-        self.start = longest if min(lengths) == longest else None  # where all rows write, if at one place
-        self.read = min(self.capacity, -(-(longest + T) // READ_BLOCK) * READ_BLOCK)
+        read = min(self.capacity, -(-(longest + T) // READ_BLOCK) * READ_BLOCK)
+        rows = slice(first, first + count)
         device = self.k.device
-        self.write_at = torch.tensor(lengths, device=device)[:, None] + torch.arange(T, device=device)
-        return self.write_at
+        positions = torch.tensor(lengths, device=device)[:, None] + torch.arange(T, device=device)  # (B, T)
+        start = longest if min(lengths) == longest else None
+        mask = None if start == 0 else (torch.arange(read, device=device) <= positions[..., None])[:, None]
+        return CacheWindow(self.k[:, rows], self.v[:, rows], positions, mask, start, read)
 
-    def mask(self, T: int) -> Tensor | None:
-        """Which keys a query sees, (B, 1, T, S) bool; None in an empty cache: plain causal attention."""
-        if self.start == 0:
-            return None
-        return (torch.arange(self.read, device=self.k.device) <= self.write_at[..., None])[:, None]
 
-    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store k and v (B, KV, T, D) of the new tokens; returns all that they may attend to, (B, KV, S, D)."""
-        T = k.shape[2]
-        keys, values = self.k[layer, self.window], self.v[layer, self.window]  # (B, KV, S, D)
-        if self.start is not None:
-            keys[:, :, self.start : self.start + T] = k
-            values[:, :, self.start : self.start + T] = v
-            if self.start == 0:
+@dataclass(frozen=True)
+class CacheWindow:
+    """Some slots of a KVCache during one forward of T tokens: the model's Cache.
+
+    Each sequence writes at its own length, and a query at position p sees the keys j <= p. So prompts of different
+    lengths are simply padded on the right: what padding wrote is overwritten before it can be seen."""
+
+    k: Tensor  # (layers, B, KV, S, D), a view
+    v: Tensor
+    positions: Tensor  # (B, T)
+    mask: Tensor | None  # (B, 1, T, read) bool; None in an empty cache: plain causal attention
+    start: int | None  # where all rows write, if at one place
+    read: int  # positions that are read
+
+    def layer(self, index: int) -> "CachedLayer":
+        return CachedLayer(self, self.k[index], self.v[index])
+
+
+class CachedLayer(NamedTuple):
+    """One layer of a window: the model's LayerCache."""
+
+    window: CacheWindow
+    keys: Tensor  # (B, KV, S, D)
+    values: Tensor
+
+    def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store k and v (B, KV, T, D) of the new tokens; returns all that they may attend to, (B, KV, read, D)."""
+        start, read, T = self.window.start, self.window.read, k.shape[2]
+        if start is not None:
+            self.keys[:, :, start : start + T] = k
+            self.values[:, :, start : start + T] = v
+            if start == 0:
                 return k, v
         else:
-            rows = torch.arange(k.shape[0], device=k.device)[:, None]
-            keys[rows, :, self.write_at] = k.transpose(1, 2).to(keys.dtype)  # (B, T, KV, D)
-            values[rows, :, self.write_at] = v.transpose(1, 2).to(values.dtype)
-        return keys[:, :, : self.read], values[:, :, : self.read]
+            rows, at = torch.arange(k.shape[0], device=k.device)[:, None], self.window.positions
+            self.keys[rows, :, at] = k.transpose(1, 2).to(self.keys.dtype)  # (B, T, KV, D)
+            self.values[rows, :, at] = v.transpose(1, 2).to(self.values.dtype)
+        return self.keys[:, :, :read], self.values[:, :, :read]
 
 
 # ------------------------------------------------------------------------------------------------ engine
@@ -338,7 +351,6 @@ class Engine:
             logits = self.cpu_step([slot.sequence.ids[-1] for slot in slots], first, self.cache)
             self._hold(first, [slot.sequence.ids[-1:] for slot in slots])
             return logits
-        self.cache.window = slice(first, first + len(slots))
         new = [slot.sequence.ids[len(slot.tokens) :][: self.prefill_chunk] for slot in slots]
         T = max(map(len, new))
         device = self.cache.k.device
@@ -347,7 +359,8 @@ class Engine:
         for row, (slot, tokens) in enumerate(zip(slots, new, strict=True)):
             wanted[row, len(tokens) - 1] = len(tokens) == slot.pending
         with active_adapter(self.model, slots[0].adapter):
-            logits = self.model(ids, cache=self.cache, logits_at=wanted.to(device)).logits
+            window = self.cache.window(first, len(slots), T)
+            logits = self.model(ids, cache=window, logits_at=wanted.to(device)).logits
         self._hold(first, new)
         return logits
 

@@ -1,0 +1,451 @@
+"""One training run: its set-up, and the verbs that the loop of a train script is made of.
+
+    run = Run("full_sft", args, minutes=5.75)                 # device, precision, processes, model, resume
+    train_rows, val_rows = run.rows(sft_dataset, "sft")
+    for micro_batches in run.steps(train_rows):               # until the budget is used up
+        if run.validation_due:
+            run.validate(sft_loss, val_rows)
+        for batch in micro_batches:
+            loss, metrics = sft_loss(run.model, batch)
+            run.backward(loss, batch)                         # every token counts the same
+        run.update(metrics)                                   # clip, optimizer, schedule; logs and saves when due
+    run.validate(sft_loss, val_rows)
+    run.finish()
+
+Another kind of loop is made of the same verbs: accumulate(batches) begins an update on batches that the script made
+itself, and as many updates as it likes may follow one step of the stream; log_validation() takes any figures.
+"""
+
+import argparse
+import contextlib
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from cli import UsageError
+from dataset.chat import load_tokenizer
+from dataset.lm_dataset import batches, token_bytes, validation_batches
+from model import checkpoint
+from model.checkpoint import CheckpointError
+from model.device import find_device, training_dtype
+from model.model import MiniMindLM
+from trainer import parallel
+from trainer.arguments import budget_of, check, identity, starting_model
+from trainer.interrupt import Interrupt
+from trainer.optimizer import LEARNING_RATES, build_optimizers, learning_rate_scale, set_learning_rate
+from trainer.parallel import Parallel
+from trainer.progress import Progress
+from trainer.report import ModelSizes, Reporter
+from trainer.speed import compile_if_worth, install, matmul_peak
+
+MAX_BAD_STEPS = 5  # non-finite steps in a row before a run gives up
+SAVE_SECONDS = 120  # between resume states, unless --save_interval says otherwise,
+SAVE_SHARE = 0.01  # or longer, so that they take no more of the time than this
+STATE_VERSION = 2  # of what state_dict() gives
+
+LossFn = Callable[[nn.Module, dict], tuple[Tensor, dict[str, float | Tensor]]]
+SaveFn = Callable[[Path, MiniMindLM, dict], None]
+
+
+class Run:
+    """`model` is the one that a loss calls: plain until steps() begins, then whatever shares it among the processes.
+
+    minutes: the budget on the starter corpus when no flag gives one. rate: the stage's share of the learning rate of a
+    training from nothing."""
+
+    def __init__(self, stage: str, args: argparse.Namespace, *, minutes: float, rate: float = 1.0):
+        check(args)
+        self.stage, self.args = args.save_weight or stage, args
+        self.budget = budget_of(args, minutes)
+        self.zero = self._zero_config()
+        self.processes = self._meet()
+        self.device = self.processes.device
+        self.dtype = training_dtype(self.device, args.dtype)
+        if self.device.type == "cuda" and self.dtype != torch.float32:
+            torch.set_float32_matmul_precision("high")  # what autocast leaves in fp32 may be TF32
+        torch.manual_seed(args.seed)
+        self.model: nn.Module = starting_model(args)
+        if args.learning_rate is None:  # wide matrices want smaller steps (Yang et al. 2022, arXiv:2203.03466)
+            args.learning_rate = rate * LEARNING_RATES[args.optimizer] * 256 / self.model.config.hidden_size
+        self.config = self.model.config
+        self.tokenizer = load_tokenizer()
+        self._make_folder()
+        self.resume = self._find_resume() if args.from_resume else None
+        self.model.to(self.device)
+        self.model.activation_checkpointing = bool(args.activation_checkpointing)
+        if self.processes.rank:  # the weights are equal by now, what is dropped out must not be
+            torch.manual_seed(args.seed + self.processes.rank)
+        self.progress, self.compiled = Progress(), None
+        self.share = 0.0  # of the budget that is used up
+        self.reporter = Reporter(self.stage, self.path(".pth"), self.processes, args.log_interval)
+        self.parallel: Parallel | None = None  # once steps() has begun
+
+    # -------------------------------------------------------------------------------------------- verbs
+
+    def rows(self, make: Callable, starter: str) -> tuple:
+        """Training and validation rows by make(path, tokenizer, seq_len): of --data_path and --val_path (None without),
+        or of the starter corpus' files of that name."""
+        paths = [self.args.data_path, self.args.val_path]
+        if self.args.data_path is None:
+            from dataset.starter.corpus import ensure_starter
+
+            folder = ensure_starter()
+            if not (folder / f"{starter}.jsonl").exists():
+                known = ", ".join(path.stem.removesuffix("_val") for path in sorted(folder.glob("*_val.jsonl")))
+                raise UsageError(f"the starter corpus has no {starter} (there are {known}): give --data_path")
+            paths = [folder / f"{starter}.jsonl", self.args.val_path or folder / f"{starter}_val.jsonl"]
+        make = partial(make, tokenizer=self.tokenizer, seq_len=self.args.max_seq_len, quiet=not self.processes.is_main)
+        return tuple(make(path) if path else None for path in paths)
+
+    def steps(self, rows) -> Iterator[Iterator[dict]]:
+        """The micro-batches of one step after the other, until the budget is used up, from where a killed run stood.
+        Ctrl-C and SIGTERM end it after a step, with a resume state and exit status 130."""
+        stream = self._begin(rows)
+        args, count = self.args, self.processes.count
+        while self.share < 1:
+            micro_batches = self.accumulate([next(stream) for _ in range(args.accumulation_steps)])
+            self.progress.samples += args.batch_size * args.accumulation_steps * count
+            if self._weight == 0:
+                self._skip_step()
+            else:
+                yield micro_batches
+            self._save_if_due()
+            if self._stop:
+                self._end_early()
+
+    def accumulate(self, batches: list[dict]) -> Iterator[dict]:
+        """Begin an update on these batches: each of them on the device, while its loss is computed and given to
+        backward(). A batch has `weight`, the number of items whose mean its loss is, and `tokens`, those it trains."""
+        self._weight = self.processes.total(sum(batch["weight"] for batch in batches))
+        self._tokens = int(self.processes.total(sum(batch["tokens"] for batch in batches)))
+        self._loss = torch.zeros((), device=self.device)
+        self.progress.positions += sum(batch["input_ids"].numel() for batch in batches) * self.processes.count
+        return self._one_after_the_other(batches)
+
+    def _one_after_the_other(self, batches: list[dict]) -> Iterator[dict]:
+        for i, batch in enumerate(batches):
+            self._last = i == len(batches) - 1
+            # One autocast for each batch: it keeps the weights that it has rounded, and update() changes them.
+            with self.parallel.accumulating(self._last), self.autocast():
+                yield self._to_device(batch)
+
+    def backward(self, loss: Tensor, batch: dict) -> None:
+        """Add the gradient of the batch's mean loss, so that each item counts the same in whichever batch or process
+        it is."""
+        loss = loss * (batch["weight"] / self._weight)
+        with torch.autocast(self.device.type, enabled=False):
+            self.parallel.backward(loss, self._last)
+        self._loss += loss.detach()
+
+    def update(self, metrics: dict[str, float | Tensor]) -> None:
+        """Clip, step, schedule; a step whose loss or gradient is not finite changes nothing. metrics: for the log."""
+        args, progress = self.args, self.progress
+        scale = learning_rate_scale(self.share, args.warmup, 0.0, args.decay)
+        learning_rate = set_learning_rate(self.parallel.optimizers, scale)
+        loss = self.processes.total(self._loss)
+        norm = self.parallel.step(loss)
+        progress.step += 1
+        if math.isfinite(loss) and math.isfinite(norm):
+            progress.tokens += self._tokens
+            self._bad_steps = 0
+        else:
+            progress.skipped += 1
+            self._bad_steps += 1
+            self.reporter.say(f"step {progress.step}: loss {loss}, gradient norm {norm}; step skipped")
+        if self._bad_steps >= MAX_BAD_STEPS and self.parallel.gives_up():
+            raise CheckpointError(
+                f"{self._bad_steps} steps in a row were not finite: lower --learning_rate (now {args.learning_rate}) "
+                f"or look at the data; the weights in {args.out_dir} are as they were"
+            )
+        share = self.share
+        self._tick()
+        self.reporter.step(progress, share, loss, norm, learning_rate, metrics)
+
+    @property
+    def validation_due(self) -> bool:
+        if self.args.val_interval:
+            return self.progress.step % self.args.val_interval == 0
+        return self.share + 1e-9 >= self.progress.next_validation
+
+    def validate(self, loss_fn: LossFn, rows) -> None:
+        """Log figures() of the rows; without rows, nothing."""
+        self.log_validation({} if rows is None else self.figures(loss_fn, rows))
+
+    def log_validation(self, figures: dict[str, float]) -> None:
+        """Log figures named val_..., and count this validation as done."""
+        self.progress.next_validation = 0.1 * (math.floor(self.share * 10 + 1e-6) + 1)
+        if figures:
+            self.reporter.validation(self.progress, figures)
+
+    def finish(self, save: SaveFn = checkpoint.save) -> None:
+        """Write the weights, by save(path, model, meta), and the curve; remove the resume states."""
+        model = self.parallel.whole_model()
+        if not self.processes.is_main:
+            return
+        meta = {"stage": self.stage, **self.reporter.figures(self.progress), "arguments": identity(self.args)}
+        with self._remedy():
+            save(self.path(".pth"), model, meta)
+        self.reporter.finish(self.progress)
+        checkpoint.remove_resume(self.path("_resume"))
+
+    # -------------------------------------------------------------------------------------------- set-up
+
+    def path(self, suffix: str) -> Path:
+        """out/<stage>_<hidden>[_moe]<suffix>"""
+        weights = checkpoint.checkpoint_path(self.args.out_dir, self.stage, self.config)
+        return weights.with_name(weights.stem + suffix)
+
+    def _zero_config(self) -> dict | None:
+        args = self.args
+        if not args.deepspeed:
+            return None
+        if args.fsdp:
+            raise UsageError("--fsdp and --deepspeed are two ways to do the same: leave one out")
+        from trainer import zero
+
+        config = zero.zero_config(args.deepspeed, args.batch_size, args.accumulation_steps, args.grad_clip)
+        zero.check(config, args.deepspeed, args.optimizer, args.compile)
+        if config["zero_optimization"]["stage"] == 3:
+            args.compile = "0"
+        return config
+
+    def _meet(self) -> parallel.Processes:
+        args = self.args
+        flag = "--fsdp" if args.fsdp else f"--deepspeed {args.deepspeed}" if args.deepspeed else None
+        processes = parallel.find_processes(find_device(args.device), flag)
+        if processes.count > 1 or flag:
+            parallel.join(processes)
+        return processes
+
+    def _make_folder(self) -> None:
+        folder, given = self.path(".pth").parent, f"--out_dir {self.args.out_dir}"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"{given}: cannot be made: {error.strerror}; choose another folder") from None
+        if not os.access(folder, os.W_OK):
+            raise UsageError(f"{given}: cannot be written to; choose another folder")
+
+    def _find_resume(self) -> dict | None:
+        """The newest state; None if there is none. Ends the process if the run is complete."""
+        folder, weights = self.path("_resume"), self.path(".pth")
+        state = checkpoint.load_resume(folder)
+        if state is not None and state.get("version") != STATE_VERSION:
+            raise UsageError(
+                f"--from_resume 1: the state in {folder} is of another version of these scripts: go on with that "
+                "version, or remove the folder to start anew"
+            )
+        finished = (
+            state is None and weights.exists() and checkpoint.load_meta(weights).get("arguments") == identity(self.args)
+        )
+        found = f"step {state['progress']['step']}" if state else "finished" if finished else "none"
+        self.processes.require_same(f"--from_resume 1: state in {folder}", found)
+        if finished:
+            if self.processes.is_main:
+                checkpoint.remove_resume(folder)  # empty, of a run that was killed as it tidied up
+                print(f"{weights} is complete; without --from_resume it is trained anew")
+            sys.exit(0)
+        if state is None and self.processes.is_main:
+            print(f"--from_resume 1: no state in {folder}, the run starts anew", file=sys.stderr)
+        return state
+
+    def _begin(self, rows) -> Iterator[dict]:
+        """Share the model out, resume, compile; the stream of batches."""
+        args, processes = self.args, self.processes
+        processes.require_same(f"rows of --data_path {args.data_path}", len(rows))
+        self._rows = len(rows)
+        if self.resume is None:
+            self._share_out()
+        else:
+            self.load_state_dict(self.resume)
+            self.resume = None  # half a gigabyte that is no longer needed
+        model, peak = self.parallel.model, matmul_peak(self.device, self.dtype)
+        install(model, self.dtype, self.device)
+        expected, _ = processes.agree(self._expected_seconds(peak))
+        wish = args.compile if self.compiled is None else str(int(self.compiled))
+        self.compiled = compile_if_worth(model, wish, self.device, expected, self.reporter.say)
+        self.reporter.start(self.progress, self._sizes, self.device, self.dtype, self.compiled, peak)
+        if args.use_wandb:
+            self.reporter.start_wandb(args.wandb_project, vars(args), args.out_dir)
+        self._interrupt, self._stop, self._bad_steps = Interrupt(), False, 0
+        self._clock = time.perf_counter() - self.progress.seconds
+        self._last_save, self._pause, self._saved_step = self.progress.seconds, SAVE_SECONDS, self.progress.step
+        self.share = self.progress.share(self.budget, self._rows)
+        return batches(
+            rows, args.batch_size, seed=args.seed, start_sample=self.progress.samples, rank=processes.rank,
+            world_size=processes.count, num_workers=args.num_workers,
+        )  # fmt: skip
+
+    def _share_out(self) -> None:
+        """From here on `model` is what the processes share."""
+        args = self.args
+        self._sizes = ModelSizes.of(self.model)  # of the whole, however it is shared out
+        make = partial(
+            build_optimizers, name=args.optimizer, learning_rate=args.learning_rate, weight_decay=args.weight_decay,
+            dtype=self.dtype,
+        )  # fmt: skip
+        if self.zero:
+            from trainer.zero import ZeroParallel
+
+            self.parallel = ZeroParallel(self.model, self.processes, make, self.dtype, self.zero, args.deepspeed)
+        else:
+            self.parallel = Parallel(self.model, self.processes, make, self.dtype, args.grad_clip, args.fsdp)
+        self.model = self.parallel.module
+
+    def _expected_seconds(self, peak: float) -> float:
+        """How long the run will take at a guess, only to decide about compiling."""
+        args, budget = self.args, self.budget
+        expected = (budget.minutes or math.inf) * 60
+        if budget.steps or budget.epochs:
+            positions = args.batch_size * args.accumulation_steps * self.processes.count * args.max_seq_len
+            if budget.steps:
+                positions *= budget.steps
+            else:
+                positions = budget.epochs * self._rows * args.max_seq_len
+            share_of_peak = 0.25
+            expected = min(expected, positions * 6 * self._sizes.active / (peak * share_of_peak))
+        return expected
+
+    # -------------------------------------------------------------------------------------------- while it runs
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        if self.dtype == torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=self.dtype)
+
+    def _to_device(self, batch: dict) -> dict:
+        return {k: v.to(self.device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
+
+    def _tick(self) -> None:
+        """What the clock and the signals say after a step, the same on all processes."""
+        elapsed = time.perf_counter() - self._clock
+        self.progress.seconds, self._stop = self.processes.agree(elapsed, self._interrupt.asked)
+        self.share = self.progress.share(self.budget, self._rows)
+
+    def _skip_step(self) -> None:
+        self.progress.step += 1
+        self.progress.skipped += 1
+        self._tick()
+        self.reporter.say(f"step {self.progress.step}: no token in the batch is to be learnt from; skipped")
+
+    @torch.no_grad()
+    def figures(self, loss_fn: LossFn, rows) -> dict[str, float]:
+        """val_loss, val_bpb (bits per byte, if the loss is a mean over tokens) and val_<name> of each scalar metric,
+        over the first rows, up to --val_tokens in all. Bits per byte are those of the metric `cross_entropy` if there
+        is one, else of the loss."""
+        args, model = self.args, self.parallel.model if self.parallel else self.model
+        if args.val_tokens:
+            rows = rows.select(range(min(len(rows), max(1, args.val_tokens // args.max_seq_len))))
+        bytes_of = token_bytes(self.tokenizer).to(self.device)
+        sums: dict[str, float] = {}
+        weight, tokens, n_bytes = 0, 0, 0
+        model.eval()
+        # A graph without gradients would take longer to compile than it saves.
+        with torch.compiler.set_stance("force_eager"):
+            for batch in map(self._to_device, validation_batches(rows, args.batch_size)):
+                with self.autocast():
+                    loss, metrics = loss_fn(model, batch)
+                # How well a MoE balances its experts is no part of how well it knows the text.
+                scalars = {"loss": loss - metrics.pop("aux_loss", 0.0)}
+                scalars |= {name: value for name, value in metrics.items() if torch.as_tensor(value).ndim == 0}
+                for name, value in scalars.items():
+                    sums[name] = sums.get(name, 0.0) + float(value) * batch["weight"]
+                weight, tokens = weight + batch["weight"], tokens + batch["tokens"]
+                labels = batch["labels"]
+                n_bytes += bytes_of[labels[labels >= 0]].sum().item()
+        model.train()
+        means = {f"val_{name}": value / max(weight, 1) for name, value in sums.items()}
+        if weight == tokens:
+            means["val_bpb"] = sums.get("cross_entropy", sums["loss"]) / math.log(2) / max(n_bytes, 1)
+        return means
+
+    # -------------------------------------------------------------------------------------------- state
+
+    def state_dict(self) -> dict:
+        """All that a bit-exact continuation needs, plain values and tensors. All processes must call it."""
+        return self.parallel.state_dict() | {
+            "version": STATE_VERSION,
+            "config": self.config.to_dict(),
+            "compiled": self.compiled,
+            "rng": self.processes.gather(_random_state(self.device)),
+            "progress": vars(self.progress).copy(),
+            "arguments": vars(self.args).copy(),
+            "identity": identity(self.args),
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """Share the model out and go on from there. UsageError if the interrupted run had other arguments."""
+        old = state["identity"]
+        changed = [k for k, v in identity(self.args).items() if old.get(k, v) != v]
+        if changed:
+            was = ", ".join(f"no --{k}" if old[k] is None else f"--{k} {old[k]}" for k in changed)
+            raise UsageError(
+                f"--from_resume 1: the interrupted run had {was}; give the same, or leave --from_resume out to start "
+                "anew"
+            )
+        self.model.load_state_dict(state["model"])
+        self._share_out()
+        self.parallel.load_state_dict(state)
+        self.progress, self.compiled = Progress(**state["progress"]), state["compiled"]
+        _restore_random_state(state["rng"], self.processes)  # last: sharing out draws random numbers
+
+    def _save_resume(self) -> None:
+        state = self.state_dict()
+        if self.processes.is_main:
+            checkpoint.save_resume(self.path("_resume"), state, self.progress.step, self.args.keep)
+
+    def _save_if_due(self) -> None:
+        progress, interval = self.progress, self.args.save_interval
+        due = progress.step % interval == 0 if interval else progress.seconds - self._last_save > self._pause
+        if not due:
+            return
+        self._last_save, start = progress.seconds, time.perf_counter()
+        try:
+            self._save_resume()
+            self._saved_step = progress.step
+        except CheckpointError as error:
+            self.reporter.say(f"warning: {error}")
+        seconds, _ = self.processes.agree(time.perf_counter() - start)
+        self._pause = max(SAVE_SECONDS, seconds / SAVE_SHARE)
+
+    def _end_early(self) -> None:
+        with self._remedy():
+            self._save_resume()
+        self.reporter.interrupted(self.progress)
+        sys.exit(130)
+
+    @contextlib.contextmanager
+    def _remedy(self) -> Iterator[None]:
+        """Saying what is left if the disk is full at the end."""
+        try:
+            yield
+        except CheckpointError as error:
+            step = self._saved_step
+            remedy = f"; --from_resume 1 goes on from the state of step {step}" if step else ""
+            raise CheckpointError(f"{error}{remedy}") from None
+
+
+def _random_state(device: torch.device) -> dict:
+    state = {"cpu": torch.get_rng_state()}
+    return state | {"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else state
+
+
+def _restore_random_state(states: list[dict], processes: parallel.Processes) -> None:
+    if processes.count != len(states) and processes.is_main:
+        print(
+            f"note: {len(states)} processes before, {processes.count} now: the order of the data goes on without a "
+            "sample lost or repeated; the random numbers (dropout) and the size of a step cannot be the same",
+            file=sys.stderr,
+        )
+    if processes.rank < len(states):
+        state = states[processes.rank]
+        torch.set_rng_state(state["cpu"].cpu())
+        if "cuda" in state and processes.device.type == "cuda":
+            torch.cuda.set_rng_state(state["cuda"].cpu(), processes.device)
