@@ -17,29 +17,31 @@ from trainer.run import Run
 from trainer.speed import cross_entropy
 
 
-def repeated_ngrams(tokens, n):
-    """Which tokens (B, T) end an n-gram that stood in the same row before: (B, T) bool."""
-    B, T = tokens.shape
+def repeats(input_ids, said, n):
+    """Where `said` (B, T), put after input_ids[:, :t + 1], would end an n-gram that stands there already: (B, T) bool."""
+    B, T = input_ids.shape
     if T < n:
-        return torch.zeros_like(tokens, dtype=torch.bool)
-    grams = tokens.unfold(1, n, 1)  # (B, T - n + 1, n)
-    same = (grams[:, :, None] == grams[:, None]).all(-1)  # (B, later, earlier)
-    again = same.tril(-1).any(-1)  # (B, T - n + 1)
-    return torch.cat([again.new_zeros(B, n - 1), again], dim=1)
+        return torch.zeros_like(input_ids, dtype=torch.bool)
+    before = input_ids.unfold(1, n - 1, 1)  # (B, L, n - 1), L = T - n + 2: what the last token of an n-gram follows
+    same = (before[:, :, None] == before[:, None]).all(-1)  # (B, L, L): now, earlier
+    followed_by = torch.cat([input_ids[:, n - 1 :], input_ids.new_full((B, 1), -1)], dim=1)  # (B, L)
+    again = same & (said[:, n - 2 :, None] == followed_by[:, None])
+    return torch.cat([again.new_zeros(B, n - 2), again.tril(-1).any(-1)], dim=1)
 
 
 def unlikelihood_loss(model, batch, n, alpha):
-    """Cross-entropy of the text - alpha * mean log(1 - p(y)) over the tokens y that the model itself would say, where
-    y would end an n-gram for the second time. In the paper y is sampled; here it is the likeliest token after the true
-    text, which needs no decoding."""
+    """Cross-entropy of the text - alpha * mean log(1 - p(y)) where y, the token that the model holds likeliest, is not
+    the text's and would repeat an n-gram: the paper's token-level loss, of its candidates those that greedy decoding
+    would say."""
     labels = batch["labels"]  # (B, T)
     trained = labels != IGNORE
     out = model(batch["input_ids"])  # logits (B, T, vocab)
     likelihood = cross_entropy(out.logits[trained], labels[trained])
     log_p, said = out.logits.float().log_softmax(-1).max(-1)  # (B, T) both
-    repeats = repeated_ngrams(said, n) & trained
-    unlikelihood = -(log_p[repeats].exp().clamp(max=1 - 1e-5).neg().log1p()).sum() / max(int(trained.sum()), 1)
-    metrics = {"cross_entropy": likelihood.detach(), "repeats": repeats.sum() / trained.sum().clamp(min=1)}
+    wrong = repeats(batch["input_ids"], said, n) & trained & (said != labels)
+    count = trained.sum().clamp(min=1)
+    unlikelihood = -(-log_p[wrong].exp().clamp(max=1 - 1e-5)).log1p().sum() / count
+    metrics = {"cross_entropy": likelihood.detach(), "repeats": wrong.sum() / count}
     return likelihood + alpha * unlikelihood + out.aux_loss, out.metrics | metrics
 
 
@@ -48,8 +50,8 @@ def main():
     parser.add_argument("--ngram", type=int, default=4, help="tokens that count as a repetition")
     parser.add_argument("--alpha", type=float, default=1.0, help="weight of the unlikelihood")
     args = parser.parse_args()
-    if args.ngram < 1 or args.alpha < 0:
-        raise cli.UsageError("--ngram must be at least 1, --alpha at least 0")
+    if args.ngram < 2 or args.alpha < 0:
+        raise cli.UsageError("--ngram must be at least 2, --alpha at least 0")
     run = Run("unlikelihood", args, minutes=1.0, rate=0.1)
     train_rows, val_rows = run.rows(pretrain_dataset, "pretrain")
     loss_fn = partial(unlikelihood_loss, n=args.ngram, alpha=args.alpha)
