@@ -80,11 +80,11 @@ def test_only_the_answers_are_distilled_and_the_teacher_never_learns(pair, tmp_p
     student, teacher = pair
     batch = batch_of(tmp_path, tokenizer)
     args = argparse.Namespace(alpha=1.0, temperature=2.0, kl="forward")
-    loss, metrics = train_distill.make_loss_fn(teacher, args)(student, batch)
-    assert loss.item() == pytest.approx(train_full_sft.loss_fn(student, batch)[0].item(), rel=1e-5)
+    loss, metrics = train_distill.distill_loss(student, batch, teacher, args)
+    assert loss.item() == pytest.approx(train_full_sft.sft_loss(student, batch)[0].item(), rel=1e-5)
 
     args.alpha = 0.0
-    loss, _ = train_distill.make_loss_fn(teacher.requires_grad_(False), args)(student, batch)
+    loss, _ = train_distill.distill_loss(student, batch, teacher.requires_grad_(False), args)
     answer = batch["labels"] != -100
     log_s, log_t = (
         (model(batch["input_ids"], segment_ids=batch["segment_ids"]).logits[answer] / 2).log_softmax(-1)
@@ -93,7 +93,7 @@ def test_only_the_answers_are_distilled_and_the_teacher_never_learns(pair, tmp_p
     expected = 4 * F.kl_div(log_s, log_t, log_target=True, reduction="sum") / answer.sum()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     relabelled = batch | {"labels": torch.where(answer, 7, -100)}
-    assert train_distill.make_loss_fn(teacher, args)(student, relabelled)[0].item() == pytest.approx(loss.item())
+    assert train_distill.distill_loss(student, relabelled, teacher, args)[0].item() == pytest.approx(loss.item())
     loss.backward()
     assert all(p.grad is None for p in teacher.parameters()) and student.model.norm.weight.grad.abs().sum() > 0
 
@@ -101,19 +101,18 @@ def test_only_the_answers_are_distilled_and_the_teacher_never_learns(pair, tmp_p
 def test_a_moe_teaches_and_a_student_that_equals_its_teacher_has_nothing_to_learn(tiny, tmp_path, tokenizer):
     teacher = tiny(vocab_size=6400, num_experts=4, num_experts_per_tok=1, qk_norm=True)
     args = argparse.Namespace(alpha=0.0, temperature=1.0, kl="reverse")
-    loss_fn = train_distill.make_loss_fn(teacher, args)
-    _, metrics = loss_fn(copy.deepcopy(teacher), batch_of(tmp_path, tokenizer))
+    _, metrics = train_distill.distill_loss(copy.deepcopy(teacher), batch_of(tmp_path, tokenizer), teacher, args)
     assert metrics["divergence"].abs() < 1e-5
 
 
 def test_a_teacher_with_another_vocabulary_is_refused(tiny, tmp_path):
     checkpoint.save(tmp_path / "teacher.pth", tiny(vocab_size=320))
-    args = argparse.Namespace(out_dir=tmp_path, teacher=str(tmp_path / "teacher.pth"))
+    student = tiny(vocab_size=6400)
     with pytest.raises(checkpoint.CheckpointError, match="another vocabulary.*320.*6400"):
-        train_distill.load_teacher(args, tiny(vocab_size=6400), "cpu")
+        train_distill.load_teacher(tmp_path, str(tmp_path / "teacher.pth"), student, "cpu")
     checkpoint.save_hf(tmp_path / "folder", tiny(vocab_size=6400), "model/tokenizer")
-    args.teacher = str(tmp_path / "folder")
-    train_distill.load_teacher(args, tiny(vocab_size=6400), "cpu")
+
+    train_distill.load_teacher(tmp_path, str(tmp_path / "folder"), student, "cpu")
     path = tmp_path / "folder" / "tokenizer.json"
     spec = json.loads(path.read_text(encoding="utf-8"))
     vocabulary = spec["model"]["vocab"]
@@ -121,7 +120,7 @@ def test_a_teacher_with_another_vocabulary_is_refused(tiny, tmp_path):
     vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
     path.write_text(json.dumps(spec), encoding="utf-8")
     with pytest.raises(checkpoint.CheckpointError, match="another vocabulary"):
-        train_distill.load_teacher(args, tiny(vocab_size=6400), "cpu")
+        train_distill.load_teacher(tmp_path, str(tmp_path / "folder"), student, "cpu")
 
 
 # ------------------------------------------------------------------------------------------------ reasoning
@@ -130,9 +129,9 @@ def test_a_teacher_with_another_vocabulary_is_refused(tiny, tmp_path):
 def test_the_four_markers_weigh_more_and_nothing_else_changes(tiny, tmp_path, tokenizer):
     model = tiny(vocab_size=6400, initializer_range=0.05)
     batch = batch_of(tmp_path, tokenizer, reason_dataset)
-    plain, metrics = train_reason.make_loss_fn(1.0)(model, batch)
-    assert plain.item() == pytest.approx(train_full_sft.loss_fn(model, batch)[0].item(), rel=1e-5)
-    weighted, same = train_reason.make_loss_fn(10.0)(model, batch)
+    plain, metrics = train_reason.reason_loss(model, batch, 1.0)
+    assert plain.item() == pytest.approx(train_full_sft.sft_loss(model, batch)[0].item(), rel=1e-5)
+    weighted, same = train_reason.reason_loss(model, batch, 10.0)
     assert same["cross_entropy"].item() == pytest.approx(plain.item(), rel=1e-5)  # what bits per byte measure
 
     labels = batch["labels"]

@@ -110,7 +110,7 @@ def test_loss_and_rewards_equal_trl(name, models, rows, trl_loss):
     changes, loss_type = VARIANTS[name]
     policy, reference = models
     (batch,) = validation_batches(rows, len(rows))
-    loss, metrics = train_dpo.make_loss_fn(reference, arguments(**changes))(policy, batch)
+    loss, metrics = train_dpo.dpo_loss(policy, batch, reference, arguments(**changes))
     expected, theirs = trl_loss(loss_type)
     assert loss.item() == pytest.approx(expected, rel=1e-4)
     ours = {
@@ -167,8 +167,8 @@ def test_log_probs_are_of_the_last_answer_alone_however_it_is_packed(models, row
         expected[n] = [log_prob(policy, tokenizer, row, side) for side in ("chosen", "rejected")]
     found = []
     for batch in validation_batches(rows, 2):
-        sums, lengths, _, _ = train_dpo.answer_log_probs(policy, batch)
-        assert len(sums) == batch["weight"] and lengths.sum() == batch["tokens"]
+        sums, _, _ = train_dpo.answer_log_probs(policy, batch)
+        assert len(sums) == batch["weight"] and batch["answer_lengths"].sum() == batch["tokens"]
         found += sums.tolist()
     assert sorted(map(tuple, found)) == [
         pytest.approx(values, abs=2e-4) for values in sorted(map(tuple, expected.values()))
@@ -181,7 +181,7 @@ def test_the_sum_is_made_in_fp32_under_bf16(models, rows):
     (batch,) = validation_batches(rows, len(rows))
     exact = train_dpo.answer_log_probs(policy, batch)[0]
     with torch.autocast("cpu", torch.bfloat16):
-        sums, _, log_probs, _ = train_dpo.answer_log_probs(policy, batch)
+        sums, log_probs, _ = train_dpo.answer_log_probs(policy, batch)
     assert sums.dtype == log_probs.dtype == torch.float32
     assert (sums - exact).abs().max() < 0.02 * exact.abs().max()
     assert not torch.equal(sums, sums.bfloat16().float())
@@ -192,12 +192,23 @@ def test_at_the_start_nothing_is_preferred_and_the_reference_never_learns(models
     reference = copy.deepcopy(policy)
     before = {name: w.clone() for name, w in reference.state_dict().items()}
     (batch,) = validation_batches(rows, len(rows))
-    loss, metrics = train_dpo.make_loss_fn(reference, arguments())(policy.train(), batch)
-    assert loss.item() == pytest.approx(0.6931, abs=1e-3) and metrics["kl"].abs() < 1e-4
+    _, metrics = train_dpo.dpo_loss(policy.eval(), batch, reference, arguments())
+    assert metrics["kl"].abs() < 1e-4
+    loss, _ = train_dpo.dpo_loss(policy.train(), batch, reference, arguments())
+    assert loss.item() == pytest.approx(0.6931, abs=1e-3)
     loss.backward()
     assert all(p.grad is None for p in reference.parameters())
     assert policy.model.layers[0].mlp.up_proj.weight.grad.abs().sum() > 0
     assert all(torch.equal(w, before[name]) for name, w in reference.state_dict().items())
+
+
+def test_simpo_runs_no_reference_and_a_training_step_no_kl(models, rows):
+    policy, reference = models
+    (batch,) = validation_batches(rows, len(rows))
+    loss, metrics = train_dpo.dpo_loss(policy.train(), batch, None, arguments(loss="simpo"))
+    assert loss.isfinite() and "kl" not in metrics
+    assert "kl" not in train_dpo.dpo_loss(policy.train(), batch, reference, arguments())[1]
+    assert train_dpo.dpo_loss(policy.eval(), batch, reference, arguments())[1]["kl"] > 0
 
 
 def test_label_smoothing_is_a_mixture_and_simpo_needs_no_reference():

@@ -3,6 +3,7 @@
 import random
 import time
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
@@ -56,13 +57,26 @@ def greedy(n: int = 16, **more) -> SamplingParams:
     return SamplingParams(**{"temperature": 0, "max_new_tokens": n, **NO_STOP, **more})
 
 
-@torch.inference_mode()
 def uncached(model: MiniMindLM, prompt: list[int], n: int) -> list[int]:
-    """Greedy continuation by whole forwards."""
-    ids = list(prompt)
-    for _ in range(n):
-        ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
-    return ids[len(prompt) :]
+    """The greedy continuation that the model itself makes, by whole forwards."""
+    with mock.patch.object(model.config, "eos_token_id", -1):  # it goes on whatever it says
+        return model.generate(torch.tensor([prompt]), n)[0, len(prompt) :].tolist()
+
+
+# ------------------------------------------------------------------------------------------------ without a cache
+
+
+def test_the_plain_generate_is_greedy_samples_and_stops(model):
+    prompts = torch.tensor(make_prompts(6, 6))
+    ids = model.generate(prompts, 8)
+    assert ids.shape == (2, 14) and torch.equal(ids[:, :6], prompts)
+    with torch.inference_mode():
+        assert torch.equal(model(ids[:, :-1]).logits[:, 5:].argmax(-1), ids[:, 6:])  # each the likeliest
+    drawn = [model.generate(prompts, 8, 1.5, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)]
+    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
+    with mock.patch.object(model.config, "eos_token_id", int(ids[0, 7])):
+        stopped = model.generate(prompts[:1], 8)[0]
+    assert stopped.tolist() == ids[0, : 6 + 1 + ids[0, 6:].tolist().index(int(ids[0, 7]))].tolist()
 
 
 # ------------------------------------------------------------------------------------------------ cache
@@ -73,16 +87,16 @@ def uncached(model: MiniMindLM, prompt: list[int], n: int) -> list[int]:
 def test_cached_logits_equal_uncached(model, chunk):
     prompts = make_prompts(23, 5, 14)
     cache = KVCache(model.config, 4, 20, "cpu", torch.float32)
-    cache.window = slice(1, 4)
     longest = max(map(len, prompts))
     padded = torch.tensor([row + [0] * (longest - len(row)) for row in prompts])
     for start in range(0, longest, chunk):
-        out = model(padded[:, start : start + chunk], cache=cache).logits
+        piece = padded[:, start : start + chunk]
+        out = model(piece, cache=cache.window(1, 3, piece.shape[1])).logits
         cache.lengths = [0] + [start + out.shape[1]] * 3
     cache.lengths = [0] + [len(row) - 1 for row in prompts]  # what padding wrote counts for nothing
     ids = [list(prompt) for prompt in prompts]
     for token in range(100, 150):  # past one block of the cache that is read, and past its first capacity
-        logits = model(torch.tensor([row[-1:] for row in ids]), cache=cache).logits[:, -1]
+        logits = model(torch.tensor([row[-1:] for row in ids]), cache=cache.window(1, 3, 1)).logits[:, -1]
         whole = torch.stack([model(torch.tensor([row])).logits[0, -1] for row in ids])
         assert torch.allclose(logits, whole, atol=1e-4), f"at token {token}"
         ids = [[*row, token] for row in ids]

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import next_token_loss, shifted
 from torch import nn
 
 from model import checkpoint
@@ -17,10 +18,9 @@ from model.model import (
     MiniMindLM,
     MoEFeedForward,
     add_lora,
-    blocked_attention,
-    grouped_linear,
     lora_layers,
 )
+from trainer.speed import grouped_experts
 
 
 def tokens(rows: int, length: int, vocab: int = 320, seed: int = 1) -> torch.Tensor:
@@ -100,28 +100,6 @@ def test_rotary_frequencies_stay_fp32_in_a_bf16_model(tiny):
 # ------------------------------------------------------------------------------------------------ attention
 
 
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("length", [1, 127, 128, 300])
-@pytest.mark.parametrize("kv_heads", [1, 2, 4])
-def test_blocked_attention_equals_sdpa(kv_heads, length, masked):
-    torch.manual_seed(0)
-    q = torch.randn(2, 4, length, 16, requires_grad=True)
-    k, v = (torch.randn(2, kv_heads, length, 16, requires_grad=True) for _ in range(2))
-    causal = torch.ones(length, length, dtype=torch.bool).tril()
-    segments = torch.arange(length)[None] // torch.tensor([[50], [77]])  # (B, T)
-    mask = (causal & (segments[:, :, None] == segments[:, None]))[:, None] if masked else None
-    upstream = torch.randn(2, 4, length, 16)
-    expected = F.scaled_dot_product_attention(q, k, v, attn_mask=causal if mask is None else mask, enable_gqa=True)
-    got = blocked_attention(q, k, v, mask)
-    torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
-    for a, b in zip(
-        torch.autograd.grad((got * upstream).sum(), (q, k, v)),
-        torch.autograd.grad((expected * upstream).sum(), (q, k, v)),
-        strict=True,
-    ):
-        torch.testing.assert_close(a, b, rtol=0, atol=2e-5)
-
-
 @pytest.mark.parametrize("packed", [False, True])
 def test_training_and_eval_paths_agree(tiny, packed):
     model, ids = tiny(qk_norm=True), tokens(2, 200)
@@ -182,7 +160,7 @@ def naive_moe(layer: MoEFeedForward, x: torch.Tensor) -> torch.Tensor:
 def test_moe_equals_a_loop_over_tokens(k, norm):
     layer = moe_layer(num_experts_per_tok=k, norm_topk_prob=norm, num_shared_experts=1)
     x = torch.randn(2, 20, 64)
-    y, _, load = layer(x)
+    y, (_, load) = layer(x)
     torch.testing.assert_close(y, naive_moe(layer, x), rtol=1e-5, atol=1e-5)
     assert load.sum().item() == pytest.approx(1.0)
 
@@ -201,8 +179,10 @@ def test_an_expert_that_nobody_chose_is_not_computed(autocast):
     rows = [0] * 4
     for e, expert in enumerate(layer.experts):
         expert.register_forward_hook(lambda _, args, __, e=e: rows.__setitem__(e, rows[e] + len(args[0])))
+    if autocast:
+        layer.experts.compute = grouped_experts
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-        y, aux_loss, load = layer(x)
+        y, (aux_loss, load) = layer(x)
         (y.float().square().mean() + aux_loss).backward()
     assert y.isfinite().all() and load[3] == 0
     chosen = [p for e in range(3) for p in layer.experts[e].parameters()]
@@ -220,8 +200,10 @@ def test_all_tokens_at_one_expert(autocast):
     with torch.no_grad():
         x[..., 0] = 10.0
         layer.gate.weight[:, 0] = torch.tensor([-10.0, 10.0, -10.0, -10.0])
+    if autocast:
+        layer.experts.compute = grouped_experts
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-        y, _, load = layer(x)
+        y, (_, load) = layer(x)
         y.float().sum().backward()
     assert load.tolist() == [0, 1, 0, 0]
     expected = layer.experts[1](x)
@@ -233,7 +215,7 @@ def test_all_tokens_at_one_expert(autocast):
 def test_router_learns_from_the_language_model_loss(tiny, k, norm):
     model = tiny(num_experts=4, num_experts_per_tok=k, norm_topk_prob=norm).train()
     ids = tokens(2, 40)
-    model(ids, labels=ids.roll(-1, 1)).loss.backward()
+    next_token_loss(model, ids, shifted(ids)).backward()
     for block in model.model.layers:
         assert block.mlp.gate.weight.grad.abs().max() > 1e-6
 
@@ -242,7 +224,7 @@ def test_top1_router_gradient_is_that_of_the_probability_over_its_value():
     """With k = 1 and normalisation the weight is 1 whatever the router says; its gradient is d log p of the chosen."""
     layer = moe_layer(num_experts_per_tok=1, norm_topk_prob=True)
     x, upstream = torch.randn(1, 30, 64), torch.randn(1, 30, 64)
-    y, _, _ = layer(x)
+    y, _ = layer(x)
     (y * upstream).sum().backward()
     log_probs = layer.gate(x).log_softmax(-1).max(-1).values
     expected = torch.autograd.grad((log_probs * (y.detach() * upstream).sum(-1)).sum(), layer.gate.weight)[0]
@@ -262,7 +244,7 @@ def test_aux_loss_is_one_when_balanced_and_grows_with_imbalance():
             layer.gate.weight.zero_()
             layer.gate.weight[:4, :4] = 10 * torch.eye(4)
             layer.gate.weight[0, :4] += bias
-        losses.append(layer(x)[1].item())
+        losses.append(layer(x)[1].aux_loss.item())
     assert losses[0] == pytest.approx(1.0, abs=1e-5)
     assert losses[0] < losses[1] < losses[2] == pytest.approx(4.0, abs=1e-3)
 
@@ -271,31 +253,12 @@ def test_aux_loss_of_the_model_is_the_mean_times_its_coefficient(tiny):
     model, ids = tiny(num_experts=4, router_aux_loss_coef=0.5).train(), tokens(2, 40)
     seen = []
     for block in model.model.layers:
-        block.mlp.register_forward_hook(lambda _, __, output: seen.append(output[1].item()))
-    out = model(ids, labels=ids)
+        block.mlp.register_forward_hook(lambda _, __, output: seen.append(output[1].aux_loss.item()))
+    out = model(ids)
     assert out.aux_loss.item() == pytest.approx(0.5 * sum(seen) / 2)
     assert out.expert_load.shape == (2, 4)
     assert torch.allclose(out.expert_load.sum(-1), torch.ones(2))
-    assert tiny()(ids).aux_loss is None
-
-
-def test_grouped_linear_equals_a_loop():
-    torch.manual_seed(0)
-    layers = [torch.nn.Linear(64, 96, bias=False) for _ in range(4)]
-    x = torch.randn(150, 64).bfloat16().requires_grad_()
-    sizes = [70, 0, 79, 1]
-    got = grouped_linear(x, layers, torch.tensor(sizes).cumsum(0).to(torch.int32))
-    parts = zip(x.float().split(sizes), layers, strict=True)
-    expected = torch.cat([rows @ layer.weight.bfloat16().float().T for rows, layer in parts])
-    torch.testing.assert_close(got.float(), expected, rtol=0.01, atol=0.01)
-    upstream = torch.randn(150, 96)
-    inputs = [x] + [layer.weight for layer in layers]
-    for a, b in zip(
-        torch.autograd.grad((got * upstream).sum(), inputs),
-        torch.autograd.grad((expected * upstream).sum(), inputs),
-        strict=True,
-    ):
-        torch.testing.assert_close(a.float(), b.float(), rtol=0.02, atol=0.1)
+    assert tiny()(ids).aux_loss == 0
 
 
 @pytest.mark.parametrize("rows", [40, 100])  # below and above the size from which the grouped kernel is used
@@ -355,52 +318,25 @@ def test_initialisation():
         std = 0.02 / math.sqrt(2 * config.num_hidden_layers) if residual else 0.02
         assert p.std().item() == pytest.approx(std, rel=0.1), name
         assert abs(p.mean().item()) < std / 10
-    attention, head_dim = model.model.layers[0].self_attn, config.head_dim
-    for head in range(0, config.num_attention_heads, 2):  # hands on what it looks at
-        kv_head = head * config.num_key_value_heads // config.num_attention_heads
-        values = attention.v_proj.weight[kv_head * head_dim : (kv_head + 1) * head_dim]
-        out = attention.o_proj.weight[:, head * head_dim : (head + 1) * head_dim]
-        torch.testing.assert_close(out * math.sqrt(2 * config.num_hidden_layers), values.T)
     ids = tokens(4, 64, vocab=6400)
     with torch.no_grad():
-        assert model(ids, labels=ids.roll(-1, 1)).loss.item() == pytest.approx(math.log(6400), abs=0.1)
+        loss = next_token_loss(model, ids, shifted(ids)) - model(ids).aux_loss
+    assert loss.item() == pytest.approx(math.log(6400), abs=0.1)
 
 
 def test_the_tied_embedding_learns_from_both_uses(tiny):
     model, ids = tiny().train(), torch.arange(0, 20)[None]
-    model(ids, labels=ids + 100).loss.backward()
+    next_token_loss(model, ids, ids + 100).backward()
     grad = model.model.embed_tokens.weight.grad
     assert grad[:20].abs().sum() > 0  # as input; as output every row gets some
     frozen = tiny().train()
     table = frozen.model.embed_tokens.weight.detach().clone()
     frozen.model.embed_tokens.forward = lambda ids: F.embedding(ids, table)
-    frozen(ids, labels=ids + 100).loss.backward()
+    next_token_loss(frozen, ids, ids + 100).backward()
     output_only = frozen.model.embed_tokens.weight.grad
     torch.testing.assert_close(grad[20:], output_only[20:], rtol=1e-4, atol=1e-6)  # rows that are not in the input
     assert (grad[:20] - output_only[:20]).abs().amax(-1).min() > 1e-5
     assert "lm_head.weight" not in model.state_dict()
-
-
-def test_labels_are_already_shifted_and_minus_100_is_ignored(tiny):
-    model, ids = tiny(), tokens(2, 30)
-    labels = ids.roll(-1, 1)
-    labels[:, -5:] = -100
-    labels[0, 3] = -100
-    with torch.no_grad():
-        log_probs = model(ids).logits.log_softmax(-1)
-        loss = model(ids, labels=labels).loss
-    keep = labels >= 0
-    expected = -log_probs[keep].gather(-1, labels[keep][:, None]).mean()
-    assert loss.item() == pytest.approx(expected.item(), abs=1e-5)
-
-
-def test_a_batch_without_labels_has_loss_zero_not_nan(tiny):
-    """The trainer refuses such a batch; if one gets here all the same it must not spoil the weights."""
-    model, ids = tiny().train(), tokens(1, 20)
-    loss = model(ids, labels=torch.full_like(ids, -100)).loss
-    loss.backward()
-    assert loss.item() == 0
-    assert all(not p.grad.any() for p in model.parameters())
 
 
 @pytest.mark.parametrize(
@@ -428,28 +364,6 @@ def test_unknown_configuration_field_is_named():
         MiniMindConfig.from_dict({"hidden_sise": 64})
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("moe", [False, True])
-def test_compiled_layers_equal_eager(tiny, moe):
-    changes = dict(num_experts=4, num_experts_per_tok=2) if moe else {}
-    eager, compiled = tiny(qk_norm=True, **changes).train(), tiny(qk_norm=True, **changes).train()
-    names = list(compiled.state_dict())
-    compiled.compile_layers()
-    assert list(compiled.state_dict()) == names
-    ids = tokens(2, 150)
-    labels = ids.roll(-1, 1)
-    few = labels.masked_fill(torch.rand(ids.shape) < 0.6, -100)  # logits are computed for the labels only
-    losses = []
-    for model in (eager, compiled):
-        for learnt in (labels, few):
-            out = model(ids, labels=learnt)
-            (out.loss if out.aux_loss is None else out.loss + out.aux_loss).backward()
-            losses.append(out.loss.item())
-    assert losses[:2] == pytest.approx(losses[2:], abs=1e-5)
-    for (name, a), b in zip(eager.named_parameters(), compiled.parameters(), strict=True):
-        assert (a.grad - b.grad).abs().max() < 1e-4 * a.grad.abs().max() + 1e-6, name
-
-
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("experts", [0, 4])
 def test_activation_checkpointing_changes_no_bit(tiny, experts, autocast):
@@ -465,8 +379,7 @@ def test_activation_checkpointing_changes_no_bit(tiny, experts, autocast):
         model.activation_checkpointing = on
         torch.manual_seed(3)
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-            out = model(ids, labels=ids.roll(-1, 1), segment_ids=segments)
-        loss = out.loss + (out.aux_loss if experts else 0)
+            loss = next_token_loss(model, ids, shifted(ids), segment_ids=segments)
         loss.backward()
         results.append([loss.detach(), torch.get_rng_state(), *(p.grad for p in model.parameters())])
     for a, b in zip(*results, strict=True):
@@ -481,18 +394,6 @@ def test_activation_checkpointing_holds_less(tiny):
         model.activation_checkpointing = on
         kept: list[torch.Tensor] = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t) or t, lambda t: t):
-            model(ids, labels=ids)
+            next_token_loss(model, ids, ids)
         held.append(sum({t.untyped_storage().data_ptr(): t.numel() for t in kept}.values()))
     assert held[1] < held[0] / 4
-
-
-@pytest.mark.slow
-def test_activation_checkpointing_of_compiled_layers(tiny):
-    ids, grads = tokens(2, 64), []
-    for on in (False, True):
-        model = tiny(qk_norm=True).train()
-        model.activation_checkpointing = on
-        model.compile_layers()
-        model(ids, labels=ids.roll(-1, 1)).loss.backward()
-        grads.append([p.grad for p in model.parameters()])
-    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))

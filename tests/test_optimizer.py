@@ -5,9 +5,10 @@ from functools import partial
 
 import pytest
 import torch
+from helpers import next_token_loss
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from model.model import MiniMindConfig, MiniMindLM
-from trainer import optimizer as optimizer_module
 from trainer.optimizer import Muon, build_optimizers, learning_rate_scale, orthogonalize, set_learning_rate
 
 
@@ -57,13 +58,12 @@ def test_frozen_parameters_are_left_out(tiny):
     assert all(p is not model.model.embed_tokens.weight for p in owned)
 
 
-def test_muon_equals_torch(monkeypatch):
+def test_muon_equals_torch():
     """Bit for bit in torch's bf16, over several steps, for tall, wide and square matrices."""
-    monkeypatch.setattr(optimizer_module, "compute_dtype", lambda device: torch.bfloat16)
     torch.manual_seed(0)
     ours = [torch.nn.Parameter(torch.randn(shape)) for shape in ((48, 32), (32, 48), (32, 32))]
     theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
-    a = Muon(ours, lr=0.01, weight_decay=0.1)
+    a = Muon(ours, lr=0.01, weight_decay=0.1, dtype=torch.bfloat16)
     b = torch.optim.Muon(theirs, lr=0.01, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
     for _ in range(4):
         for p, q in zip(ours, theirs, strict=True):
@@ -72,6 +72,27 @@ def test_muon_equals_torch(monkeypatch):
         a.step()
         b.step()
         assert all(torch.equal(p, q) for p, q in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_muon_multiplies_in_the_precision_of_the_run(dtype):
+    """Whatever the hardware would like: fp32 is fp32 on every machine."""
+    torch.manual_seed(0)
+    model = MiniMindLM(MiniMindConfig(hidden_size=64, num_hidden_layers=1, intermediate_size=96, vocab_size=320))
+    seen: list[torch.dtype] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function is torch.ops.aten.mm.default:
+                seen.append(args[0].dtype)
+            return function(*args, **(kwargs or {}))
+
+    muon = build_optimizers(model, "muon", dtype=dtype)[0]
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    with Watch():
+        muon.step()
+    assert set(seen) == {torch.bfloat16 if dtype == torch.bfloat16 else torch.float32}
 
 
 @pytest.mark.parametrize("shape", [(96, 40), (40, 96)])
@@ -92,7 +113,7 @@ def test_optimizers_learn_a_batch(name):
     optimizers = build_optimizers(model, name, learning_rate=3e-3)
     losses = []
     for _ in range(25):
-        loss = model(ids[:, :-1], labels=ids[:, 1:]).loss
+        loss = next_token_loss(model, ids[:, :-1], ids[:, 1:])
         loss.backward()
         losses.append(loss.item())
         for optimizer in optimizers:
