@@ -140,7 +140,10 @@ class Reporter:
     def _val_figure(self, unit: str) -> str:
         if "val_bpb" in self.val:
             return f"{self.val['val_bpb']:.3f} {unit}"
-        return f"accuracy {self.val['val_accuracy']:.1%}" if "val_accuracy" in self.val else ""
+        if "val_accuracy" in self.val:
+            return f"accuracy {self.val['val_accuracy']:.1%}"
+        name, value = next(iter(self.val.items()))
+        return f"{name.removeprefix('val_')} {value:.3f}"
 
     def validation(self, progress: Progress, figures: dict[str, float]) -> None:
         self.val = figures
