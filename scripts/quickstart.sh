@@ -2,7 +2,7 @@
 # From nothing to a model that chats, in about ten minutes on two CPU cores: bash scripts/quickstart.sh
 # Interrupted and run again, it goes on where it was. OUT=DIR puts the weights elsewhere than out/.
 set -euo pipefail
-. "$(dirname "$0")/environment.sh"
+. "$(dirname "$0")/environment.sh" core
 OUT=${OUT:-out}
 began=$SECONDS
 stage() { printf '\n== %s  (%d:%02d)\n' "$1" $(((SECONDS - began) / 60)) $(((SECONDS - began) % 60)); }
