@@ -14,8 +14,8 @@ from dataset.chat import (
     load_tokenizer,
     render_chat,
 )
-from model.inference.answers import ChatAnswer
 from model.inference.tools import SCHEMAS
+from server.deltas import ChatAnswer
 from server.errors import ApiError
 from server.grammars import Grammars, call_grammar, json_grammar
 from server.schemas import ChatRequest, CompletionRequest, read_body
