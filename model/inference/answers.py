@@ -72,15 +72,22 @@ class AnswerParser:
         marker = self.markers.get(token)
         if marker is None:
             return self._pieces(self.text.push(token))
-        if marker not in self.sections or marker == END_TOOL_CALL and self.section != CALL:
+        section = self.sections.get(marker)
+        if section is None or marker == END_TOOL_CALL and self.section == CONTENT:
             return []
+        if self.section == REASONING and marker in (TOOL_CALL, END_TOOL_CALL):
+            section = REASONING  # a call that is thought about, not made
         before = self._pieces(self.text.close())
-        self._open(self.sections[marker])
-        return [*before, Piece(self.section, "", marker)]
+        self._open(section)
+        return [*before, Piece(section, "", marker)]
 
     def close(self, cut: bool = False) -> list[Piece]:
         """The end of the answer. `cut`: it was cut off, so half a character at its end is dropped."""
         return self._pieces(self.text.close(cut))
+
+    def parse(self, tokens: Iterable[int], cut: bool = False) -> list[Piece]:
+        """A whole answer at once."""
+        return [*(piece for token in tokens for piece in self.push(token)), *self.close(cut)]
 
     def _pieces(self, text: str) -> list[Piece]:
         return [Piece(self.section, text)] if text else []
