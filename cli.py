@@ -96,11 +96,11 @@ def add_inference_flags(parser: argparse.ArgumentParser) -> None:
 def check_model_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     if (args.load == 1) != bool(args.model_path):
         parser.error("--load 1 and --model_path FOLDER belong together")
-    named = [name for name in ("model", "weight", "model_path") if getattr(args, name)]
-    if len(named) > 1:
-        parser.error(f"--{named[0]} names the model already: leave out --{named[1]}")
-    if named and named[0] != "weight" and (args.hidden_size or args.use_moe is not None):
-        parser.error("--hidden_size and --use_moe choose among the weights in --out_dir: leave out one of both ways")
+    others = ("weight", "load", "hidden_size", "use_moe")
+    if args.model and (given := [name for name in others if getattr(args, name) not in (None, 0)]):
+        parser.error(f"--model names the model: leave out --{given[0]}")
+    if args.weight and args.model_path:
+        parser.error("--weight and --model_path name two models: leave out one")
 
 
 def model_path(args: argparse.Namespace) -> Path:
