@@ -10,7 +10,6 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-import openai
 import pytest
 import torch
 
@@ -194,6 +193,7 @@ def completion(content: str | None, finish_reason: str = "stop", **fields) -> tu
 
 @pytest.fixture
 def server(monkeypatch):
+    openai = pytest.importorskip("openai")
     monkeypatch.setattr(endpoint, "RETRIES", 4)
     monkeypatch.setattr(openai._base_client, "INITIAL_RETRY_DELAY", 0)
     server = Server()
@@ -346,6 +346,23 @@ def test_no_server_no_file_no_sense(run, tmp_path, server):
         assert done.code == code and text in done.err.splitlines()[-1] and "Traceback" not in done.err, done
         assert not out.exists()
     assert time.perf_counter() - begin < 5
+
+
+def test_without_the_openai_package_an_endpoint_says_what_to_install(run, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "openai", None)
+    prompts = write(tmp_path / "p.jsonl", {"prompt": "a"})
+    command = [
+        "--teacher",
+        "http://127.0.0.1:9/v1",
+        "--model",
+        "m",
+        "--prompts",
+        prompts,
+        "--out",
+        tmp_path / "a.jsonl",
+    ]
+    done = run(*command)
+    assert done.code == 2 and "pip install openai" in done.err.splitlines()[-1]
 
 
 # ------------------------------------------------------------------------------------------------ which answers

@@ -73,7 +73,7 @@ def test_tools_stand_in_the_prompt(chatbot):
 
 
 def test_thinking_is_switched_by_the_template(chatbot):
-    plain, on, off = (chatbot(thinking=thinking) for thinking in (None, True, False))
+    plain, on, off = (chatbot(thinking=thinking, max_new_tokens=4) for thinking in (None, True, False))
     prompt = ROUND[:1]
     newline = plain.tokenizer.encode("\n").ids
     assert on.encode(prompt) == [*plain.encode(prompt), THINK_ID, *newline]
