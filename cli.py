@@ -6,12 +6,14 @@ if __name__ == "__main__": cli.run(main)
 
 import argparse
 import difflib
+import ipaddress
 import os
 import signal
 import sys
 import time
 from collections.abc import Callable
-from typing import NoReturn
+from pathlib import Path
+from typing import NamedTuple, NoReturn
 
 
 class UsageError(Exception):
@@ -37,6 +39,84 @@ def flag(text: str) -> bool:
     if text.lower() in ("0", "false", "1", "true"):
         return text.lower() in ("1", "true")
     raise argparse.ArgumentTypeError(f"{text} is neither 0 nor 1")
+
+
+def is_loopback(host: str) -> bool:
+    """Whether what goes to this host stays on this machine."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost" or host.endswith(".localhost")
+
+
+class ModelMode(NamedTuple):
+    """What --model_mode stands for."""
+
+    title: str
+    stages: tuple[str, ...]  # whose weights are meant
+    script: str  # which makes them
+
+
+MODEL_MODES = {
+    0: ModelMode("pretrained", ("pretrain",), "train_pretrain.py"),
+    1: ModelMode("SFT", ("full_sft",), "train_full_sft.py"),
+    2: ModelMode("RLHF", ("rlhf", "dpo"), "train_dpo.py"),
+    3: ModelMode("reasoning", ("reason",), "train_reason.py"),
+}
+
+
+def add_model_flags(parser: argparse.ArgumentParser, out_dir: Path) -> None:
+    """--model PATH, and the short way of MiniMind's flags. model_path() makes one path of them."""
+    add = parser.add_argument_group("which model").add_argument
+    add("--model", metavar="PATH", help="a .pth file, of ours or MiniMind's, or a Hugging Face folder; --model_mode 0 "
+        "then still means: continue texts, and 3: think")  # fmt: skip
+    add = parser.add_argument_group("or the short way: a stage whose weights are in --out_dir").add_argument
+    modes = ", ".join(f"{n} = {mode.title}" for n, mode in MODEL_MODES.items())
+    add("--model_mode", type=int, choices=tuple(MODEL_MODES), default=1, help=f"{modes} (default: 1)")
+    add("--weight", metavar="NAME", help="this stage instead, such as full_sft; or the path of a file")
+    add("--out_dir", default=str(out_dir), help="where the weights and adapters are")
+    add("--hidden_size", type=int, help="if weights of several sizes are there (default: the newest)")
+    add("--use_moe", type=flag, metavar="{0,1}", help="if both kinds are there (default: the newest)")
+    add("--load", type=int, choices=(0, 1), default=0, help="1 = the Hugging Face folder --model_path (default: 0)")
+    add("--model_path", metavar="FOLDER", help="the folder of --load 1")
+
+
+def add_inference_flags(parser: argparse.ArgumentParser) -> None:
+    """How the model computes."""
+    add = parser.add_argument_group("how it computes").add_argument
+    add("--device", help="cuda, mps or cpu (default: the best one found)")
+    add("--dtype", choices=("bf16", "fp16", "fp32"), help="default: bf16 where the hardware computes in it, else fp32")
+    add("--quantize", choices=("int8", "int4"), help="weights of 8 or 4 bits")
+    add("--compile", type=flag, metavar="{0,1}", default=False, help="1 = a decoding step in C++ for the CPU, several "
+        "times as fast; compiled in seconds the first time (default: 0)")  # fmt: skip
+    add("--inference_rope_scaling", type=flag, metavar="{0,1}", default=False, help="1 = 4 times the context that it "
+        "was trained with, by YaRN (default: 0)")  # fmt: skip
+
+
+def check_model_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    if (args.load == 1) != bool(args.model_path):
+        parser.error("--load 1 and --model_path FOLDER belong together")
+    others = ("weight", "load", "hidden_size", "use_moe")
+    if args.model and (given := [name for name in others if getattr(args, name) not in (None, 0)]):
+        parser.error(f"--model names the model: leave out --{given[0]}")
+    if args.weight and args.model_path:
+        parser.error("--weight and --model_path name two models: leave out one")
+
+
+def model_path(args: argparse.Namespace) -> Path:
+    """The path that the flags of add_model_flags() stand for. CheckpointError if there is none."""
+    from model import checkpoint  # here, so that --help does not wait for torch
+
+    if args.model or args.model_path:
+        return Path(args.model or args.model_path)
+    mode = MODEL_MODES[args.model_mode]
+    try:
+        return checkpoint.find_weights(args.out_dir, args.weight or mode.stages, args.hidden_size, args.use_moe)
+    except checkpoint.CheckpointError as error:
+        if args.weight:
+            raise
+        text = f"no {mode.title} weights: {error}; run python {mode.script} first, or give --model"
+        raise checkpoint.CheckpointError(text) from None
 
 
 def run(main: Callable[[], None]) -> None:

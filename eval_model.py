@@ -5,13 +5,12 @@ python eval_model.py --model_mode 0                    # the pretrained weights 
 python eval_model.py --ask "Who are you?"              # one answer, nothing else
 python eval_model.py --score dataset/starter_data/heldout.jsonl
 python eval_model.py --tools 1 --ask "Calculate 12 + 45."                # with calculator, dates and units
-python eval_model.py --load 1 --model_path FOLDER      # a Hugging Face folder
+python eval_model.py --model PATH                      # any .pth file or Hugging Face folder
 """
 
 import argparse
 import json
 import os
-import re
 import sys
 import time
 from itertools import chain
@@ -19,22 +18,15 @@ from pathlib import Path
 
 import cli
 from cli import ArgumentParser, UsageError, flag
-from dataset.chat import END_THINK, END_TOOL_CALL, THINK, TOOL_CALL
+from dataset.chat import THINK, TOOL_CALL
 from dataset.jsonl import DataError
 from evaluation.scoreboard import Question, read_heldout, scoreboard
 from model.checkpoint import CheckpointError
 from model.device import DTYPES, find_device
-from model.inference.chatbot import (
-    SCORE_TOKENS,
-    THINKING_SCORE_TOKENS,
-    check_model_arguments,
-    final_answer,
-    load_chatbot,
-    load_options,
-    model_arguments,
-)
+from model.inference.answers import AssistantMessage, Piece, to_message
+from model.inference.chatbot import SCORE_TOKENS, THINKING_SCORE_TOKENS, AnswerSettings, load_chatbot
 from model.inference.engine import SamplingParams
-from model.inference.tools import SCHEMAS, parse_calls, run_tool
+from model.inference.tools import SCHEMAS, run_tool
 
 ROOT = Path(__file__).resolve().parent
 CONTINUED = [
@@ -51,7 +43,6 @@ ANSWERED_WITH_TOOLS = [
     ["Who are you?"],
 ]  # fmt: skip
 TOOL_ROUNDS = 4  # calls, results, calls, ... for one question, at most
-TAG = re.compile("|".join((THINK, END_THINK, TOOL_CALL, END_TOOL_CALL)))
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -59,9 +50,10 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         usage="python eval_model.py [options]   (--help lists them)",
         description=__doc__,
     )
-    model_arguments(parser, ROOT / "out")
+    cli.add_model_flags(parser, ROOT / "out")
+    cli.add_inference_flags(parser)
     add = parser.add_argument_group("how it answers").add_argument
-    add("--lora_name", metavar="NAME", help="adapter out_dir/lora/NAME_HIDDEN.pth")
+    add("--lora_name", metavar="NAME", help="adapter out_dir/lora/NAME_HIDDEN.pth; or the path of its file")
     add("--temperature", type=float, default=0.7, help="0 = always the likeliest token (default: 0.7)")
     add("--top_p", type=float, default=0.9, help="choose among the likeliest tokens of this share (default: 0.9)")
     add("--max_seq_len", type=int, help="tokens of prompt and answer (default: as it was trained)")
@@ -76,8 +68,6 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         help="1 = the model may call a calculator, dates and unit conversion (default: 0)")  # fmt: skip
     add("--stream", type=flag, metavar="{0,1}", default=True, help="show the answer as it is generated (default: 1)")
     add("--seed", type=int, help="the same answers every time")
-    add("--device", help="cuda, mps or cpu (default: the best one found)")
-    add("--dtype", choices=list(DTYPES), help="default: bf16 where the hardware computes in it, else fp32")
 
     group = parser.add_argument_group("instead of a conversation")
     add = group.add_mutually_exclusive_group().add_argument
@@ -86,8 +76,17 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--scores_out", metavar="FILE", help="with --score: every answer and the scores, as JSON")
     group.add_argument("--show_wrong", type=int, default=0, metavar="N", help="with --score: print N wrong answers")
     args = parser.parse_args(argv)
+    check(parser, args)
+    if args.thinking is None and args.model_mode == 3:
+        args.thinking = True
+    return args
 
-    check_model_arguments(parser, args)
+
+def check(parser: ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuses what does not fit together."""
+    cli.check_model_flags(parser, args)
+    if args.max_seq_len is not None and args.max_seq_len < 16:
+        parser.error(f"--max_seq_len {args.max_seq_len}: must be at least 16")
     if (args.scores_out or args.show_wrong) and not args.score:
         parser.error("--scores_out and --show_wrong need --score FILE")
     if args.history_cnt < 0 or args.history_cnt % 2:
@@ -98,14 +97,24 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--tools and --thinking are of answers, and --model_mode 0 continues texts")
     if args.tools and args.score:
         parser.error("--tools 1: the questions of --score bring their own tools; leave it out")
-    if args.thinking is None and args.model_mode == 3:
-        args.thinking = True
     try:
         new = 1 if args.max_new_tokens is None else args.max_new_tokens
         SamplingParams(temperature=args.temperature, top_p=args.top_p, max_new_tokens=new)
     except ValueError as error:
         parser.error(f"--{error}")
-    return args
+
+
+def load(args: argparse.Namespace):
+    """The chatbot that the flags describe."""
+    settings = AnswerSettings(args.max_seq_len, args.max_new_tokens, args.temperature, args.top_p, args.thinking)
+    adapter = None
+    if args.lora_name:
+        adapter = Path(args.lora_name)
+        if adapter.suffix != ".pth":
+            adapter = Path(args.out_dir) / "lora" / adapter
+    options = {"quantized": args.quantize, "compiled": args.compile, "extrapolate": args.inference_rope_scaling}
+    device, dtype = find_device(args.device), DTYPES.get(args.dtype)
+    return load_chatbot(cli.model_path(args), device, dtype, settings, adapter=adapter, **options)
 
 
 # ------------------------------------------------------------------------------------------------ conversation
@@ -126,13 +135,10 @@ class Screen:
     def __init__(self):
         self.new_line, self.after_tag, self.is_dim = True, False, False
 
-    def show(self, text: str) -> None:
-        at = 0
-        for tag in TAG.finditer(text):
-            self._write(text[at : tag.start()])
-            self._tag(tag[0])
-            at = tag.end()
-        self._write(text[at:])
+    def show(self, piece: Piece) -> None:
+        if piece.marker:
+            self._tag(piece.marker)
+        self._write(piece.text)
         sys.stdout.flush()
 
     def _tag(self, tag: str) -> None:
@@ -157,9 +163,9 @@ class Screen:
             print("\033[0m", end="", flush=True)
 
 
-def say(bot, prompt: str | list[dict], args: argparse.Namespace, seed: int | None) -> tuple[str, bool]:
-    """Show the answer as it comes, then, in a conversation, its speed; returns it without its thinking, and whether
-    it was stopped. Ctrl-C ends the answer, not the conversation."""
+def say(bot, prompt: str | list[dict], args: argparse.Namespace, seed: int | None) -> tuple[AssistantMessage, bool]:
+    """Show the answer as it comes, then, in a conversation, its speed; returns it, and whether it was stopped. Ctrl-C
+    ends the answer, not the conversation."""
     begin, before, pieces, stopped = time.perf_counter(), bot.tokens, [], False
     screen = Screen()
     try:
@@ -172,14 +178,14 @@ def say(bot, prompt: str | list[dict], args: argparse.Namespace, seed: int | Non
             raise
         stopped = True
     finally:
-        if not args.stream:
-            screen.show("".join(pieces))
+        for piece in pieces if not args.stream else ():
+            screen.show(piece)
         screen.close()
     print()
     if not args.ask:
         n, seconds = bot.tokens - before, time.perf_counter() - begin
         print(dim(f"[{n} tokens, {n / seconds:.0f} tokens/s{', stopped' * stopped}]") + "\n", flush=True)
-    return final_answer("".join(pieces)), stopped
+    return to_message(pieces), stopped
 
 
 def make_room(bot, system: list[dict], earlier: list[list[dict]], exchange: list[dict]) -> int:
@@ -203,16 +209,17 @@ def answer(bot, earlier: list[list[dict]], exchange: list[dict], args: argparse.
         if over := make_room(bot, system, earlier, exchange):
             return over
         print(name, end="", flush=True)
-        text, stopped = say(bot, [*system, *chain(*earlier), *exchange], args, seed)
-        content, calls, faults = parse_calls(text) if args.tools and not stopped else (text, [], [])
-        for fault in faults:
+        message, stopped = say(bot, [*system, *chain(*earlier), *exchange], args, seed)
+        carry_out = args.tools and not stopped
+        for fault in message.faults if carry_out else ():
             print(dim(f"[{fault}]"))
+        calls = message.tool_calls if carry_out else []
         if calls and turn == TOOL_ROUNDS:
             print(dim(f"[that was call after call, {TOOL_ROUNDS} times: no more are carried out]"))
         if not calls or turn == TOOL_ROUNDS:
-            exchange.append({"role": "assistant", "content": text})
+            exchange.append({"role": "assistant", "content": message.text})
             return 0
-        exchange.append({"role": "assistant", "content": content, "tool_calls": calls})
+        exchange.append({"role": "assistant", "content": message.content, "tool_calls": calls})
         for call in calls:
             exchange.append({"role": "tool", "content": run_tool(**call)})
             print(dim(f"tool> {exchange[-1]['content']}"))
@@ -299,9 +306,9 @@ def score(bot, questions: list[Question], args: argparse.Namespace) -> None:
         if bot.overflow(question.messages):
             text = f"the question leaves no room for an answer in a context of {bot.max_len}"
             raise DataError(f"{args.score}, line {question.line}: {text}; raise --max_seq_len")
-    begin, answers = time.perf_counter(), [""] * len(questions)
-    for done, (i, text) in enumerate(bot.answer_all([question.messages for question in questions]), 1):
-        answers[i] = final_answer(text)
+    begin, answers = time.perf_counter(), [AssistantMessage()] * len(questions)
+    for done, (i, message) in enumerate(bot.answer_all([question.messages for question in questions]), 1):
+        answers[i] = message
         progress(done, len(questions), time.perf_counter() - begin)
     seconds = time.perf_counter() - begin
 
@@ -309,8 +316,10 @@ def score(bot, questions: list[Question], args: argparse.Namespace) -> None:
     speed = {"seconds": round(seconds, 1), "tokens_per_second": round(bot.tokens / seconds)}
     result = {"score": {**totals, "file": args.score, "model": bot.name, **speed}}
     if args.scores_out:
-        pairs = zip(questions, answers, strict=True)
-        details = [{"line": q.line, "skill": q.skill, "answer": text, "right": q.is_right(text)} for q, text in pairs]
+        details = [
+            {"line": question.line, "skill": question.skill, "answer": answer.text, "right": question.is_right(answer)}
+            for question, answer in zip(questions, answers, strict=True)
+        ]
         content = json.dumps(result | {"questions": details}, ensure_ascii=False, indent=1)
         Path(args.scores_out).write_text(content + "\n", encoding="utf-8")
     print(json.dumps(result, ensure_ascii=False))
@@ -334,7 +343,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.scores_out and not Path(args.scores_out).resolve().parent.is_dir():
         raise UsageError(f"--scores_out {args.scores_out}: no such folder")
     try:
-        bot = load_chatbot(args, find_device(args.device), DTYPES.get(args.dtype), **load_options(args))
+        bot = load(args)
         if questions:
             score(bot, questions, args)
         elif args.ask is not None:

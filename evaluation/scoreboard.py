@@ -14,7 +14,7 @@ from typing import Any
 
 from dataset.chat import validate_messages
 from dataset.jsonl import DataError, read_jsonl
-from model.inference.tools import parse_calls
+from model.inference.answers import AssistantMessage
 
 
 @dataclass
@@ -27,15 +27,19 @@ class Question:
     exact: bool
     call: dict | None = None  # or this one, as JSON values
 
-    def is_right(self, answer: str) -> bool:
+    def is_right(self, answer: AssistantMessage) -> bool:
         """Outer blanks, one final full stop and, unless `exact`, upper and lower case make no difference.
-        A call may have words around it."""
+        A call may have words around it; where words are asked for, a call is wrong."""
+        if answer.faults:
+            return False
         if self.call:
-            _, calls, faults = parse_calls(answer)
-            return not faults and len(calls) == 1 and _same_json(calls[0], self.call)
+            return len(answer.tool_calls) == 1 and _same_json(answer.tool_calls[0], self.call)
+        if answer.tool_calls:
+            return False
+        said = self._fold(answer.content)
         if self.must_contain:
-            return all(self._fold(part) in self._fold(answer) for part in self.must_contain)
-        return _bare(self._fold(answer)) in [_bare(self._fold(right)) for right in self.answers]
+            return all(self._fold(part) in said for part in self.must_contain)
+        return _bare(said) in [_bare(self._fold(right)) for right in self.answers]
 
     def _fold(self, text: str) -> str:
         return text if self.exact else text.lower()
@@ -47,7 +51,7 @@ class Question:
         return " + ".join(self.must_contain) if self.must_contain else self.answers[0]
 
 
-def scoreboard(questions: list[Question], answers: list[str], show_wrong: int = 0) -> dict:
+def scoreboard(questions: list[Question], answers: list[AssistantMessage], show_wrong: int = 0) -> dict:
     """Prints the table by skill and the first wrong answers; returns {"n", "correct", "percent"} over all questions,
     and the same by skill under "skills"."""
 
@@ -66,7 +70,7 @@ def scoreboard(questions: list[Question], answers: list[str], show_wrong: int = 
     wrong = [i for i, ok in enumerate(right) if not ok]
     for i in wrong[:show_wrong]:
         print(f"\nline {questions[i].line}, {questions[i].skill}: {questions[i].messages[-1]['content']}")
-        print(f"  expected: {questions[i].expected}\n  answered: {answers[i]}")
+        print(f"  expected: {questions[i].expected}\n  answered: {answers[i].text}")
     return totals
 
 

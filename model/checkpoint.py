@@ -14,7 +14,7 @@ import os
 import re
 import sys
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -38,34 +38,44 @@ def resume_path(out_dir: str | Path, stage: str, config: MiniMindConfig) -> Path
     return path.with_name(path.stem + "_resume")
 
 
-def find_weights(out_dir: str | Path, name: str, hidden_size: int | None = None, use_moe: bool = False) -> Path:
-    """The file meant by `name`: a path, or a stage whose weights lie in out_dir (the only ones, or of that size).
+def find_weights(
+    out_dir: str | Path, name: str | Sequence[str], hidden_size: int | None = None, use_moe: bool | None = None
+) -> Path:
+    """The weights meant by `name`: a path, which is returned as it is; or a stage or several, whose weights lie in
+    out_dir. hidden_size and use_moe narrow the choice; of what is left the newest is taken, with a note on stderr.
 
-    CheckpointError if there is none, or more than one."""
-    if os.sep in name or "/" in name or name.endswith(".pth"):
-        if not Path(name).exists():
-            raise _missing(Path(name))
-        return Path(name)
-    size = r"\d+" if hidden_size is None else str(hidden_size)
-    pattern = re.compile(rf"{re.escape(name)}_{size}{'_moe' if use_moe else ''}\.pth")
-    found = sorted(path for path in Path(out_dir).glob("*.pth") if pattern.fullmatch(path.name))
-    if not found and Path(name).exists():
-        return Path(name)
+    CheckpointError if there is none."""
+    names = [name] if isinstance(name, str) else list(name)
+    if len(names) == 1 and (os.sep in names[0] or "/" in names[0] or names[0].endswith(".pth")):
+        if not Path(names[0]).exists():
+            raise _missing(Path(names[0]))
+        return Path(names[0])
+    kind = {None: "(_moe)?", False: "", True: "_moe"}[use_moe]
+    stages = "|".join(map(re.escape, names))
+    pattern = re.compile(rf"({stages})_{hidden_size or '[0-9]+'}{kind}\.pth")
+    found = [path for path in Path(out_dir).glob("*.pth") if pattern.fullmatch(path.name)]
+    if not found and len(names) == 1 and Path(names[0]).exists():
+        return Path(names[0])
     if not found:
-        raise _missing(Path(out_dir) / f"{name}_{hidden_size or 'SIZE'}{'_moe' if use_moe else ''}.pth")
-    if len(found) > 1:
-        names = ", ".join(path.name for path in found)
-        raise CheckpointError(f"several weights of '{name}' in {out_dir}: {names}; give --hidden_size or the path")
-    return found[0]
+        kind = "_moe" if use_moe else "[_moe]" if use_moe is None else ""
+        wanted = [Path(out_dir) / f"{name}_{hidden_size or 'SIZE'}{kind}.pth" for name in names]
+        raise _missing(*wanted)
+    found.sort(key=lambda path: path.stat().st_mtime)
+    if len(found) > 1 and os.environ.get("RANK", "0") == "0":
+        listed = ", ".join(path.name for path in found)
+        note = f"note: {listed} in {out_dir}: taking the newest, {found[-1].name}; --hidden_size or a path chooses"
+        print(note, file=sys.stderr)
+    return found[-1]
 
 
-def _missing(path: Path) -> CheckpointError:
-    folder = path.parent
+def _missing(path: Path, *others: Path) -> CheckpointError:
+    folder, text = path.parent, " and ".join(map(str, (path, *others)))
+    text += " do not exist" if others else " does not exist"
     if not folder.is_dir():
-        return CheckpointError(f"{path} does not exist, nor does the folder {folder}; check the path")
+        return CheckpointError(f"{text}, nor does the folder {folder}; check the path")
     here = sorted(folder.glob("*.pth")) + sorted(file.parent for file in folder.glob("*/config.json"))
     near = f"there are {', '.join(p.name for p in here[:8])}" if here else "no weights are there: train some first"
-    return CheckpointError(f"{path} does not exist; in {folder} {near}")
+    return CheckpointError(f"{text}; in {folder} {near}")
 
 
 # ------------------------------------------------------------------------------------------------ files

@@ -11,6 +11,7 @@ round in circles or cannot be trained on.
 """
 
 import argparse
+import hashlib
 import json
 import os
 import sys
@@ -22,16 +23,16 @@ from typing import Any
 import _path  # noqa: F401
 
 import cli
-from cli import ArgumentParser, UsageError
-from dataset.chat import END_THINK, THINK, Fault
-from dataset.jsonl import DataError, conversation_faults, kind_of, parse_line, read_lines
-from dataset.prompts import key_of, read_prompts
+from cli import ArgumentParser, UsageError, flag
+from dataset.chat import Fault, validate_messages
+from dataset.jsonl import DataError, conversation_faults, kind_of, parse_line, read_jsonl, read_lines
+from dataset.packing import add_reason, reasons
+from evaluation.endpoint import Endpoint
 from model.checkpoint import CheckpointError
 from model.device import DTYPES, find_device
-from model.endpoint import Endpoint
-from model.inference.chatbot import load_chatbot
+from model.inference.answers import AssistantMessage
+from model.inference.chatbot import AnswerSettings, load_chatbot
 from model.inference.engine import SamplingParams
-from model.inference.tools import parse_calls
 
 OPENING = b'{"conversations": ['  # how the lines of both output files begin
 
@@ -48,7 +49,7 @@ def arguments() -> argparse.Namespace:
     add("--top_p", type=float, default=1, help="choose among the likeliest tokens of this share (default: 1)")
     add("--seed", type=int, help="with it and a temperature, a prompt gets the same answer each time")
     add("--max_new_tokens", type=int, default=512, help="a longer answer is dropped (default: 512)")
-    add("--thinking", type=int, choices=(0, 1), help="1 = answers begin with thinking, 0 = without it "
+    add("--thinking", type=flag, metavar="{0,1}", help="1 = answers begin with thinking, 0 = without it "
         "(default: as the teacher likes)")  # fmt: skip
     add("--batch_size", type=int, default=32, help="prompts that a .pth teacher answers together (default: 32)")
     add("--max_seq_len", type=int, help="tokens of prompt and answer (default: as it was trained)")
@@ -74,22 +75,86 @@ def arguments() -> argparse.Namespace:
     return args
 
 
+# ------------------------------------------------------------------------------------------------ prompts
+
+
+def key_of(messages: list[dict]) -> bytes:
+    """Equal for equal messages."""
+    return hashlib.blake2b(json.dumps(messages, sort_keys=True).encode(), digest_size=16).digest()
+
+
+def read_prompts(path: str | Path, limit: int | None = None) -> tuple[dict[bytes, tuple[int, list[dict]]], str]:
+    """The first `limit` different prompts, {key: (line, messages)}, and what was skipped, in one line of words.
+
+    DataError if there is no prompt at all.
+    """
+    prompts: dict[bytes, tuple[int, list[dict]]] = {}
+    skipped: dict = {}
+    number = duplicates = 0
+    for number, row, fault in read_jsonl(path):
+        messages, error = ([], fault.text) if fault else _to_prompt(row)
+        if error:
+            add_reason(skipped, number, error)
+        elif (key := key_of(messages)) in prompts:
+            duplicates += 1
+        else:
+            prompts[key] = number, messages
+            if len(prompts) == limit:
+                break
+    if not prompts:
+        raise DataError(f"{path}: none of its {number} lines is a prompt: {reasons(skipped) or 'the file is empty'}")
+    faulty = sum(reason["count"] for reason in skipped.values())
+    text = (
+        f"{Path(path).name}: {number:,} lines, {len(prompts):,} prompts, {duplicates:,} duplicates, {faulty:,} faulty"
+    )
+    return prompts, text + (f" [{reasons(skipped)}]" if skipped else "")
+
+
+def _to_prompt(row: dict) -> tuple[list[dict], str | None]:
+    """(the messages to answer, what is wrong with them or None)."""
+    messages: Any = row.get("conversations")
+    if "conversations" not in row:
+        if "prompt" not in row:
+            return [], 'no "prompt" and no "conversations" key'
+        messages = [{"role": "user", "content": row["prompt"]}]
+    if not isinstance(messages, list):
+        return [], validate_messages(messages)[0].text
+    while messages and isinstance(messages[-1], dict) and messages[-1].get("role") == "assistant":
+        messages = messages[:-1]
+    # With an answer after them they must be a conversation that could be trained on.
+    faults = validate_messages([*messages, {"role": "assistant", "content": "?"}])
+    if error := next((fault.text for fault in faults if fault.level == "error"), None):
+        return [], error
+    if "user" not in [message["role"] for message in messages]:
+        return [], "no user message: nothing to answer"
+    if messages[-1]["role"] == "system":
+        return [], f"message {len(messages)}: the last one is not the user's or a tool's"
+    if messages[-1]["role"] == "user" and not messages[-1]["content"].strip():
+        return [], f"message {len(messages)}: content is blank"
+    return messages, None
+
+
+# ------------------------------------------------------------------------------------------------ teachers
+
+
 def load_teacher(args: argparse.Namespace):
     """What has overflow() and answer_each(): an Endpoint, a Chatbot or a TransformersChatbot."""
-    thinking = None if args.thinking is None else bool(args.thinking)
     if args.is_endpoint:
-        settings: dict[str, Any] = {"temperature": args.temperature, "max_tokens": args.max_new_tokens}
+        options: dict[str, Any] = {"temperature": args.temperature, "max_tokens": args.max_new_tokens}
         if args.top_p < 1:
-            settings["top_p"] = args.top_p
-        if thinking is not None:  # as vLLM, SGLang and llama.cpp have it
-            settings["chat_template_kwargs"] = {"enable_thinking": thinking}
-        return Endpoint(args.teacher, args.model, settings, os.environ.get("OPENAI_API_KEY"), args.timeout)
-    path = Path(args.teacher)
-    if not path.exists():
-        raise UsageError(f"--teacher {path}: no such file or folder, and not the address (http://...) of an endpoint")
-    where = {"load": int(path.is_dir()), "model_path": path, "weight": path, "lora_name": None, "thinking": thinking}
-    device = find_device(args.device)
-    return load_chatbot(argparse.Namespace(**vars(args) | where), device, DTYPES.get(args.dtype))
+            options["top_p"] = args.top_p
+        if args.thinking is not None:  # as vLLM, SGLang and llama.cpp have it
+            options["extra_body"] = {"chat_template_kwargs": {"enable_thinking": args.thinking}}
+        return Endpoint(args.teacher, args.model, options, os.environ.get("OPENAI_API_KEY"), args.timeout)
+    if not Path(args.teacher).exists():
+        raise UsageError(
+            f"--teacher {args.teacher}: no such file or folder, and not the address (http://...) of an endpoint"
+        )
+    settings = AnswerSettings(args.max_seq_len, args.max_new_tokens, args.temperature, args.top_p, args.thinking)
+    return load_chatbot(args.teacher, find_device(args.device), DTYPES.get(args.dtype), settings)
+
+
+# ------------------------------------------------------------------------------------------------ answers
 
 
 def read_answered(path: Path) -> set[bytes]:
@@ -115,27 +180,21 @@ def read_answered(path: Path) -> set[bytes]:
     return keys
 
 
-def to_message(text: str, finish_reason: str) -> tuple[dict, str | None]:
-    """An answer as a decoder gives it -> (the assistant message, why it is of no use or None)."""
-    before, end, content = text.partition(END_THINK)
-    before = before.strip().removeprefix(THINK)
-    if not end or THINK in before:  # no thinking, or an answer that talks about these markers
-        before, content = "", text
-    content, calls, faults = parse_calls(content)
-    message = {"role": "assistant", "content": content}
-    message |= {"reasoning_content": before.strip()} if before.strip() else {}
-    message |= {"tool_calls": json.dumps(calls, ensure_ascii=False)} if calls else {}
+def to_row(answer: AssistantMessage, finish_reason: str) -> tuple[dict, str | None]:
+    """(the assistant message of a row, why it is of no use or None)."""
+    message = {"role": "assistant", "content": answer.content}
+    message |= {"reasoning_content": answer.reasoning_content} if answer.reasoning_content else {}
+    message |= {"tool_calls": json.dumps(answer.tool_calls, ensure_ascii=False)} if answer.tool_calls else {}
     if finish_reason == "length":
         return message, "cut off"
     if finish_reason == "content_filter":
         return message, "filtered"
-    if faults:
-        return message, kind_of(faults[0])
-    if content.startswith(THINK):
-        return message, "thinking without end"
-    if not content and not calls:
+    if answer.faults:
+        return message, kind_of(answer.faults[0])
+    if not answer.content and not answer.tool_calls:
         return message, "empty"
-    return message, "repeats endlessly" if repeats(content) or repeats(before) else None
+    circles = repeats(answer.content) or repeats(answer.reasoning_content)
+    return message, "repeats endlessly" if circles else None
 
 
 def repeats(text: str) -> bool:
@@ -156,14 +215,14 @@ def ask(teacher, prompts: list[tuple[int, list[dict]]], args: argparse.Namespace
     seeds = [None if args.seed is None else args.seed + line for line, _ in prompts]  # the same when run again
     at_once = args.concurrency if args.is_endpoint else args.batch_size
     counts: Counter = Counter()
-    progress = Progress(len(prompts))
-    for i, text, finish_reason in teacher.answer_each([messages for _, messages in prompts], seeds, at_once):
+    progress = RateLine(len(prompts))
+    for i, answer, finish_reason in teacher.answer_each([messages for _, messages in prompts], seeds, at_once):
         line, messages = prompts[i]
         if finish_reason == "refused":  # not kept: it costs nothing to ask again
-            say(f"line {line}: {text}")
+            say(f"line {line}: {answer.content}")
             counts["refused"] += 1
         else:
-            message, why = to_message(text, finish_reason)
+            message, why = to_row(answer, finish_reason)
             row = {"conversations": [*messages, message]}
             errors = [fault.text for fault in conversation_faults(row) if fault.level == "error"]
             why = why or (kind_of(errors[0]) if errors else None)
@@ -173,7 +232,7 @@ def ask(teacher, prompts: list[tuple[int, list[dict]]], args: argparse.Namespace
     return counts
 
 
-class Progress:
+class RateLine:
     """One line that is rewritten on a terminal, a line every 10 s in a log."""
 
     def __init__(self, total: int):

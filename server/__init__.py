@@ -1,1 +1,1 @@
-"""What serve_openai_api.py is made of: request bodies, the answers' parser, grammars, the engine's thread, metrics."""
+"""What serve_openai_api.py is made of: routes, request bodies, answers, grammars, the engine's thread, metrics."""

@@ -10,8 +10,8 @@ import uuid
 
 from tokenizers import Tokenizer
 
-from model.inference.answers import ChatAnswer
 from model.inference.text_stream import token_bytes
+from server.deltas import ChatAnswer
 from server.runner import Job, Logprob, Update
 from server.schemas import ChatRequest, CompletionRequest
 

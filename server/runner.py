@@ -14,8 +14,8 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from model.inference.answers import ChatAnswer, TextAnswer
 from model.inference.engine import Engine, Event, SamplingParams
+from server.deltas import ChatAnswer, TextAnswer
 from server.errors import ApiError
 
 BATCH = 256  # updates: all that a slow reader has missed would take the event loop a second to write

@@ -8,10 +8,10 @@ import time
 from dataclasses import dataclass
 
 from dataset.chat import EOS_ID, PAD_ID, render_chat
-from model.inference.answers import ChatAnswer, TextAnswer
 from model.inference.chatbot import STOP_IDS, Chatbot
 from model.inference.engine import SamplingParams
 from model.inference.text_stream import token_bytes
+from server.deltas import ChatAnswer, TextAnswer
 from server.errors import ApiError
 from server.grammars import Constraint, Grammars, call_grammar, json_grammar
 from server.runner import Choice, Job

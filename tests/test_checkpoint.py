@@ -310,20 +310,26 @@ def test_a_missing_path_lists_what_is_there(tiny, tmp_path):
     assert "nor does the folder" in message(checkpoint.load, tmp_path / "outt" / "pretrain_64.pth")
 
 
-def test_weights_are_found_by_stage(tiny, tmp_path):
+def test_weights_are_found_by_stage(tiny, tmp_path, capsys):
     dense, moe = tiny(), tiny(num_experts=4)
     for model in (dense, moe):
         checkpoint.save(checkpoint.checkpoint_path(tmp_path, "pretrain", model.config), model)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["pretrain_64.pth", "pretrain_64_moe.pth"]
     assert checkpoint.resume_path(tmp_path, "sft", moe.config) == tmp_path / "sft_64_moe_resume"
-    assert checkpoint.find_weights(tmp_path, "pretrain").name == "pretrain_64.pth"
+    assert checkpoint.find_weights(tmp_path, "pretrain", use_moe=False).name == "pretrain_64.pth"
     assert checkpoint.find_weights(tmp_path, "pretrain", 64, use_moe=True).name == "pretrain_64_moe.pth"
     path = str(tmp_path / "pretrain_64_moe.pth")
     assert checkpoint.find_weights("elsewhere", path) == Path(path)
     assert "there are pretrain_64.pth" in message(checkpoint.find_weights, tmp_path, "pretrain", 512)
     assert "does not exist" in message(checkpoint.find_weights, tmp_path, str(tmp_path / "a.pth"))
     shutil.copy(tmp_path / "pretrain_64.pth", tmp_path / "pretrain_512.pth")
-    assert "pretrain_512.pth, pretrain_64.pth" in message(checkpoint.find_weights, tmp_path, "pretrain")
+    os.utime(tmp_path / "pretrain_64.pth", (0, 0))
+    os.utime(tmp_path / "pretrain_512.pth", (1, 1))
+    capsys.readouterr()
+    assert checkpoint.find_weights(tmp_path, ("rlhf", "pretrain"), use_moe=False).name == "pretrain_512.pth"
+    (note,) = capsys.readouterr().err.splitlines()
+    assert all(name in note for name in ("pretrain_512.pth", "pretrain_64.pth")) and "_moe" not in note
+    assert checkpoint.find_weights(tmp_path, "pretrain").name == "pretrain_64_moe.pth"
     assert checkpoint.find_weights(tmp_path, "pretrain", 512).name == "pretrain_512.pth"
 
 

@@ -170,6 +170,20 @@ def test_of_several_sizes_the_newest_is_taken_and_said(tmp_path, run):
     assert run("--out_dir", tmp_path, "--ask", "x", "--hidden_size", 16, *GREEDY).err == ""
 
 
+def test_one_model_by_many_names(weights, run):
+    """A path, a stage, a folder: what is given is one model, and so is the answer."""
+    options = ["--ask", "hello", "--seed", 5, "--max_new_tokens", 12, "--dtype", "fp32"]
+    expected = run("--out_dir", weights, *options)
+    assert expected.code == 0 and len(expected.out) > 5
+    for name in (
+        ["--model", weights / "full_sft_32.pth"], ["--model", weights / "hf"],
+        ["--weight", weights / "full_sft_32.pth"],
+        ["--weight", "full_sft", "--out_dir", weights], ["--out_dir", weights, "--hidden_size", 32, "--use_moe", 0],
+        ["--load", 0, "--model_mode", 1, "--out_dir", weights], ["--load", 1, "--model_path", weights / "hf"],
+    ):  # fmt: skip
+        assert run(*name, *options) == expected, name
+
+
 # ------------------------------------------------------------------------------------------------ conversation
 
 
@@ -374,17 +388,19 @@ def test_weights_that_cannot_be_had(weights, tmp_path, monkeypatch):
     (tmp_path / "full_sft_32.pth").touch()
     cases = [
         (["--out_dir", tmp_path], "is empty"),
-        (["--out_dir", weights, "--model_mode", 2], "no RLHF weights"),
-        (["--out_dir", weights, "--hidden_size", 33], "no SFT weights of this size"),
-        (["--out_dir", weights, "--use_moe", "True"], "no SFT weights of this size or kind"),
-        (["--weight", tmp_path / "none.pth"], "does not exist"),
+        (["--out_dir", weights, "--model_mode", 2], "train_dpo.py"),
+        (["--out_dir", weights, "--hidden_size", 33], "full_sft_33"),
+        (["--out_dir", weights, "--use_moe", "True"], "full_sft_SIZE_moe.pth"),
+        (["--weight", tmp_path / "none.pth"], "none.pth"),
+        (["--weight", "none", "--out_dir", weights], "none_"),
+        (["--model", tmp_path / "none.pth"], "none.pth"),
         (["--out_dir", weights, "--lora_name", "nope"], "nope_32.pth"),
         (["--load", 1, "--model_path", tmp_path], "config.json"),
         (["--load", 1, "--model_path", tmp_path / "none"], "does not exist"),
     ]
     for args, text in cases:
         with pytest.raises(checkpoint.CheckpointError) as caught:
-            chatbot.load_chatbot(parsed(monkeypatch, *args), torch.device("cpu"), None)
+            eval_model.load(parsed(monkeypatch, *args, "--device", "cpu"))
         assert text in str(caught.value) and "\n" not in str(caught.value)
     with pytest.raises(DataError, match="empty"):
         (tmp_path / "empty.jsonl").touch()
@@ -393,7 +409,8 @@ def test_weights_that_cannot_be_had(weights, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     "args",
-    [["--load", "1"], ["--model_path", "x"], ["--history_cnt", "3"], ["--temperature", "-1"], ["--top_p", "0"],
+    [["--load", "1"], ["--model_path", "x"], ["--model", "x", "--weight", "y"], ["--model", "x", "--hidden_size", "64"],
+     ["--history_cnt", "3"], ["--temperature", "-1"], ["--top_p", "0"],
      ["--ask", " "], ["--model_mode", "9"], ["--max_seq_len", "0"], ["--max_new_tokens", "0"], ["--show_wrong", "1"],
      ["--stream", "maybe"], ["--thinking", "2"], ["--tools", "1", "--score", "FILE"],
      ["--tools", "1", "--model_mode", "0"], ["--thinking", "0", "--model_mode", "0"]],

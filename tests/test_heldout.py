@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from spelled import message_of
 
 from dataset.jsonl import DataError
 from evaluation.scoreboard import Question, read_heldout
@@ -18,7 +19,7 @@ from model.inference.tools import SCHEMAS
     ],
 )  # fmt: skip
 def test_what_counts_as_right(answer, right, exact):
-    assert Question(1, "capital", [], ["London", "Paris."], [], exact).is_right(answer) is right
+    assert Question(1, "capital", [], ["London", "Paris."], [], exact).is_right(message_of(answer)) is right
 
 
 CALL = {"name": "calculator", "arguments": {"expression": "1 + 1"}}
@@ -45,7 +46,7 @@ def block(call) -> str:
     ],
 )
 def test_which_call_is_right(answer, right):
-    assert Question(1, "tools", [], [], [], False, CALL).is_right(answer) is right
+    assert Question(1, "tools", [], [], [], False, CALL).is_right(message_of(answer)) is right
 
 
 def test_arguments_are_compared_as_json_values():
@@ -53,9 +54,9 @@ def test_arguments_are_compared_as_json_values():
     question = Question(1, "tools", [], [], [], False, call)
     cases = {"3.0": True, "3": True, "4": False, '"3"': False, "true": False}
     for value, right in cases.items():
-        assert question.is_right(block(call).replace("3", value)) is right
-    assert not question.is_right(block(call).replace("true", "1"))
-    assert not question.is_right(block(call).replace("null", "0"))
+        assert question.is_right(message_of(block(call).replace("3", value))) is right
+    assert not question.is_right(message_of(block(call).replace("true", "1")))
+    assert not question.is_right(message_of(block(call).replace("null", "0")))
 
 
 def asks(*after: dict, **expected) -> str:
@@ -71,7 +72,7 @@ def test_questions_with_tools_are_read(tmp_path):
     (tmp_path / "heldout.jsonl").write_text("\n".join(rows), encoding="utf-8")
     first, second = read_heldout(tmp_path / "heldout.jsonl")
     assert first.call == CALL and json.loads(first.expected) == CALL
-    assert second.is_right("2.") and second.messages[2]["content"] is None
+    assert second.is_right(message_of("2.")) and second.messages[2]["content"] is None
 
 
 @pytest.mark.parametrize(

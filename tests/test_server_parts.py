@@ -1,6 +1,9 @@
 """Requests, answers and grammars of the server, without HTTP: `pytest tests/test_server_parts.py`."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,8 +17,8 @@ from dataset.chat import (
     load_tokenizer,
     render_chat,
 )
-from model.inference.answers import ChatAnswer
 from model.inference.tools import SCHEMAS
+from server.deltas import ChatAnswer
 from server.errors import ApiError
 from server.grammars import Grammars, call_grammar, json_grammar
 from server.schemas import ChatRequest, CompletionRequest, read_body
@@ -165,3 +168,13 @@ def test_every_field_of_a_wrong_type_is_named(field):
             assert (error.param or "").startswith(field) or error.param == "stream_options", (value, error.body())
             refused += 1
     assert refused >= (1 if kind.model_fields[field].annotation is Any else 4)
+
+
+@pytest.mark.parametrize("script", ["serve_openai_api", "eval_model"])
+def test_scripts_that_answer_load_nothing_of_training(script):
+    """Neither the trainer nor the starter corpus with its tables."""
+    program = f"import sys, {script}; print(*sys.modules)"
+    root = Path(__file__).resolve().parent.parent
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=root, check=True)
+    loaded = [name for name in done.stdout.split() if name.startswith(("trainer", "train_", "dataset.starter"))]
+    assert loaded == [] and "model.inference.chatbot" in done.stdout.split()

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from spelled import pieces_of
 
 import cli
 import eval_model
@@ -42,10 +43,10 @@ class Actor:
         self.prompts.append(copy.deepcopy(prompt))
         answer = self.answers.pop(0)
         if answer is KeyboardInterrupt:
-            yield self.answers.pop(0)
+            yield from pieces_of(self.answers.pop(0))
             raise KeyboardInterrupt
         self.tokens += 1
-        yield answer
+        yield from pieces_of(answer)
 
 
 def with_args(**changes):
@@ -143,17 +144,17 @@ def test_a_result_that_does_not_fit_is_said(capsys):
 
 
 @pytest.mark.parametrize(
-    ("pieces", "shown"),
+    ("answer", "shown"),
     [
-        (["<think>\n", "hm", "\n</think>", "\n\n", "Yes"], "<think>\nhm\n</think>\n\nYes"),  # as it is trained
-        (["<think>", "hm", "</think>", "Yes"], "<think>\nhm\n</think>\nYes"),
-        (["Well <tool_call>{}</tool_call><tool_call>{}"], "Well \n<tool_call>\n{}\n</tool_call>\n<tool_call>\n{}"),
-        (["a", "", "b\n", "c"], "ab\nc"),
+        ("<think>\nhm\n</think>\n\nYes", "<think>\nhm\n</think>\n\nYes"),  # as it is trained
+        ("<think>hm</think>Yes", "<think>\nhm\n</think>\nYes"),
+        ("Well <tool_call>{}</tool_call><tool_call>{}", "Well \n<tool_call>\n{}\n</tool_call>\n<tool_call>\n{}"),
+        ("ab\nc", "ab\nc"),
     ],
 )
-def test_tags_stand_on_lines_of_their_own(pieces, shown, capsys):
+def test_tags_stand_on_lines_of_their_own(answer, shown, capsys):
     screen = eval_model.Screen()
-    for piece in pieces:
+    for piece in pieces_of(answer):
         screen.show(piece)
     screen.close()
     assert capsys.readouterr().out == shown
@@ -162,7 +163,8 @@ def test_tags_stand_on_lines_of_their_own(pieces, shown, capsys):
 def test_on_a_terminal_only_what_is_between_tags_is_dim(capsys, monkeypatch):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     screen = eval_model.Screen()
-    screen.show("a\n<think>\nb\n</think>\nc\n<tool_call>\ncut off")
+    for piece in pieces_of("a\n<think>\nb\n</think>\nc\n<tool_call>\ncut off"):
+        screen.show(piece)
     screen.close()
     shown = capsys.readouterr().out
     assert shown == "a\n\033[2m<think>\nb\n</think>\033[0m\nc\n\033[2m<tool_call>\ncut off\033[0m"

@@ -4,13 +4,12 @@ import ast
 import json
 import operator
 import random
+import re
 from fractions import Fraction
 
 import pytest
 
-from dataset.chat import load_tokenizer, render_chat
-from model.inference.text_stream import token_bytes
-from model.inference.tools import SCHEMAS, TOOLS, UNITS, parse_calls, run_tool
+from model.inference.tools import SCHEMAS, TOOLS, UNITS, parse_call, run_tool
 
 
 def calculated(expression):
@@ -193,24 +192,9 @@ def test_schemas_are_openai_schemas_of_all_tools():
 CALL = {"name": "calculator", "arguments": {"expression": "1 + 1"}}
 
 
-def block(text):
-    return f"<tool_call>\n{text}\n</tool_call>"
-
-
-GOOD = block(json.dumps(CALL))
-
-
-@pytest.mark.parametrize(
-    ("text", "content", "calls"),
-    [
-        ("", "", []), (" Hello. ", "Hello.", []), (GOOD, "", [CALL]), (f"Let me see.\n{GOOD}", "Let me see.", [CALL]),
-        (f"{GOOD}\n{GOOD}", "", [CALL, CALL]), (f"<tool_call>{json.dumps(CALL)}</tool_call> x", "x", [CALL]),
-        ("a </tool_call> b", "a </tool_call> b", []), ("{}", "{}", []),
-        (block('{"name": "clock"}'), "", [{"name": "clock", "arguments": {}}]),
-    ],
-)  # fmt: skip
-def test_parse_calls(text, content, calls):
-    assert parse_calls(text) == (content, calls, [])
+def test_a_call_is_an_object_with_a_name():
+    assert parse_call(json.dumps(CALL)) == CALL
+    assert parse_call('\n{"name": "clock"}\n') == {"name": "clock", "arguments": {}}
 
 
 @pytest.mark.parametrize(
@@ -227,21 +211,5 @@ def test_parse_calls(text, content, calls):
     ],
 )  # fmt: skip
 def test_malformed_calls_are_reported(inside, fault):
-    content, calls, faults = parse_calls(f"a {block(inside)} b {GOOD}")
-    assert calls == [CALL] and content.split() == ["a", "b"]
-    assert len(faults) == 1 and fault in faults[0] and faults[0].startswith("malformed tool call: ")
-
-
-def test_a_call_without_an_end_is_no_call():
-    assert parse_calls(f"a <tool_call>\n{json.dumps(CALL)}\n") == ("a", [], ["malformed tool call: it has no end"])
-
-
-def test_what_is_trained_is_what_is_read():
-    """Token ids of an assistant message -> text, as the decoder gives it -> the same calls."""
-    tokenizer = load_tokenizer()
-    calls = [CALL, {"name": "convert", "arguments": {"value": 2.5, "unit": "千米\n\"'", "to": "é😀"}}]
-    message = {"role": "assistant", "content": "Let me see.", "tool_calls": calls}
-    ids, mask = render_chat(tokenizer, [{"role": "user", "content": "?"}, message])
-    answer = [i for i, learnt in zip(ids, mask, strict=True) if learnt][:-1]  # all but <|im_end|>
-    text = b"".join(token_bytes(tokenizer.id_to_token(i)) for i in answer).decode()
-    assert parse_calls(text) == ("Let me see.", calls, [])
+    with pytest.raises((ValueError, RecursionError), match=re.escape(fault)):
+        parse_call(f"\n{inside}\n")

@@ -1,103 +1,143 @@
-"""Token ids of an answer -> what a client is shown: reasoning, content and tool calls, piece by piece.
+"""The one parser of answers: token ids -> thinking, content and tool calls, for chat, server, teacher and evaluation.
 
-answer = ChatAnswer(tokenizer, stop=["END"], thinking=False, tools=True)
-for token in tokens: deltas = answer.push(token)     # [{"content": "Hel"}], [{"reasoning_content": ...}], [], ...
-deltas = answer.close()
+parser = AnswerParser(partial(TextStream, tokenizer), MARKER_NAMES, thinking=False)
+builder = MessageBuilder()
+for token in tokens:
+    for piece in parser.push(token): deltas = builder.add(piece)     # a piece is raw text, or a marker
+for piece in parser.close(): builder.add(piece)
+message = builder.close()
 
 Markers are recognised by their token ids. A model that spells out "<think>" in ordinary tokens has written text.
 """
 
-import json
-import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
 
-from tokenizers import Tokenizer
-
-from dataset.chat import END_THINK_ID, END_TOOL_CALL_ID, MARKER_IDS, THINK_ID, TOOL_CALL_ID
-from model.inference.text_stream import TextStream
+from dataset.chat import END_THINK, END_TOOL_CALL, MARKER_IDS, THINK, TOOL_CALL
 from model.inference.tools import parse_call
 
-REASONING, CONTENT, CALL = "reasoning_content", "content", "tool_calls"
-MARKERS = frozenset(MARKER_IDS.values())
+REASONING, CONTENT, CALL = "reasoning_content", "content", "tool_calls"  # sections, named as in a message
+SECTION_AFTER = {THINK: REASONING, END_THINK: CONTENT, TOOL_CALL: CALL, END_TOOL_CALL: CONTENT}
+MARKER_NAMES = {token: marker for marker, token in MARKER_IDS.items()}  # of our tokenizer
 
 
-class TextAnswer:
-    """The continuation of a text, in which markers are text like any other."""
+class Piece(NamedTuple):
+    """Raw text of a section; or, with text "", the marker that this section begins after."""
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()):
-        self.stream = TextStream(tokenizer, stop)
+    section: str
+    text: str
+    marker: str = ""
+
+
+class TextDecoder(Protocol):
+    """Tokens of one section -> text; `stopped`: a stop string ended it. TextStream is one."""
+
+    stopped: bool
+
+    def push(self, token: int) -> str: ...
+    def close(self, cut: bool = False) -> str: ...
+
+
+class AnswerParser:
+    """An assistant's turn, token by token, as pieces.
+
+    new_text(stop): a TextDecoder for the next section. markers: which token ids are markers; those that no section
+    begins after are left out. thinking: the prompt ends inside of a thinking block. calls: with False the markers of
+    calls are left out and what stands between them is content. Stop strings are looked for in the content alone.
+    """
+
+    def __init__(
+        self,
+        new_text: Callable[[Sequence[str]], TextDecoder],
+        markers: dict[int, str],
+        *,
+        thinking: bool = False,
+        calls: bool = True,
+        stop: Sequence[str] = (),
+    ):
+        self.new_text, self.markers, self.stop = new_text, markers, stop
+        self.sections = {m: s for m, s in SECTION_AFTER.items() if calls or m not in (TOOL_CALL, END_TOOL_CALL)}
+        self._open(REASONING if thinking else CONTENT)
+
+    def _open(self, section: str) -> None:
+        self.section = section
+        self.text = self.new_text(self.stop if section == CONTENT else ())
 
     @property
     def stopped(self) -> bool:
-        return self.stream.stopped
+        return self.text.stopped
 
-    def shows(self, token: int) -> bool:
-        return True
+    def push(self, token: int) -> list[Piece]:
+        marker = self.markers.get(token)
+        if marker is None:
+            return self._pieces(self.text.push(token))
+        section = self.sections.get(marker)
+        if section is None or marker == END_TOOL_CALL and self.section == CONTENT:
+            return []
+        if self.section == REASONING and marker in (TOOL_CALL, END_TOOL_CALL):
+            section = REASONING  # a call that is thought about, not made
+        before = self._pieces(self.text.close())
+        self._open(section)
+        return [*before, Piece(section, "", marker)]
 
-    def push(self, token: int) -> list[dict]:
-        text = self.stream.push(token)
-        return [{"text": text}] if text else []
+    def close(self, cut: bool = False) -> list[Piece]:
+        """The end of the answer. `cut`: it was cut off, so half a character at its end is dropped."""
+        return self._pieces(self.text.close(cut))
 
-    def close(self, cut: bool = False) -> list[dict]:
-        text = self.stream.close(cut)
-        return [{"text": text}] if text else []
+    def parse(self, tokens: Iterable[int], cut: bool = False) -> list[Piece]:
+        """A whole answer at once."""
+        return [*(piece for token in tokens for piece in self.push(token)), *self.close(cut)]
+
+    def _pieces(self, text: str) -> list[Piece]:
+        return [Piece(self.section, text)] if text else []
 
 
-class ChatAnswer:
-    """An assistant's turn. Stop strings end its content; they are not looked for in reasoning and calls.
+@dataclass
+class AssistantMessage:
+    """What a model has said in one turn."""
 
-    thinking: the prompt ends inside of a thinking block. tools: calls are expected; without, their markers are left
-    out and what stands between them is content.
-    """
+    content: str = ""  # with it, in text, what stood between the markers of a malformed call
+    reasoning_content: str = ""
+    tool_calls: list[dict] = field(default_factory=list)  # [{"name": str, "arguments": dict}]
+    faults: list[str] = field(default_factory=list)  # of malformed calls, in words
+    text: str = ""  # content and calls with their markers spelled out, as the model wrote them
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), *, thinking: bool = False, tools: bool = False):
-        self.tokenizer, self.stop, self.tools = tokenizer, stop, tools
-        self.stopped, self.calls, self.reasoning_tokens = False, 0, 0
-        self._open(REASONING if thinking else CONTENT, trim=thinking)
 
-    def _open(self, section: str, trim: bool) -> None:
-        self.section = section
-        self.stream = TextStream(self.tokenizer, self.stop if section == CONTENT else ())
-        self.trim = trim  # white space at the beginning of the section belongs to the marker before it
+class MessageBuilder:
+    """Pieces -> an AssistantMessage, and the deltas that a client puts it together from: {section: text}, without the
+    white space around the sections, and {"tool_calls": [call]} for each call in one piece."""
+
+    def __init__(self):
+        self.message = AssistantMessage()
+        self.section, self.raw = CONTENT, ""
+        self.trim = False  # white space at the beginning of the section belongs to the marker before it
         self.held = ""  # white space that may turn out to belong to the marker after it; or the text of a call
 
-    def shows(self, token: int) -> bool:
-        """Whether this token, if it comes next, is one of the content's."""
-        return self.section == CONTENT and token not in MARKERS
+    def add(self, piece: Piece) -> list[dict]:
+        if piece.section != REASONING and piece.marker != END_THINK:
+            self.raw += piece.marker + piece.text
+        deltas = []
+        if piece.marker:
+            if self.section == CALL:
+                deltas = self._call(ended=piece.marker == END_TOOL_CALL)
+            self.trim, self.held = True, ""
+        elif piece.section != self.section:  # a prompt that ends inside of a thinking block
+            self.trim = True
+        self.section = piece.section
+        return deltas + self._text(piece.text)
 
-    def push(self, token: int) -> list[dict]:
-        """What the next token adds: deltas of an assistant message."""
-        self.reasoning_tokens += self.section == REASONING
-        if token == THINK_ID:
-            return self._change(REASONING)
-        if token == END_THINK_ID:
-            return self._change(CONTENT)
-        if token == TOOL_CALL_ID and self.tools:
-            return self._change(CALL)
-        if token == END_TOOL_CALL_ID and self.section == CALL:
-            return self._change(CONTENT)
-        if token in MARKERS:
-            return []
-        deltas = self._text(self.stream.push(token))
-        self.stopped = self.stream.stopped
-        return deltas
-
-    def close(self, cut: bool = False) -> list[dict]:
-        """The end of the answer. `cut`: it was cut off, so half a character at its end is dropped."""
-        deltas = self._text(self.stream.close(cut))
+    def finish(self) -> list[dict]:
+        """The deltas that are left at the end of the answer."""
         if self.section == CALL:
-            return self._call()
-        if self.section == CONTENT and self.held:
-            deltas.append({CONTENT: self.held})
-        self.held = ""
-        return deltas
+            return self._call(ended=False)
+        held, self.held = self.held, ""
+        return self._delta(CONTENT, held) if self.section == CONTENT else []
 
-    def _change(self, section: str) -> list[dict]:
-        deltas = self._text(self.stream.close())
-        if self.section == CALL:
-            deltas = self._call()
-        self._open(section, trim=True)
-        return deltas
+    def close(self) -> AssistantMessage:
+        self.finish()
+        self.message.content, self.message.text = self.message.content.strip(), self.raw.strip()
+        return self.message
 
     def _text(self, text: str) -> list[dict]:
         if self.section == CALL:
@@ -109,16 +149,30 @@ class ChatAnswer:
         shown = text.rstrip()
         self.held = text[len(shown) :]
         self.trim = self.trim and not shown
-        return [{self.section: shown}] if shown else []
+        return self._delta(self.section, shown)
 
-    def _call(self) -> list[dict]:
-        """The call whose text is complete, in one piece; as content if it is not a call after all."""
+    def _call(self, ended: bool) -> list[dict]:
+        """The call whose text is complete; as content if it is not a call after all."""
         text, self.held = self.held, ""
         try:
+            if not ended:
+                raise ValueError("it has no end")
             call = parse_call(text)
-        except (ValueError, RecursionError):
-            return [{CONTENT: text.strip()}] if text.strip() else []
-        function = {"name": call["name"], "arguments": json.dumps(call["arguments"], ensure_ascii=False)}
-        call = {"index": self.calls, "id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": function}
-        self.calls += 1
+        except (ValueError, RecursionError) as error:
+            self.message.faults.append(f"malformed tool call: {error}")
+            return self._delta(CONTENT, text.strip())
+        self.message.tool_calls.append(call)
         return [{CALL: [call]}]
+
+    def _delta(self, section: str, text: str) -> list[dict]:
+        if not text:
+            return []
+        setattr(self.message, section, getattr(self.message, section) + text)
+        return [{section: text}]
+
+
+def to_message(pieces: Iterable[Piece]) -> AssistantMessage:
+    builder = MessageBuilder()
+    for piece in pieces:
+        builder.add(piece)
+    return builder.close()

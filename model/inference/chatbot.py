@@ -1,21 +1,21 @@
-"""A model one can talk to: finds and loads weights, turns conversations into prompts, and answers.
+"""A model one can talk to: loads weights, turns conversations into prompts, and answers.
 
-bot = load_chatbot(args, device, dtype)
-for piece in bot.stream([{"role": "user", "content": "Who are you?"}], seed=None): print(piece, end="", flush=True)
+bot = load_chatbot("out/full_sft_256.pth", device, dtype, AnswerSettings(temperature=0.7))
+pieces = bot.stream([{"role": "user", "content": "Who are you?"}], seed=None)     # of answers.py
+message = to_message(pieces)                                                      # .content, .tool_calls, ...
 """
 
-import argparse
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from cli import flag
 from dataset.chat import (
     BOS_ID,
-    END_THINK,
     EOS_ID,
     MARKER_IDS,
     PAD_ID,
@@ -29,115 +29,72 @@ from model import checkpoint
 from model.adapters import load_adapter
 from model.checkpoint import CheckpointError
 from model.device import compute_dtype
+from model.inference.answers import (
+    MARKER_NAMES,
+    REASONING,
+    SECTION_AFTER,
+    AnswerParser,
+    AssistantMessage,
+    Piece,
+    to_message,
+)
 from model.inference.cpu_step import CpuStep
 from model.inference.engine import SamplingParams, decode, generate_each
 from model.inference.quantization import quantize, quantized_kind
+from model.inference.text_stream import TextStream
 from model.model import lora_layers, merge_lora
 
-STAGES = {  # --model_mode: what it is called, its files, how to get them
-    0: ("pretrained", ("pretrain",), "run python train_pretrain.py first"),
-    1: ("SFT", ("full_sft",), "run python train_full_sft.py first"),
-    2: ("RLHF", ("rlhf", "dpo"), "run python train_dpo.py first"),
-    3: ("reasoning", ("reason",), "run python train_reason.py first"),
-}
 STOP_IDS = (PAD_ID, BOS_ID, EOS_ID)  # end of document, beginning of another turn, end of turn
 YARN_FACTOR = 4.0
+OPENED = [Piece(REASONING, "", THINK), Piece(REASONING, "\n")]  # what a prompt ends with that opens the thinking
 SCORE_TOKENS, THINKING_SCORE_TOKENS = 128, 384  # longest answer when scoring
+
+
+@dataclass
+class AnswerSettings:
+    """How a chatbot answers."""
+
+    max_seq_len: int | None = None  # tokens of prompt and answer; None: as it was trained
+    max_new_tokens: int | None = None  # None: 512, when scoring score_tokens()
+    temperature: float = 0.7
+    top_p: float = 0.9
+    thinking: bool | None = None  # True: answers begin with thinking; False: without it; None: as the model likes
 
 
 def score_tokens(thinking: bool | None) -> int:
     return THINKING_SCORE_TOKENS if thinking else SCORE_TOKENS
 
 
-def model_arguments(parser: argparse.ArgumentParser, out_dir: Path) -> None:
-    """The flags that say which model load_chatbot() loads."""
-    add = parser.add_argument_group("which model").add_argument
-    add("--load", type=int, choices=(0, 1), default=0, help="0 = raw .pth (default), 1 = Hugging Face folder")
-    add("--model_mode", type=int, choices=tuple(STAGES), default=1,
-        help="0 = pretrained, 1 = SFT (default), 2 = RLHF, 3 = reasoning")  # fmt: skip
-    add("--out_dir", default=str(out_dir), help="where the weights are")
-    add("--weight", metavar="FILE", help="this .pth instead of the one of the stage in --out_dir")
-    add("--model_path", metavar="FOLDER", help="the Hugging Face folder of --load 1")
-    add("--hidden_size", type=int, help="if weights of several sizes are in --out_dir (default: the newest)")
-    add("--use_moe", type=flag, metavar="{0,1}", help="if both kinds are in --out_dir (default: the newest)")
-    add("--quantize", choices=("int8", "int4"), help="weights of 8 or 4 bits")
-    add("--compile", type=flag, metavar="{0,1}", default=False, help="1 = a decoding step in C++ for the CPU, several "
-        "times as fast; compiled in seconds the first time (default: 0)")  # fmt: skip
-    add("--inference_rope_scaling", type=flag, metavar="{0,1}", default=False, help="1 = 4 times the context that it "
-        "was trained with, by YaRN (default: 0)")  # fmt: skip
-
-
-def load_options(args: argparse.Namespace) -> dict:
-    """How load_chatbot() is to load it."""
-    return {"quantized": args.quantize, "compiled": args.compile, "extrapolate": args.inference_rope_scaling}
-
-
-def check_model_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    if (args.load == 1) != bool(args.model_path):
-        parser.error("--load 1 and --model_path FOLDER belong together")
-    if args.max_seq_len is not None and args.max_seq_len < 16:
-        parser.error(f"--max_seq_len {args.max_seq_len}: must be at least 16")
-
-
-def find_weights(args: argparse.Namespace) -> Path:
-    """The file of the stage in out_dir; the newest, if there are several."""
-    if args.weight:
-        return Path(args.weight)
-    name, stages, remedy = STAGES[args.model_mode]
-    kind = "(_moe)?" if args.use_moe is None else "_moe" * args.use_moe
-    pattern = re.compile(rf"({'|'.join(stages)})_{args.hidden_size or '[0-9]+'}{kind}\.pth")
-    found = [path for path in Path(args.out_dir).glob("*.pth") if pattern.fullmatch(path.name)]
-    if not found:
-        which = " of this size or kind" if args.hidden_size or args.use_moe is not None else ""
-        files = " or ".join(f"{stage}_*.pth" for stage in stages)
-        raise CheckpointError(
-            f"no {name} weights{which} ({files}) in {args.out_dir}: {remedy}, or give --out_dir or --weight"
-        )
-    found.sort(key=lambda path: path.stat().st_mtime)
-    if len(found) > 1:
-        names = ", ".join(path.name for path in found)
-        print(f"note: {names}: taking the newest, {found[-1].name}; --hidden_size or --weight choose", file=sys.stderr)
-    return found[-1]
-
-
 def load_chatbot(
-    args: argparse.Namespace,
+    path: str | Path,
     device: torch.device,
     dtype: torch.dtype | None,
+    settings: AnswerSettings,
     *,
+    adapter: Path | None = None,
     quantized: str | None = None,
     compiled: bool = False,
     extrapolate: bool = False,
-):
-    """A Chatbot, or for a Hugging Face folder with another tokenizer a TransformersChatbot. dtype None: the best one.
+) -> "Chatbot | TransformersChatbot":
+    """A Chatbot, or for a Hugging Face folder with another tokenizer a TransformersChatbot.
 
-    quantized: "int8" or "int4". compiled: decode by the compiled step, if this machine can. extrapolate: YaRN, for
-    YARN_FACTOR times the context that the model was trained with.
-    Of args it needs load, model_path, weight, out_dir, model_mode, hidden_size, use_moe and lora_name (which model),
-    max_seq_len, max_new_tokens, temperature, top_p and thinking (how it answers); eval_model.py --help explains them.
+    path: what checkpoint.load() takes. dtype None: the best one. adapter: a .pth file, or FOLDER/NAME, which stands
+    for FOLDER/NAME_<hidden>[_moe].pth. quantized: "int8" or "int4". compiled: decode by the compiled step, if this
+    machine can. extrapolate: YaRN, for YARN_FACTOR times the context that the model was trained with.
     Raises CheckpointError.
     """
-    dtype = dtype or compute_dtype(device)
-    tokenizer = load_tokenizer()
-    if args.load == 1:
-        path = Path(args.model_path)
-        if path.is_dir() and (path / "config.json").exists():
-            tokenizer = load_own_tokenizer(path)
+    path, dtype, tokenizer = Path(path), dtype or compute_dtype(device), load_tokenizer()
+    if (path / "config.json").exists():
+        tokenizer = load_own_tokenizer(path)
         if tokenizer is None:
-            ours = {"lora_name": args.lora_name, "quantize": quantized, "inference_rope_scaling": extrapolate}
-            for flag in (flag for flag, given in ours.items() if given):
-                raise CheckpointError(f"--{flag}: {path} has a tokenizer of another kind: that is for our own")
+            ours = {"an adapter": adapter, "quantised weights": quantized, "YaRN": extrapolate}
+            for what in (what for what, given in ours.items() if given):
+                raise CheckpointError(f"{path} has a tokenizer of another kind: {what} is for models with ours")
             print(f"note: {path} has a tokenizer of another kind: answering through transformers", file=sys.stderr)
-            return TransformersChatbot(path, device, dtype, args)
-    else:
-        path = find_weights(args)
+            return TransformersChatbot(path, device, dtype, settings)
     model, meta = checkpoint.load(path, device)
-    if args.lora_name:
-        kind = "_moe" if model.config.is_moe else ""
-        adapter = Path(args.out_dir) / "lora" / f"{args.lora_name}_{model.config.hidden_size}{kind}.pth"
-        if not adapter.exists():
-            raise CheckpointError(f"--lora_name {args.lora_name}: there is no {adapter}; check the name and --out_dir")
-        load_adapter(adapter, model, "chosen", base=path)
+    if adapter:
+        load_adapter(adapter_file(adapter, model.config), model, "chosen", base=path)
         if compiled or quantized:
             merge_lora(model)
     if model.config.vocab_size < tokenizer.get_vocab_size():
@@ -145,19 +102,32 @@ def load_chatbot(
             f"{path} has {model.config.vocab_size} tokens, the tokenizer {tokenizer.get_vocab_size()}: "
             "they do not belong together; train again, or give a Hugging Face folder with its own tokenizer"
         )
-    if not meta and args.load == 0:
+    if not meta and not path.is_dir():
         print(f"note: {path} does not say which tokenizer it needs: taking model/tokenizer", file=sys.stderr)
     trained_len = meta.get("finished", {}).get("max_seq_len", 2048)
     if extrapolate:
-        model.config.rope_scaling = {
-            "rope_type": "yarn", "factor": YARN_FACTOR, "original_max_position_embeddings": trained_len
-        }  # fmt: skip
-        model.set_rope()
-        trained_len = int(YARN_FACTOR * trained_len)
+        trained_len = extend_context(model, trained_len)
     if compiled and device.type == "cpu" and dtype == torch.bfloat16:
         quantized = quantized or "bf16"  # the step computes in fp32 with weights that are bf16 in memory
     model = quantize(model, quantized) if quantized else model.to(dtype)
-    return Chatbot(path, model, tokenizer, trained_len, args, compiled and can_compile(model))
+    return Chatbot(path, model, tokenizer, trained_len, settings, compiled and can_compile(model))
+
+
+def adapter_file(adapter: Path, config) -> Path:
+    file = adapter
+    if adapter.suffix != ".pth":
+        file = adapter.with_name(f"{adapter.name}_{config.hidden_size}{'_moe' if config.is_moe else ''}.pth")
+    if not file.exists():
+        raise CheckpointError(f"there is no adapter {file}; check the name and the folder")
+    return file
+
+
+def extend_context(model, trained_len: int) -> int:
+    """Sets the model's YaRN; returns for how many tokens."""
+    yarn = {"rope_type": "yarn", "factor": YARN_FACTOR, "original_max_position_embeddings": trained_len}
+    model.config.rope_scaling = yarn
+    model.set_rope()
+    return int(YARN_FACTOR * trained_len)
 
 
 def can_compile(model) -> bool:
@@ -202,12 +172,11 @@ class Chatbot:
     """Prompts are texts, which are continued, or lists of messages, which are answered."""
 
     def __init__(
-        self, path: Path, model, tokenizer, trained_len: int, args: argparse.Namespace, compiled: bool = False
+        self, path: Path, model, tokenizer, trained_len: int, settings: AnswerSettings, compiled: bool = False
     ):
         self.compiled = compiled
-        self.model, self.tokenizer, self.args = model, tokenizer, args
-        self.max_len = min(args.max_seq_len or trained_len, model.config.max_position_embeddings)
-        self.opening = f"{THINK}\n" if args.thinking else ""  # of each answer; the prompt ends with it
+        self.model, self.tokenizer, self.settings = model, tokenizer, settings
+        self.max_len = min(settings.max_seq_len or trained_len, model.config.max_position_embeddings)
         self.tokens = 0  # generated so far
         weight = model.model.norm.weight
         precision = quantized_kind(model) or str(weight.dtype).removeprefix("torch.")
@@ -218,52 +187,83 @@ class Chatbot:
     def encode(self, prompt: str | list[dict]) -> list[int]:
         if isinstance(prompt, str):
             return [PAD_ID, *self.tokenizer.encode(prompt, add_special_tokens=False).ids]
-        thinking = self.args.thinking  # None: as the model likes
+        thinking = self.settings.thinking  # None: as the model likes
         return render_chat(self.tokenizer, prompt, add_generation_prompt=True, enable_thinking=thinking)[0]
 
     def overflow(self, prompt: str | list[dict]) -> int:
         """By how many tokens the prompt is too long to leave room for an answer; 0 if it fits."""
-        reserved = min(self.args.max_new_tokens or score_tokens(self.args.thinking), self.max_len // 2)
+        reserved = min(self.settings.max_new_tokens or score_tokens(self.settings.thinking), self.max_len // 2)
         return max(0, len(self.encode(prompt)) + reserved - self.max_len)
 
     def params(self, default_tokens: int, **changes) -> SamplingParams:
-        new = self.args.max_new_tokens or default_tokens
+        new = self.settings.max_new_tokens or default_tokens
         return SamplingParams(max_new_tokens=new, stop_token_ids=STOP_IDS, **changes)
 
-    def stream(self, prompt: str | list[dict], seed: int | None) -> Iterator[str]:
+    def stream(self, prompt: str | list[dict], seed: int | None) -> Iterator[Piece]:
         """The answer, piece by piece."""
-        sampling = self.params(512, temperature=self.args.temperature, top_p=self.args.top_p, seed=seed)
-        yield self.opening
+        sampling = self.params(512, temperature=self.settings.temperature, top_p=self.settings.top_p, seed=seed)
+        if isinstance(prompt, str):
+            parser, opening = AnswerParser(partial(TextStream, self.tokenizer), {}), []
+        else:
+            parser, opening = self._parser()
+        yield from opening
         options = {"max_len": self.max_len, "compiled": self.compiled}
-        for (event,) in decode(self.model, [self.encode(prompt)], sampling, self.tokenizer, **options):
+        for (event,) in decode(self.model, [self.encode(prompt)], sampling, **options):
             self.tokens += 1
-            yield event.text
+            yield from parser.push(event.token_id)
+            if event.finish_reason:
+                yield from parser.close(cut=event.finish_reason == "length")
 
-    def answer_all(self, prompts: list[list[dict]]) -> Iterator[tuple[int, str]]:
+    def _parser(self) -> tuple[AnswerParser, list[Piece]]:
+        """For an answer, and the pieces of it that the prompt ends with."""
+        thinking = bool(self.settings.thinking)
+        parser = AnswerParser(partial(TextStream, self.tokenizer), MARKER_NAMES, thinking=thinking)
+        return parser, OPENED if thinking else []
+
+    def answer_all(self, prompts: list[list[dict]]) -> Iterator[tuple[int, AssistantMessage]]:
         """(number, answer) of all prompts, greedy, as they are done."""
-        sampling = self.params(score_tokens(self.args.thinking), temperature=0)
-        return ((i, text) for i, text, _ in self._answers(prompts, [sampling] * len(prompts), 64))
+        sampling = self.params(score_tokens(self.settings.thinking), temperature=0)
+        return ((i, message) for i, message, _ in self._answers(prompts, [sampling] * len(prompts), 64))
 
     def answer_each(
         self, prompts: list[list[dict]], seeds: list[int | None], batch_size: int
-    ) -> Iterator[tuple[int, str, str]]:
+    ) -> Iterator[tuple[int, AssistantMessage, str]]:
         """(number, answer, finish reason "stop" or "length") of all prompts, sampled, as they are done."""
-        temperature, top_p = self.args.temperature, self.args.top_p
+        temperature, top_p = self.settings.temperature, self.settings.top_p
         sampling = [self.params(512, temperature=temperature, top_p=top_p, seed=seed) for seed in seeds]
         return self._answers(prompts, sampling, batch_size)
 
     def _answers(self, prompts: list[list[dict]], sampling: list[SamplingParams], batch_size: int) -> Iterator:
         ids = [self.encode(prompt) for prompt in prompts]
         options = {"batch_size": batch_size, "max_len": self.max_len, "compiled": self.compiled}
-        for i, result in generate_each(self.model, ids, sampling, self.tokenizer, **options):
+        for i, result in generate_each(self.model, ids, sampling, **options):
             self.tokens += len(result.token_ids)
-            yield i, self.opening + result.text, result.finish_reason
+            parser, opening = self._parser()
+            pieces = [*opening, *parser.parse(result.token_ids, cut=result.finish_reason == "length")]
+            yield i, to_message(pieces), result.finish_reason
+
+
+class WholeText:
+    """TextStream's place for the tokenizers of transformers: the text of a section comes when it is complete."""
+
+    stopped = False
+
+    def __init__(self, tokenizer, stop: Sequence[str] = ()):
+        self.tokenizer, self.ids = tokenizer, []
+
+    def push(self, token: int) -> str:
+        self.ids.append(token)
+        return ""
+
+    def close(self, cut: bool = False) -> str:
+        text = self.tokenizer.decode(self.ids, skip_special_tokens=True)
+        return text.rstrip("\ufffd") if cut else text
 
 
 class TransformersChatbot:
     """Any other model and tokenizer, by transformers: the same methods, slower, the answer in one piece."""
 
-    def __init__(self, path: Path, device: torch.device, dtype: torch.dtype, args: argparse.Namespace):
+    def __init__(self, path: Path, device: torch.device, dtype: torch.dtype, settings: AnswerSettings):
         try:
             from transformers import AutoModelForCausalLM, AutoTokenizer
         except ImportError:
@@ -274,8 +274,10 @@ class TransformersChatbot:
         except Exception as error:  # transformers raises nearly anything for a folder that it cannot load
             reason = (str(error).strip() or type(error).__name__).split("\n")[0]
             raise CheckpointError(f"{path}: transformers cannot load it: {reason}") from None
-        self.args, self.tokens, self.name = args, 0, str(path)
-        self.max_len = args.max_seq_len or min(2048, getattr(self.model.config, "max_position_embeddings", 2048))
+        self.settings, self.tokens, self.name = settings, 0, str(path)
+        vocabulary = self.tokenizer.get_vocab()  # other models may lack some of the markers: then they are text
+        self.markers = {vocabulary[marker]: marker for marker in SECTION_AFTER if marker in vocabulary}
+        self.max_len = settings.max_seq_len or min(2048, getattr(self.model.config, "max_position_embeddings", 2048))
         self.title = f"{path.name}: {self.model.num_parameters() / 1e6:.1f} M parameters, through transformers"
 
     def encode(self, prompt: str | list[dict]) -> list[int]:
@@ -285,7 +287,7 @@ class TransformersChatbot:
             raise CheckpointError(f"{self.name} has no chat template: use --model_mode 0 to continue texts")
         # Other templates take the tools apart from the messages, and calls in OpenAI's form.
         tools = parse_tools(prompt[0].get("tools")) if prompt[0]["role"] == "system" else []
-        options = {} if self.args.thinking is None else {"enable_thinking": self.args.thinking}
+        options = {} if self.settings.thinking is None else {"enable_thinking": self.settings.thinking}
         messages = [
             {**message, "tool_calls": [{"type": "function", "function": call} for call in calls]}
             if (calls := parse_tool_calls(message.get("tool_calls")))
@@ -298,40 +300,50 @@ class TransformersChatbot:
 
     overflow = Chatbot.overflow
 
-    def stream(self, prompt: str | list[dict], seed: int | None, greedy: bool = False) -> Iterator[str]:
+    def stream(self, prompt: str | list[dict], seed: int | None) -> Iterator[Piece]:
+        yield from self._answer(prompt, seed, 512)[0]
+
+    def answer_all(self, prompts: list[list[dict]]) -> Iterator[tuple[int, AssistantMessage]]:
+        for i, prompt in enumerate(prompts):
+            yield i, to_message(self._answer(prompt, None, score_tokens(self.settings.thinking), greedy=True)[0])
+
+    def answer_each(
+        self, prompts: list[list[dict]], seeds: list[int | None], batch_size: int
+    ) -> Iterator[tuple[int, AssistantMessage, str]]:
+        """As Chatbot's, but one after the other, whatever the batch_size."""
+        for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
+            pieces, finish_reason = self._answer(prompt, seed, 512)
+            yield i, to_message(pieces), finish_reason
+
+    def _answer(
+        self, prompt: str | list[dict], seed: int | None, default_tokens: int, greedy: bool = False
+    ) -> tuple[list[Piece], str]:
+        """The pieces of an answer, and its finish reason."""
         prompt_ids = self.encode(prompt)
-        if self.tokenizer.decode(prompt_ids[-8:]).rstrip().endswith(THINK):  # what the template opened is the answer's
-            yield f"{THINK}\n"
         ids = torch.tensor([prompt_ids], device=self.model.device)
         if seed is not None:
             torch.manual_seed(seed)
         sampling = {"do_sample": False}
-        if self.args.temperature > 0 and not greedy:
-            sampling = {"do_sample": True, "temperature": self.args.temperature, "top_p": self.args.top_p, "top_k": 0}
-        new = min(
-            self.args.max_new_tokens or (score_tokens(self.args.thinking) if greedy else 512),
-            self.max_len - ids.shape[1],
-        )
+        if self.settings.temperature > 0 and not greedy:
+            top_p, temperature = self.settings.top_p, self.settings.temperature
+            sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+        new = min(self.settings.max_new_tokens or default_tokens, self.max_len - len(prompt_ids))
         out = self.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, **sampling)
-        out = out[0, ids.shape[1] :]
-        self.tokens += len(out)
+        answer = out[0, len(prompt_ids) :].tolist()
+        self.tokens += len(answer)
         eos = self.model.generation_config.eos_token_id
-        self.finish_reason = "stop" if out[-1] in (eos if isinstance(eos, list) else [eos]) else "length"
-        yield self.tokenizer.decode(out, skip_special_tokens=True)
+        finish_reason = "stop" if answer[-1] in (eos if isinstance(eos, list) else [eos]) else "length"
+        return self.parse(prompt, prompt_ids, answer, cut=finish_reason == "length"), finish_reason
 
-    def answer_all(self, prompts: list[list[dict]]) -> Iterator[tuple[int, str]]:
-        for i, prompt in enumerate(prompts):
-            yield i, "".join(self.stream(prompt, None, greedy=True))
+    def parse(self, prompt: str | list[dict], prompt_ids: list[int], answer: list[int], cut: bool) -> list[Piece]:
+        thinking = not isinstance(prompt, str) and self._opens_thinking(prompt_ids)
+        markers = {} if isinstance(prompt, str) else self.markers
+        parser = AnswerParser(partial(WholeText, self.tokenizer), markers, thinking=thinking)
+        return [*(OPENED if thinking else []), *parser.parse(answer, cut)]
 
-    def answer_each(
-        self, prompts: list[list[dict]], seeds: list[int | None], batch_size: int
-    ) -> Iterator[tuple[int, str, str]]:
-        """As Chatbot's, but one after the other, whatever the batch_size."""
-        for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
-            text = "".join(self.stream(prompt, seed))
-            yield i, text, self.finish_reason
-
-
-def final_answer(text: str) -> str:
-    """Without the thinking before it."""
-    return (text.partition(END_THINK)[2] if text.startswith(THINK) else text).strip()
+    def _opens_thinking(self, prompt_ids: list[int]) -> bool:
+        """Whether the prompt ends with a marker of thinking: what the template opened is the answer's."""
+        at = len(prompt_ids) - 1
+        while at > 0 and not self.tokenizer.decode([prompt_ids[at]]).strip() and prompt_ids[at] not in self.markers:
+            at -= 1
+        return self.markers.get(prompt_ids[at]) == THINK

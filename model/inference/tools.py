@@ -1,4 +1,4 @@
-"""The built-in tools: what a model may call (SCHEMAS), how a call is read (parse_calls) and carried out (run_tool).
+"""The built-in tools: what a model may call (SCHEMAS), how a call is read (parse_call) and carried out (run_tool).
 
 run_tool("calculator", {"expression": "(12.5 - 3) * 4"}) -> '{"result": 38}'
 
@@ -13,7 +13,7 @@ from decimal import Context, Decimal
 from fractions import Fraction
 from typing import Any
 
-from dataset.chat import END_TOOL_CALL, SURROGATE_PATTERN, TOOL_CALL, parse_tool_calls
+from dataset.chat import SURROGATE_PATTERN, parse_tool_calls
 
 MAX_EXPRESSION = 200  # characters
 MAX_DEPTH = 20  # of parentheses and signs
@@ -190,26 +190,6 @@ def _run(name: Any, arguments: Any) -> str:
         if not isinstance(value, PYTHON_TYPES[kind]) or isinstance(value, bool):
             raise ToolError(f"{argument} is not {'an' if kind == 'integer' else 'a'} {kind}")
     return function(**arguments)
-
-
-def parse_calls(text: str) -> tuple[str, list[dict], list[str]]:
-    """An answer, as the decoder gives it -> (what stands around its calls, [{"name": str, "arguments": dict}], faults).
-
-    A call is one JSON object between the tool call markers; one that is not goes into the faults, in words.
-    """
-    content, calls, faults = [], [], []
-    while True:
-        before, marker, text = text.partition(TOOL_CALL)
-        content.append(before)
-        if not marker:
-            return "".join(content).strip(), calls, faults
-        block, end, text = text.partition(END_TOOL_CALL)
-        try:
-            if not end:
-                raise ValueError("it has no end")
-            calls.append(parse_call(block))
-        except (ValueError, RecursionError) as error:
-            faults.append(f"malformed tool call: {error}")
 
 
 def parse_call(block: str) -> dict:
