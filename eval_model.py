@@ -20,7 +20,7 @@ import cli
 from cli import ArgumentParser, UsageError, flag
 from dataset.chat import THINK, TOOL_CALL
 from dataset.jsonl import DataError
-from evaluation.scoreboard import Question, read_heldout, scoreboard
+from evaluation.scoreboard import Question, answer_questions, count_right, print_scoreboard, read_heldout
 from model.checkpoint import CheckpointError
 from model.device import DTYPES, find_device
 from model.inference.answers import AssistantMessage, Piece, to_message
@@ -302,19 +302,16 @@ def ask(bot, args: argparse.Namespace) -> None:
 
 def score(bot, questions: list[Question], args: argparse.Namespace) -> None:
     """Answers all questions; prints a table by skill, and last one line of JSON."""
-    for question in questions:
-        if bot.overflow(question.messages):
-            text = f"the question leaves no room for an answer in a context of {bot.max_len}"
-            raise DataError(f"{args.score}, line {question.line}: {text}; raise --max_seq_len")
-    begin, answers = time.perf_counter(), [AssistantMessage()] * len(questions)
-    for done, (i, message) in enumerate(bot.answer_all([question.messages for question in questions]), 1):
-        answers[i] = message
-        progress(done, len(questions), time.perf_counter() - begin)
-    seconds = time.perf_counter() - begin
+    begin = time.perf_counter()
 
-    totals = scoreboard(questions, answers, args.show_wrong)
+    def show(done: int) -> None:
+        progress(done, len(questions), time.perf_counter() - begin)
+
+    answers = answer_questions(bot, questions, args.score, show)
+    seconds = time.perf_counter() - begin
+    print_scoreboard(questions, answers, args.show_wrong)
     speed = {"seconds": round(seconds, 1), "tokens_per_second": round(bot.tokens / seconds)}
-    result = {"score": {**totals, "file": args.score, "model": bot.name, **speed}}
+    result = {"score": {**count_right(questions, answers), "file": args.score, "model": bot.name, **speed}}
     if args.scores_out:
         details = [
             {"line": question.line, "skill": question.skill, "answer": answer.text, "right": question.is_right(answer)}

@@ -18,7 +18,7 @@ from trainer.speed import cross_entropy
 
 
 def repeats(input_ids, said, n):
-    """Where `said` (B, T), put after input_ids[:, :t + 1], would end an n-gram that stands there already: (B, T) bool."""
+    """Where said[b, t], put after input_ids[b, : t + 1], would end an n-gram that stands there already: (B, T) bool."""
     B, T = input_ids.shape
     if T < n:
         return torch.zeros_like(input_ids, dtype=torch.bool)

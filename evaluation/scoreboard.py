@@ -8,6 +8,7 @@ One JSON object a line: {"skill": "sorting", "conversations": [... the last one 
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 from dataset.chat import validate_messages
 from dataset.jsonl import DataError, read_jsonl
 from model.inference.answers import AssistantMessage
+from model.inference.chatbot import Chatbot
 
 
 @dataclass
@@ -51,9 +53,24 @@ class Question:
         return " + ".join(self.must_contain) if self.must_contain else self.answers[0]
 
 
-def scoreboard(questions: list[Question], answers: list[AssistantMessage], show_wrong: int = 0) -> dict:
-    """Prints the table by skill and the first wrong answers; returns {"n", "correct", "percent"} over all questions,
-    and the same by skill under "skills"."""
+def answer_questions(
+    bot: Chatbot, questions: list[Question], file: str | Path, show: Callable[[int], None] = lambda done: None
+) -> list[AssistantMessage]:
+    """The greedy answers to all questions, which `file` holds; show(done) is called after each. DataError for a
+    question that leaves no room for an answer."""
+    for question in questions:
+        if bot.overflow(question.messages):
+            text = f"the question leaves no room for an answer in a context of {bot.max_len}"
+            raise DataError(f"{file}, line {question.line}: {text}; raise --max_seq_len")
+    answers = [AssistantMessage()] * len(questions)
+    for done, (i, message) in enumerate(bot.answer_all([question.messages for question in questions]), 1):
+        answers[i] = message
+        show(done)
+    return answers
+
+
+def count_right(questions: list[Question], answers: list[AssistantMessage]) -> dict:
+    """{"n", "correct", "percent"} over all questions, and the same by skill under "skills"."""
 
     def count(right: list[bool]) -> dict:
         return {"n": len(right), "correct": sum(right), "percent": round(100 * sum(right) / len(right), 2)}
@@ -62,16 +79,19 @@ def scoreboard(questions: list[Question], answers: list[AssistantMessage], show_
     by_skill: dict[str, list[bool]] = {}
     for question, ok in zip(questions, right, strict=True):
         by_skill.setdefault(question.skill, []).append(ok)
-    totals = count(right) | {"skills": {skill: count(oks) for skill, oks in by_skill.items()}}
+    return count(right) | {"skills": {skill: count(oks) for skill, oks in by_skill.items()}}
 
+
+def print_scoreboard(questions: list[Question], answers: list[AssistantMessage], show_wrong: int = 0) -> None:
+    """The table by skill, and the first wrong answers."""
+    totals = count_right(questions, answers)
     print(f"{'skill':<20}{'n':>6}{'correct':>9}{'percent':>9}")
     for skill, c in [*totals["skills"].items(), ("overall", totals)]:
         print(f"{skill:<20}{c['n']:>6}{c['correct']:>9}{c['percent']:>9.1f}")
-    wrong = [i for i, ok in enumerate(right) if not ok]
+    wrong = [i for i, question in enumerate(questions) if not question.is_right(answers[i])]
     for i in wrong[:show_wrong]:
         print(f"\nline {questions[i].line}, {questions[i].skill}: {questions[i].messages[-1]['content']}")
         print(f"  expected: {questions[i].expected}\n  answered: {answers[i].text}")
-    return totals
 
 
 def _same_json(a: Any, b: Any) -> bool:

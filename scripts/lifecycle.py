@@ -3,9 +3,6 @@
 bash scripts/lifecycle.sh     # or, in an environment that has requirements.txt: python scripts/lifecycle.py
 """
 
-import contextlib
-import json
-import os
 import subprocess
 import sys
 import time
@@ -15,10 +12,12 @@ from pathlib import Path
 from _path import ROOT
 
 import cli
-import eval_model
 from cli import ArgumentParser
 from dataset.starter.corpus import ensure_starter
+from evaluation.scoreboard import answer_questions, count_right, read_heldout
 from model import checkpoint
+from model.device import find_device
+from model.inference.chatbot import AnswerSettings, load_chatbot
 from trainer.report import compare_curves, read_log
 
 
@@ -34,12 +33,10 @@ class Line:
 
 
 class Life:
-    """Runs the scripts; every scoreboard is kept in out_dir/lifecycle."""
+    """Runs the scripts and asks what they made of the model."""
 
     def __init__(self, out_dir: Path):
         self.out, self.data = out_dir, ensure_starter()
-        self.scores = out_dir / "lifecycle"
-        self.scores.mkdir(exist_ok=True)
         (weights,) = out_dir.glob("full_sft_*.pth")
         self.size = weights.stem.removeprefix("full_sft_")
         self.base = self.score("heldout", "full_sft")
@@ -51,16 +48,16 @@ class Life:
         subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, check=True)
         return checkpoint.load_meta(self.out / f"{name}.pth")["seconds"] / 60
 
-    def score(self, questions: str, weights: str, *flags: str) -> dict[str, float]:
-        """Per cent right by skill, and "all"; quietly."""
-        path = self.scores / f"{questions}_{weights.replace('/', '_')}{''.join(flags)}.json"
-        file = self.data / f"{questions}.jsonl"
-        weight = ("--weight", self.out / f"{weights}_{self.size}.pth")
-        command = [*weight, "--out_dir", self.out, "--score", file, "--scores_out", path, *flags]
-        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-            eval_model.main(list(map(str, command)))  # here, as a dozen processes would take a minute to start
-        score = json.loads(path.read_text(encoding="utf-8"))["score"]
-        return {skill: counts["percent"] for skill, counts in score["skills"].items()} | {"all": score["percent"]}
+    def score(
+        self, questions: str, weights: str, *, adapter: str | None = None, **settings: bool | int
+    ) -> dict[str, float]:
+        """Per cent right by skill, and "all", of these questions; settings: of AnswerSettings."""
+        file, path = self.data / f"{questions}.jsonl", self.out / f"{weights}_{self.size}.pth"
+        adapter_path = self.out / "lora" / f"{adapter}_{self.size}.pth" if adapter else None
+        bot = load_chatbot(path, find_device(), None, AnswerSettings(**settings), adapter=adapter_path)
+        asked = read_heldout(file)
+        totals = count_right(asked, answer_questions(bot, asked, file))
+        return {skill: counts["percent"] for skill, counts in totals["skills"].items()} | {"all": totals["percent"]}
 
     def log(self, name: str) -> list[dict]:
         """The validations of a run."""
@@ -80,8 +77,8 @@ def mean_of_others(scores: dict[str, float]) -> float:
 def lora(life: Life, name: str, what: str, *flags: str) -> list[Line]:
     before = life.score(f"{name}_heldout", "full_sft")
     minutes = life.train("train_lora.py", f"lora/{name}_{life.size}", "--lora_name", name, *flags)
-    after = life.score(f"{name}_heldout", "full_sft", "--lora_name", name)
-    others = life.score("heldout", "full_sft", "--lora_name", name)
+    after = life.score(f"{name}_heldout", "full_sft", adapter=name)
+    others = life.score("heldout", "full_sft", adapter=name)
     return [
         Line(f"LoRA {name}", what, percent(before["all"]), percent(after["all"]), minutes),
         Line("", "the other skills stay", percent(mean_of_others(life.base)), percent(mean_of_others(others))),
@@ -112,13 +109,13 @@ def distill(life: Life) -> list[Line]:
 
 def reason(life: Life) -> list[Line]:
     minutes = life.train("train_reason.py", f"reason_{life.size}")
-    off = life.score("reason_heldout", "reason", "--thinking", "0")
-    on = life.score("reason_heldout", "reason", "--thinking", "1")
+    off = life.score("reason_heldout", "reason", thinking=False)
+    on = life.score("reason_heldout", "reason", thinking=True)
     return [Line("reasoning", "problems solved: thinking off, on", percent(off["all"]), percent(on["all"]), minutes)]
 
 
 def tools(life: Life) -> list[Line]:
-    before = life.score("tools_heldout", "full_sft", "--max_seq_len", "512")
+    before = life.score("tools_heldout", "full_sft", max_seq_len=512)
     data = ("--data_path", life.data / "tools.jsonl", "--val_path", life.data / "tools_val.jsonl")
     flags = ("--from_weight", "full_sft", "--save_weight", "tools", "--max_seq_len", "512", "--batch_size", "8")
     minutes = life.train("train_full_sft.py", f"tools_{life.size}", *data, *flags, "--minutes", "3.5")

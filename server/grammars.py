@@ -5,14 +5,18 @@ constraint = grammars.compile(json_grammar({"type": "object"}))   # for Sampling
 """
 
 import json
+from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
-from llguidance import LLMatcher, LLTokenizer
 from tokenizers import AddedToken, Tokenizer
 from torch import Tensor
 
 from dataset.chat import END_THINK_ID, END_TOOL_CALL_ID, EOS_ID, MARKERS, TOOL_CALL_ID
 from server.errors import ApiError
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLTokenizer
 
 # The spaces that json.dumps writes, as in the training data; a model that likes blanks could otherwise go on for ever.
 SPACING = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
@@ -22,16 +26,27 @@ class Grammars:
     """Compiles grammars for one tokenizer."""
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int):
-        copy = Tokenizer.from_str(tokenizer.to_str())
-        copy.add_special_tokens([AddedToken(marker, special=True) for marker in MARKERS])  # which no text can match
-        self.tokenizer = LLTokenizer(copy.to_str(), eos_token=EOS_ID)
-        self.vocab_size = vocab_size
+        self.tokenizer, self.vocab_size = tokenizer, vocab_size
+
+    @cached_property
+    def marked(self) -> "LLTokenizer":
+        """The tokenizer with its markers, which no text can match."""
+        from llguidance import LLTokenizer
+
+        copy = Tokenizer.from_str(self.tokenizer.to_str())
+        copy.add_special_tokens([AddedToken(marker, special=True) for marker in MARKERS])
+        return LLTokenizer(copy.to_str(), eos_token=EOS_ID)
 
     def compile(self, lark: str, param: str) -> "Constraint":
         """The constraint of a grammar, which belongs to one sequence; Constraint.copy() makes more. ApiError 400, which
-        names `param`, if a schema in it is not one that can be enforced."""
+        names `param`, if a schema in it is not one that can be enforced, or the server lacks the package for it."""
         try:
-            matcher = LLMatcher(self.tokenizer, LLMatcher.grammar_from_lark(lark), log_level=0)
+            from llguidance import LLMatcher
+        except ImportError:
+            text = f"{param}: this server cannot keep an answer to a schema; it needs pip install llguidance"
+            raise ApiError(400, text, param=param) from None
+        try:
+            matcher = LLMatcher(self.marked, LLMatcher.grammar_from_lark(lark), log_level=0)
         except ValueError as error:
             raise ApiError(400, f"{param}: {_first_line(str(error))}", param=param) from None
         if matcher.is_error():
@@ -42,7 +57,7 @@ class Grammars:
 class Constraint:
     """As model.inference.sampling.Constraint."""
 
-    def __init__(self, matcher: LLMatcher, vocab_size: int):
+    def __init__(self, matcher: "LLMatcher", vocab_size: int):
         self.matcher, self.vocab_size = matcher, vocab_size
 
     def copy(self) -> "Constraint":
