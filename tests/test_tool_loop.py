@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import next_token_loss
 from spelled import pieces_of
 
 import cli
@@ -192,7 +193,7 @@ def caller(tmp_path_factory):
     labels = ids.masked_fill(mask == 0, -100)[:, 1:]
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0)
     for _ in range(40):
-        loss = model(ids[:, :-1], labels=labels).loss
+        loss = next_token_loss(model, ids[:, :-1], labels)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
