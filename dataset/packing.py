@@ -21,16 +21,9 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from dataset.chat import Fault, render_chat
-from dataset.jsonl import (
-    DataError,
-    conversation_faults,
-    kind_of,
-    parse_line,
-    preference_faults,
-    read_lines,
-    text_fault,
-)
+from dataset.chat import render_chat
+from dataset.checks import Fault, conversation_faults, kind_of, preference_faults, text_fault
+from dataset.jsonl import DataError, parse_line, read_lines
 
 END_OF_TEXT = 0  # id of <|endoftext|>: before each document, and as padding
 CHUNK = 1 << 20  # bytes of lines that are tokenised together

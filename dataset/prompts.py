@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dataset.chat import validate_messages
+from dataset.checks import validate_messages
 from dataset.jsonl import DataError, read_jsonl
 from dataset.packing import add_reason, reasons
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dataset.chat import validate_messages
+from dataset.checks import validate_messages
 from dataset.jsonl import DataError, read_jsonl
 from model.inference.tools import parse_calls
 

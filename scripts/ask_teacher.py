@@ -23,8 +23,9 @@ import _path  # noqa: F401
 
 import cli
 from cli import ArgumentParser, UsageError
-from dataset.chat import END_THINK, THINK, Fault
-from dataset.jsonl import DataError, conversation_faults, kind_of, parse_line, read_lines
+from dataset.chat import END_THINK, THINK
+from dataset.checks import Fault, conversation_faults, kind_of
+from dataset.jsonl import DataError, parse_line, read_lines
 from dataset.prompts import key_of, read_prompts
 from model.checkpoint import CheckpointError
 from model.device import DTYPES, find_device

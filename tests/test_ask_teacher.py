@@ -15,7 +15,7 @@ import torch
 
 import cli
 from dataset.chat import EOS_ID, TOKENIZER_DIR, load_tokenizer, render_chat
-from dataset.jsonl import conversation_faults
+from dataset.checks import conversation_faults
 from dataset.lm_dataset import sft_dataset, summary
 from model import checkpoint, endpoint
 from model.endpoint import Endpoint

@@ -15,8 +15,8 @@ from dataset.chat import (
     TOKENIZER_DIR,
     load_tokenizer,
     render_chat,
-    validate_messages,
 )
+from dataset.checks import validate_messages
 
 ROOT = Path(__file__).resolve().parent.parent
 REAL_DATA = Path(

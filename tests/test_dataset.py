@@ -15,7 +15,7 @@ import torch
 
 from dataset import packing
 from dataset.chat import load_tokenizer, render_chat
-from dataset.jsonl import conversation_faults, text_fault
+from dataset.checks import conversation_faults, text_fault
 from dataset.lm_dataset import (
     DataError,
     batches,

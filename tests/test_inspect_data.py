@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from dataset.chat import load_tokenizer
-from dataset.checks import Duplicates, text_warnings
+from dataset.cleaning import Duplicates, text_warnings
 from scripts.inspect_data import Report, visible
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from dataset.chat import load_tokenizer, parse_tool_calls, render_chat, validate_messages
+from dataset.chat import load_tokenizer, parse_tool_calls, render_chat
+from dataset.checks import validate_messages
 
 ROOT = Path(__file__).resolve().parent.parent
 REAL_DATA = Path(os.environ.get("MINIMIND_REAL_DATA", ROOT.parent / "shared" / "data"))
