@@ -31,7 +31,9 @@ from cli import ArgumentParser
 from dataset.chat import PAD_ID, TOKENIZER_DIR, load_tokenizer
 from model import checkpoint
 from model.device import DTYPES, find_device, training_dtype
-from model.export.gguf import LlamaCpp, save_gguf
+from model.export.gguf import save_gguf
+from model.export.huggingface import save_hf
+from model.export.llama_cpp import LlamaCpp
 from model.inference.cpu_step import CpuStep
 from model.inference.engine import Engine, SamplingParams
 from model.inference.quantization import FORMATS, quantize, weight_bytes
@@ -146,7 +148,7 @@ def transformers_speed(model: MiniMindLM, prompts: list[list[int]], args: argpar
     from transformers import AutoModelForCausalLM
 
     with tempfile.TemporaryDirectory() as folder:
-        checkpoint.save_hf(folder, model, TOKENIZER_DIR, torch.float32)
+        save_hf(folder, model, TOKENIZER_DIR, torch.float32)
         theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     ids, times = torch.tensor(prompts), []
     for new in (8, args.new_tokens, args.new_tokens):

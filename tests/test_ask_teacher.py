@@ -19,6 +19,7 @@ from dataset.checks import conversation_faults
 from dataset.lm_dataset import sft_dataset, summary
 from model import checkpoint, endpoint
 from model.endpoint import Endpoint
+from model.export.huggingface import save_hf
 from model.inference.chatbot import STOP_IDS
 from model.inference.engine import SamplingParams, generate
 from model.inference.tools import SCHEMAS
@@ -86,7 +87,7 @@ def teacher(tiny, tmp_path):
     with torch.no_grad():
         model.model.embed_tokens.weight[EOS_ID] *= 3
     checkpoint.save(tmp_path / "full_sft_64.pth", model, {"finished": {"max_seq_len": 128}})
-    checkpoint.save_hf(tmp_path / "hf", model, TOKENIZER_DIR, torch.float32)
+    save_hf(tmp_path / "hf", model, TOKENIZER_DIR, torch.float32)
     return model
 
 

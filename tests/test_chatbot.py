@@ -8,6 +8,7 @@ import torch
 
 from dataset.chat import END_THINK_ID, EOS_ID, THINK_ID, TOKENIZER_DIR, load_tokenizer
 from model import checkpoint
+from model.export.huggingface import save_hf
 from model.inference import chatbot as chatbot_module
 from model.inference.chatbot import Chatbot, TransformersChatbot, final_answer, load_chatbot
 from model.inference.tools import SCHEMAS
@@ -38,7 +39,7 @@ def chatbot(tiny, tmp_path):
 def test_prompts_through_transformers_are_the_same(chatbot, tmp_path, messages):
     pytest.importorskip("transformers")
     ours = chatbot()
-    checkpoint.save_hf(tmp_path / "hf", ours.model, TOKENIZER_DIR, torch.float32)
+    save_hf(tmp_path / "hf", ours.model, TOKENIZER_DIR, torch.float32)
     args = argparse.Namespace(**DEFAULTS)
     theirs = TransformersChatbot(tmp_path / "hf", torch.device("cpu"), torch.float32, args)
     for thinking in (None, True, False):
@@ -50,7 +51,7 @@ def test_prompts_through_transformers_are_the_same(chatbot, tmp_path, messages):
 
 def test_templates_of_other_models_get_tools_and_calls_in_their_form(chatbot, tmp_path):
     pytest.importorskip("transformers")
-    checkpoint.save_hf(tmp_path / "hf", chatbot().model, TOKENIZER_DIR, torch.float32)
+    save_hf(tmp_path / "hf", chatbot().model, TOKENIZER_DIR, torch.float32)
     args = argparse.Namespace(**DEFAULTS)
     bot = TransformersChatbot(tmp_path / "hf", torch.device("cpu"), torch.float32, args)
     bot.tokenizer.chat_template = (
@@ -106,7 +107,7 @@ def test_answers_of_many_prompts_end_for_the_same_reason_through_transformers(ch
     ours = chatbot(temperature=0, max_new_tokens=16)
     with torch.no_grad():
         ours.model.model.embed_tokens.weight[EOS_ID] *= 3  # some answers end
-    checkpoint.save_hf(tmp_path / "hf", ours.model, TOKENIZER_DIR, torch.float32)
+    save_hf(tmp_path / "hf", ours.model, TOKENIZER_DIR, torch.float32)
     theirs = TransformersChatbot(tmp_path / "hf", torch.device("cpu"), torch.float32, ours.args)
     prompts = [[{"role": "user", "content": f"What is {n}?"}] for n in range(8)]
     expected, found = (

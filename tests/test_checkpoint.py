@@ -1,5 +1,5 @@
 """Reading and writing weights: `pytest tests/test_checkpoint.py`. The published formats are tried on the tiny models of
-MINIMIND_FIXTURES (default ../shared/fixtures), one folder with weights and expected logits per generation."""
+fixtures/minimind_weights, one folder with weights and expected logits per generation."""
 
 import json
 import os
@@ -17,11 +17,14 @@ import pytest
 import torch
 
 from model import checkpoint
+from model.adapters import adapter_path
 from model.checkpoint import CheckpointError
+from model.export.huggingface import save_hf
+from model.formats import hf_config, hf_state_dict
 from model.model import MiniMindConfig, MiniMindLM
 
 ROOT = Path(__file__).resolve().parent.parent
-FIXTURES = Path(os.environ.get("MINIMIND_FIXTURES", ROOT.parent / "shared" / "fixtures")) / "minimind_weights"
+FIXTURES = ROOT / "tests" / "fixtures" / "minimind_weights"
 TOKENIZER = ROOT / "model" / "tokenizer"
 IDS = torch.randint(320, (2, 24), generator=torch.Generator().manual_seed(1))
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
@@ -111,7 +114,6 @@ def test_a_configuration_of_another_version_is_refused(tiny, tmp_path):
 # ------------------------------------------------------------------------------------------------ published weights
 
 
-@pytest.mark.skipif(not FIXTURES.exists(), reason=f"{FIXTURES} is not there (MINIMIND_FIXTURES)")
 @pytest.mark.parametrize("with_config", [True, False])
 @pytest.mark.parametrize("name", ["v2a-dense", "v2a-moe", "v2b-dense", "v2b-moe", "v3-dense", "v3-moe"])
 def test_published_weights_give_their_own_logits(name, with_config, tmp_path):
@@ -166,7 +168,7 @@ def test_exported_folder_works_in_transformers_and_comes_back(tiny, tmp_path, na
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = tiny(vocab_size=6400, **EXPORTABLE[name])
-    checkpoint.save_hf(tmp_path / "hf", model, TOKENIZER, dtype=torch.float32)
+    save_hf(tmp_path / "hf", model, TOKENIZER, dtype=torch.float32)
     theirs, info = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     with torch.no_grad():
@@ -190,7 +192,7 @@ def test_exported_folder_works_in_transformers_and_comes_back(tiny, tmp_path, na
 def test_export_is_bf16_unless_told_otherwise(tiny, tmp_path):
     from safetensors.torch import load_file
 
-    checkpoint.save_hf(tmp_path, tiny(), TOKENIZER)
+    save_hf(tmp_path, tiny(), TOKENIZER)
     assert {w.dtype for w in load_file(tmp_path / "model.safetensors").values()} == {torch.bfloat16}
     assert not list(tmp_path.glob(".*"))
 
@@ -201,9 +203,9 @@ def test_export_is_bf16_unless_told_otherwise(tiny, tmp_path):
 )
 def test_what_has_no_counterpart_is_not_exported(tiny, tmp_path, changes, words):
     model = tiny(num_experts=4, **changes)
-    assert words in message(checkpoint.hf_config, model.config)
-    assert words in message(checkpoint.save_hf, tmp_path, model, TOKENIZER)
-    assert words in message(checkpoint.hf_state_dict, model)
+    assert words in message(hf_config, model.config)
+    assert words in message(save_hf, tmp_path, model, TOKENIZER)
+    assert words in message(hf_state_dict, model)
     assert not list(tmp_path.iterdir())
 
 
@@ -228,7 +230,7 @@ def test_what_has_no_counterpart_is_not_exported(tiny, tmp_path, changes, words)
     ],
 )
 def test_other_architectures_are_refused_in_one_sentence(tiny, tmp_path, changes, words):
-    checkpoint.save_hf(tmp_path, tiny(), TOKENIZER)
+    save_hf(tmp_path, tiny(), TOKENIZER)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | changes))
     text = message(checkpoint.load, tmp_path)
@@ -239,7 +241,7 @@ def test_an_untied_flag_with_an_equal_output_layer_is_fine(tiny, tmp_path):
     from safetensors.torch import save_file
 
     model = tiny()
-    checkpoint.save_hf(tmp_path, model, TOKENIZER)
+    save_hf(tmp_path, model, TOKENIZER)
     config = json.loads((tmp_path / "config.json").read_text()) | {"tie_word_embeddings": False}
     (tmp_path / "config.json").write_text(json.dumps(config))
     save_file(old_names(model), tmp_path / "model.safetensors")
@@ -293,7 +295,7 @@ def test_foreign_files_are_named_for_what_they_are(tiny, tmp_path):
     assert "zip archive" in message(checkpoint.load, tmp_path / "zip.pth")
     (tmp_path / "noise.pth").write_bytes(random.Random(0).randbytes(5000))
     assert "noise.pth" in message(checkpoint.load, tmp_path / "noise.pth")
-    checkpoint.save_hf(tmp_path / "hf", tiny(), TOKENIZER)
+    save_hf(tmp_path / "hf", tiny(), TOKENIZER)
     assert "give the folder" in message(checkpoint.load, tmp_path / "hf" / "model.safetensors")
     (tmp_path / "hf" / "model.safetensors").write_bytes(b"\0" * 100)
     assert "model.safetensors is not readable" in message(checkpoint.load, tmp_path / "hf")
@@ -315,7 +317,7 @@ def test_weights_are_found_by_stage(tiny, tmp_path):
     for model in (dense, moe):
         checkpoint.save(checkpoint.checkpoint_path(tmp_path, "pretrain", model.config), model)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["pretrain_64.pth", "pretrain_64_moe.pth"]
-    assert checkpoint.resume_path(tmp_path, "sft", moe.config) == tmp_path / "sft_64_moe_resume"
+    assert adapter_path(tmp_path, "x", moe.config) == tmp_path / "lora" / "x_64_moe.pth"
     assert checkpoint.find_weights(tmp_path, "pretrain").name == "pretrain_64.pth"
     assert checkpoint.find_weights(tmp_path, "pretrain", 64, use_moe=True).name == "pretrain_64_moe.pth"
     path = str(tmp_path / "pretrain_64_moe.pth")
@@ -387,6 +389,7 @@ SAVE_IN_A_LOOP = """
 import os, sys, torch
 from pathlib import Path
 from model import checkpoint
+from model.formats import hf_config, hf_state_dict
 from model.model import MiniMindConfig, MiniMindLM
 
 torch.set_num_threads(1)

@@ -17,6 +17,7 @@ import train_reason
 from dataset.chat import END_THINK_ID, EOS_ID, THINK_ID, load_tokenizer, render_chat
 from dataset.lm_dataset import reason_dataset, sft_dataset, validation_batches
 from model import checkpoint
+from model.export.huggingface import save_hf
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +112,7 @@ def test_a_teacher_with_another_vocabulary_is_refused(tiny, tmp_path):
     args = argparse.Namespace(out_dir=tmp_path, teacher=str(tmp_path / "teacher.pth"))
     with pytest.raises(checkpoint.CheckpointError, match="another vocabulary.*320.*6400"):
         train_distill.load_teacher(args, tiny(vocab_size=6400), "cpu")
-    checkpoint.save_hf(tmp_path / "folder", tiny(vocab_size=6400), "model/tokenizer")
+    save_hf(tmp_path / "folder", tiny(vocab_size=6400), "model/tokenizer")
     args.teacher = str(tmp_path / "folder")
     train_distill.load_teacher(args, tiny(vocab_size=6400), "cpu")
     path = tmp_path / "folder" / "tokenizer.json"

@@ -8,8 +8,10 @@ import torch
 from torch import nn
 
 from model import checkpoint
-from model.adapters import fingerprint, load_adapter, load_peft, save_adapter, save_peft
+from model.adapters import fingerprint, load_adapter, save_adapter
 from model.checkpoint import CheckpointError
+from model.export.huggingface import save_hf
+from model.export.peft import load_peft, save_peft
 from model.model import (
     LoRAConfig,
     LoRALinear,
@@ -100,7 +102,7 @@ def test_peft_folder_both_ways(tiny, tmp_path, kind):
 
     model = tiny(**KINDS[kind] | {"num_shared_experts": 0})
     base = copy.deepcopy(model)
-    checkpoint.save_hf(tmp_path / "base", model, TOKENIZER, torch.float32)
+    save_hf(tmp_path / "base", model, TOKENIZER, torch.float32)
     with_adapter(model, rank=4, alpha=8, dropout=0.1)
     save_peft(tmp_path / "ours", model, "a", str(tmp_path / "base"))
     theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "ours")
@@ -353,7 +355,7 @@ def test_weights_are_saved_without_adapters_or_merged(tiny, tmp_path):
     assert torch.equal(logits(checkpoint.load(tmp_path / "base.pth")[0]), base)
     merge_lora(model)
     checkpoint.save(tmp_path / "merged.pth", model)
-    checkpoint.save_hf(tmp_path / "hf", model, TOKENIZER, torch.float32)
+    save_hf(tmp_path / "hf", model, TOKENIZER, torch.float32)
     for name in ("merged.pth", "hf"):
         torch.testing.assert_close(logits(checkpoint.load(tmp_path / name)[0]), adapted, rtol=1e-4, atol=1e-4)
 
