@@ -22,7 +22,7 @@ class Fault(NamedTuple):
 def text_fault(row: dict) -> Fault | None:
     """Why a pretraining row cannot be used, or None."""
     if "text" not in row:
-        return _missing("text", row)
+        return _missing_key("text", row)
     text = row["text"]
     if not isinstance(text, str):
         return Fault("error", f'"text" is not a string: it is {json_type(text)}')
@@ -34,13 +34,13 @@ def text_fault(row: dict) -> Fault | None:
 def conversation_faults(row: dict) -> list[Fault]:
     """All faults of an SFT row; the row is used if none of them is an error."""
     if "conversations" not in row:
-        return [_missing("conversations", row)]
+        return [_missing_key("conversations", row)]
     return validate_messages(row["conversations"])
 
 
 def preference_faults(row: dict) -> list[Fault]:
     """All faults of a DPO row; the row is used if none of them is an error."""
-    if missing := [_missing(key, row) for key in ("chosen", "rejected") if key not in row]:
+    if missing := [_missing_key(key, row) for key in ("chosen", "rejected") if key not in row]:
         return missing
     chosen, rejected = row["chosen"], row["rejected"]
     faults = [Fault(level, f"chosen: {text}") for level, text in validate_messages(chosen)]
@@ -53,7 +53,7 @@ def preference_faults(row: dict) -> list[Fault]:
     return faults
 
 
-def _missing(key: str, row: dict) -> Fault:
+def _missing_key(key: str, row: dict) -> Fault:
     if other := next((other for other in row if other.strip().lower() == key), None):
         return Fault("error", f'key in the wrong case: {json.dumps(other)} instead of "{key}"')
     keys = ", ".join(json.dumps(other, ensure_ascii=False) for other in itertools.islice(row, 5))

@@ -94,7 +94,7 @@ def _packed_dataset(
                 shutil.rmtree(folder, ignore_errors=True)
                 building.mkdir()
                 try:
-                    packing.build(kind, path, tokenizer, seq_len, building, num_proc, quiet)
+                    packing.pack_file(kind, path, tokenizer, seq_len, building, num_proc, quiet)
                     os.rename(building, folder)
                 finally:
                     shutil.rmtree(building, ignore_errors=True)

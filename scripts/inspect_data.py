@@ -111,7 +111,7 @@ class Report:
         self.trained = self.continued = self.windows = 0
         self.notes: dict[str, list[int]] = {}
         self.duplicates = cleaning.Duplicates()
-        self.progress = packing.Progress(f"reading {path.name}", path.stat().st_size)
+        self.progress = packing.FileProgress(f"reading {path.name}", path.stat().st_size)
         rows = packed_tokens = 0
         for packed in self._packed():
             rows += 1
