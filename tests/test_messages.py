@@ -1,38 +1,13 @@
 """Faults of conversations, in words; tool calls of every shape: `pytest tests/test_messages.py`."""
 
 import json
-import os
 import random
-from pathlib import Path
 
 import pytest
+from samples import assistant, dumps, messy_chats, system, tool, user
 
 from dataset.chat import load_tokenizer, parse_tool_calls, render_chat
 from dataset.checks import validate_messages
-
-ROOT = Path(__file__).resolve().parent.parent
-REAL_DATA = Path(os.environ.get("MINIMIND_REAL_DATA", ROOT.parent / "shared" / "data"))
-
-
-def system(content="", **fields):
-    return {"role": "system", "content": content, **fields}
-
-
-def user(content):
-    return {"role": "user", "content": content}
-
-
-def assistant(content="", **fields):
-    return {"role": "assistant", "content": content, **fields}
-
-
-def tool(content):
-    return {"role": "tool", "content": content}
-
-
-def dumps(value):
-    return json.dumps(value, ensure_ascii=False)
-
 
 WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {}}}
 CLOCK = {"type": "function", "function": {"name": "clock", "parameters": {}}}
@@ -225,65 +200,17 @@ def test_validation_never_raises_and_what_it_passes_can_be_rendered(tokenizer):
     assert clean > 50
 
 
-MESSY_SFT = [
-    6,
-    7,
-    8,
-    10,
-    11,
-    14,
-    16,
-    17,
-    18,
-    21,
-    22,
-    25,
-    26,
-    27,
-    28,
-    29,
-    30,
-    31,
-    32,
-    33,
-    34,
-    35,
-    36,
-    37,
-    38,
-    40,
-    46,
-    47,
-    48,
-    53,
-    55,
-    57,
-    59,
-    60,
-    61,
-    62,
-    63,
-    65,
-    67,
-    69,
-    72,
-    74,
-    75,
-    76,
-]
-
-
-def test_every_conversational_fault_of_the_messy_file_is_found():
-    path = REAL_DATA / "messy_sft.jsonl"
-    if not path.exists():
-        pytest.skip(f"no {path}; set MINIMIND_REAL_DATA")
-    found = []
-    for number, line in enumerate(path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
+def test_every_conversational_fault_of_a_messy_file_is_found():
+    dirty = messy_chats()
+    planted = {line: (level, words) for line, level, words in dirty.planted}
+    for number, line in enumerate(dirty.lines, 1):
         try:
-            row = json.loads(line)
-        except ValueError:
+            messages = json.loads(line)["conversations"]
+        except (ValueError, KeyError, TypeError):
             continue
-        messages = row.get("conversations") if isinstance(row, dict) else None
-        if isinstance(messages, list) and validate_messages(messages):
-            found.append(number)
-    assert found == MESSY_SFT
+        faults = validate_messages(messages)
+        level, words = planted.get(number, (None, ""))
+        if level is None:
+            assert faults == []
+        elif words not in ("very long", "very many messages"):  # of any text: cleaning.py's
+            assert any(fault.level == level and words in fault.text for fault in faults), (words, faults)
