@@ -87,9 +87,9 @@ class DirtyFile:
             self.planted.append((self.add(line), level, words))
             self.row()
 
-    def copy(self, kind: str, change) -> None:
-        """A good row once more, changed: change(text of its line) -> line."""
-        original = self.row()
+    def copy(self, kind: str, change, line: str | None = None) -> None:
+        """A good row (or this line) once more, changed: change(line) -> line."""
+        original = self.row() if line is None else self.add(line)
         self.row()
         self.copies.setdefault(kind, {})[self.add(change(self.lines[original - 1].decode()))] = original
 
@@ -140,7 +140,8 @@ def messy_text() -> DirtyFile:
     for change in (str, str, lambda line: json.dumps(json.loads(line)).replace(": ", " :  ")):
         file.copy("exact duplicate", change)
     file.copy("same text but for", lambda line: text(f"  {json.loads(line)['text']} \n"))
-    file.copy("same text but for", lambda line: text(json.loads(line)["text"].upper()))
+    english = next(part for part in reversed(parts) if "Alice" in part)
+    file.copy("same text but for", lambda _: text(english.upper()), text(english))
     _near_copies(file, parts, text)
     return file
 
@@ -220,14 +221,12 @@ def _near_copies(file: DirtyFile, parts: list[str], text) -> None:
         [p for p in reversed(parts) if p.isascii() == ascii and len(p) > 200] for ascii in (True, False)
     )
     for original, changed in (
-        (english[0], english[0].replace(" the ", " that ", 1)),
-        (english[1], f"A sentence stands in front. {english[1]}"),
+        (english[1], english[1].replace(" the ", " that ", 1)),
+        (english[2], f"A sentence stands in front. {english[2]}"),
         (chinese[0], chinese[0].replace("的", "之", 1)),
         (chinese[1], chinese[1] + "于是大家都散了。"),
     ):
-        first = file.add(text(f"{original} 1."))
-        file.row()
-        file.copies.setdefault("near duplicate", {})[file.add(text(changed))] = first
+        file.copy("near duplicate", lambda _, changed=changed: text(changed), text(f"{original} 1."))
 
 
 def messy_chats() -> DirtyFile:
