@@ -222,12 +222,12 @@ def test_file_that_cannot_be_used_is_one_clear_error(tmp_path, tokenizer):
     empty, bad = tmp_path / "empty.jsonl", tmp_path / "bad.jsonl"
     empty.touch()
     bad.write_text('{"txt": "a"}\n{"text": ""}\n')
-    for path, words in ((tmp_path / "none.jsonl", "check the path"), (tmp_path, "not a file"), (empty, "empty")):
+    for path in (tmp_path / "none.jsonl", tmp_path, empty):
         for build in (pretrain_dataset, sft_dataset):
-            with pytest.raises(DataError, match=words) as error:
+            with pytest.raises(DataError) as error:
                 build(path, tokenizer, 64, cache_dir=tmp_path / "cache")
             assert str(path) in str(error.value) and "\n" not in str(error.value)
-    with pytest.raises(DataError, match='none of its 2 lines can be used.*no "text" key'):
+    with pytest.raises(DataError, match='bad.jsonl.*"text"'):
         pretrain_dataset(bad, tokenizer, 64, cache_dir=tmp_path / "cache")
     assert not [name for name in os.listdir(tmp_path / "cache") if not name.endswith(".lock")]
 

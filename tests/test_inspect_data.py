@@ -157,12 +157,12 @@ def test_tokens_are_printed_so_that_nothing_is_hidden(tokenizer):
 @pytest.mark.parametrize(
     ("content", "options", "code", "words"),
     [
-        (None, [], 1, "no such file"),
-        ("", [], 1, "empty"),
+        (None, [], 1, "f.jsonl"),
+        ("", [], 1, "f.jsonl"),
         ('{"a": 1}\n', [], 1, "--kind"),
-        ('{"text": "hello"}\n', ["--row", "2"], 1, "no line 2"),
-        ('{"text": "hello"}\n', ["--row", "0"], 2, "counted from 1"),
-        ('{"text": "hello"}\n', ["--tokenizer", "/nowhere"], 1, "no tokenizer"),
+        ('{"text": "hello"}\n', ["--row", "2"], 1, "2"),
+        ('{"text": "hello"}\n', ["--row", "0"], 2, "--row"),
+        ('{"text": "hello"}\n', ["--tokenizer", "/nowhere"], 1, "nowhere"),
         ('{"text": "hello"}\n', ["--colour"], 2, "--colour"),
         ('{"a": 1}\n', ["--kind", "pretrain"], 0, ""),
         ('{"chosen": {}, "rejected": {"a": 1}}\n{"chosen": 3}\n', [], 0, ""),
