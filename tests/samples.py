@@ -155,12 +155,8 @@ def _plant_broken_lines(file: DirtyFile) -> None:
     file.plant("error", "not an object", '"a string"', "42", "null", '["a list"]')
     file.plant("error", "empty line", "")
     file.plant("error", "line of blanks only", "  ")
-    surrogates = (
-        '{"text": "low \\udc00 inside"}',
-        '{"text": "at the end \\ud83d"}',
-        '{"text": "turned \\ude00\\ud83d"}',
-    )
-    file.plant("error", "lone surrogate", *surrogates)
+    for half in ("low \\udc00 inside", "at the end \\ud83d", "in the wrong order \\ude00\\ud83d"):
+        file.plant("error", "lone surrogate", f'{{"text": "{half}"}}')
     file.plant("error", "not UTF-8", b'{"text": "\xff\xfe"}')
     file.plant("error", "duplicate JSON key", '{"text": "once", "text": "twice"}')
 
@@ -217,9 +213,8 @@ def _odd_texts(spare: list[str]) -> dict[str, list[str]]:
 
 def _near_copies(file: DirtyFile, parts: list[str], text) -> None:
     """Long rows with a word changed, or a sentence more."""
-    english, chinese = (
-        [p for p in reversed(parts) if p.isascii() == ascii and len(p) > 200] for ascii in (True, False)
-    )
+    long = [part for part in reversed(parts) if len(part) > 200]
+    english, chinese = [part for part in long if "的" not in part], [part for part in long if "的" in part]
     for original, changed in (
         (english[1], english[1].replace(" the ", " that ", 1)),
         (english[2], f"A sentence stands in front. {english[2]}"),
