@@ -394,7 +394,6 @@ SAVE_IN_A_LOOP = """
 import os, sys, torch
 from pathlib import Path
 from model import checkpoint
-from model.formats import hf_config, hf_state_dict
 from model.model import MiniMindConfig, MiniMindLM
 
 torch.set_num_threads(1)
