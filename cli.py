@@ -6,6 +6,7 @@ if __name__ == "__main__": cli.run(main)
 
 import argparse
 import difflib
+import importlib
 import ipaddress
 import os
 import signal
@@ -13,11 +14,29 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple, NoReturn
 
 
 class UsageError(Exception):
     """Arguments that do not fit together; run() prints it and exits with 2."""
+
+
+class MissingPackage(Exception):
+    """A package that only some flags and formats need is not installed; run() prints it and exits with 1."""
+
+
+def need(module: str, purpose: str) -> ModuleType:
+    """The module of an optional package; MissingPackage says which `purpose` needs it and how to install it.
+
+    gguf = need("gguf", "a GGUF file")"""
+    package = module.partition(".")[0]
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        absent = (error.name or package).partition(".")[0]
+        why = "" if absent == package else f", which needs {absent}"
+        raise MissingPackage(f"{purpose} needs the package {package}{why}: pip install {absent}") from None
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -146,7 +165,7 @@ def _expected(error: Exception) -> tuple[str, int] | None:
     """(what to print, exit status) of an error that is the user's or the machine's; None: it is the program's."""
     if isinstance(error, UsageError):
         return str(error), 2
-    if isinstance(error, OSError):  # a full disk, no permission
+    if isinstance(error, OSError | MissingPackage):  # a full disk, no permission
         return str(error), 1
     # Imported here, so that --help waits for none of it.
     import torch

@@ -6,7 +6,6 @@ python train_tokenizer.py --data_path starter REAL.jsonl --weight 0.3 1 --eval_p
 
 import argparse
 import json
-import os
 import re
 import sys
 import time
@@ -15,7 +14,8 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from cli import ArgumentParser
+import cli
+from cli import ArgumentParser, UsageError
 from dataset.chat import BOS, EOS, MARKERS, PAD, SPECIAL_MARKERS, TOKENIZER_DIR, load_tokenizer
 from dataset.jsonl import DataError, parse_line, read_lines
 
@@ -26,6 +26,7 @@ SPLIT = (
 MIN_VOCAB = len(MARKERS) + 256
 HELD_OUT = 100  # one text in so many is kept out of training, to measure on
 HELD_OUT_CHARACTERS = 1_000_000
+STARTER_FILES = ("pretrain", "sft", "lora_medical", "reason", "tools")
 CHINESE = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]")
 
 # encode -> decode must give these back unchanged.
@@ -51,66 +52,44 @@ IDENTITY = {
 
 def main() -> None:
     args = parse_args()
-    try:
-        files = find_files(args.data_path, args.weight, args.sample_mb)
-        held_out = list(all_texts([(Path(args.eval_path), 1.0)], "evaluation")) if args.eval_path else []
-        tokenizer = train(training_texts(files, None if args.eval_path else held_out), args.vocab_size)
-        check_identity(tokenizer)
-        save(tokenizer, Path(args.out_dir))
-        check_identity(load_tokenizer(args.out_dir))
-        print(f"encode -> decode is the identity on {len(IDENTITY)} kinds of text", flush=True)
-    except (DataError, ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-    report(tokenizer, held_out, args)
+    files = weighted_files(args.data_path, args.weight, args.sample_mb)
+    held_out = list(stream_texts([(Path(args.eval_path), 1.0)], "evaluation")) if args.eval_path else []
+    tokenizer = train_bpe(training_texts(files, None if args.eval_path else held_out), args.vocab_size)
+    check_identity(tokenizer)
+    save_tokenizer(tokenizer, Path(args.out_dir))
+    check_identity(load_tokenizer(args.out_dir))
+    print(f"encode -> decode is the identity on {len(IDENTITY)} kinds of text", flush=True)
+    print_compression(tokenizer, held_out)
+    print(f"wrote {args.out_dir}")
 
 
 def parse_args() -> argparse.Namespace:
     parser = ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--data_path",
-        nargs="+",
-        metavar="FILE",
-        default=["starter"],
-        help="JSONL files; the word starter stands for the starter corpus",
-    )
-    parser.add_argument(
-        "--weight",
-        nargs="+",
-        type=float,
-        metavar="W",
-        help="one per --data_path: how often its rows are counted (0.5 = every second row)",
-    )
-    parser.add_argument(
-        "--eval_path",
-        metavar="FILE",
-        help=f"JSONL to measure on (default: 1 in {HELD_OUT} texts, kept out of training)",
-    )
-    parser.add_argument("--vocab_size", type=int, default=6400, help="default: %(default)s")
-    parser.add_argument(
-        "--sample_mb",
-        type=float,
-        default=32,
-        help="rows are taken evenly from the files up to this much, which bounds the memory: about "
-        "50 times as much (default: %(default)s)",
-    )
-    parser.add_argument("--out_dir", default=str(TOKENIZER_DIR), help="default: %(default)s")
+    add = parser.add_argument
+    starter = "JSONL files; the word starter stands for the starter corpus"
+    add("--data_path", nargs="+", metavar="FILE", default=["starter"], help=starter)
+    weight = "one per --data_path: how often its rows are counted (0.5 = every second row)"
+    add("--weight", nargs="+", type=float, metavar="W", help=weight)
+    held_out = f"JSONL to measure on (default: 1 in {HELD_OUT} texts, kept out of training)"
+    add("--eval_path", metavar="FILE", help=held_out)
+    add("--vocab_size", type=int, default=6400, help="default: %(default)s")
+    sample = "rows are taken evenly from the files up to this much, which bounds the memory: about 50 times as much"
+    add("--sample_mb", type=float, default=32, help=f"{sample} (default: %(default)s)")
+    add("--out_dir", default=str(TOKENIZER_DIR), help="default: %(default)s")
     args = parser.parse_args()
     if args.vocab_size < MIN_VOCAB:
-        fail(f"--vocab_size {args.vocab_size} is too small: {len(MARKERS)} markers and 256 bytes need {MIN_VOCAB}")
+        needed = f"{len(MARKERS)} markers and 256 bytes need {MIN_VOCAB}"
+        raise UsageError(f"--vocab_size {args.vocab_size} is too small: {needed}")
     if args.sample_mb <= 0:
-        fail(f"--sample_mb {args.sample_mb:g} must be more than 0")
+        raise UsageError(f"--sample_mb {args.sample_mb:g} must be more than 0")
     args.weight = args.weight or [1.0] * len(args.data_path)
     if len(args.weight) != len(args.data_path) or not all(0 < weight <= 1000 for weight in args.weight):
-        fail(f"--weight needs one number from 0 to 1000 for each of the {len(args.data_path)} --data_path entries")
+        files = len(args.data_path)
+        raise UsageError(f"--weight needs one number from 0 to 1000 for each of the {files} --data_path entries")
     return args
 
 
-def fail(message: str) -> None:
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
-
-
-def find_files(names: list[str], weights: list[float], sample_mb: float) -> list[tuple[Path, float]]:
+def weighted_files(names: list[str], weights: list[float], sample_mb: float) -> list[tuple[Path, float]]:
     """(file, how often its rows are taken); all weights shrink together when the whole is over sample_mb."""
     files = []
     for name, weight in zip(names, weights, strict=True):
@@ -118,8 +97,7 @@ def find_files(names: list[str], weights: list[float], sample_mb: float) -> list
             from dataset.starter.corpus import ensure_starter
 
             folder = ensure_starter()
-            names = ("pretrain", "sft", "lora_medical", "reason", "tools")
-            files += [(folder / f"{name}.jsonl", weight) for name in names]
+            files += [(folder / f"{stage}.jsonl", weight) for stage in STARTER_FILES]
         else:
             files.append((Path(name), weight))
     for path, _ in files:
@@ -134,7 +112,7 @@ def find_files(names: list[str], weights: list[float], sample_mb: float) -> list
 def training_texts(files: list[tuple[Path, float]], held_out: list[str] | None) -> Iterator[str]:
     """Texts to train on; where `held_out` is a list, some go into it instead."""
     characters = 0
-    for n, text in enumerate(all_texts(files, "training")):
+    for n, text in enumerate(stream_texts(files, "training")):
         if held_out is not None and n % HELD_OUT == HELD_OUT - 1 and characters < HELD_OUT_CHARACTERS:
             held_out.append(text)
             characters += len(text)
@@ -142,7 +120,7 @@ def training_texts(files: list[tuple[Path, float]], held_out: list[str] | None) 
             yield text
 
 
-def all_texts(files: list[tuple[Path, float]], purpose: str) -> Iterator[str]:
+def stream_texts(files: list[tuple[Path, float]], purpose: str) -> Iterator[str]:
     """Streams the files' texts and says how far it is, and at the end of each file how many lines were no use."""
     for path, weight in files:
         size, position, used, bad, first_bad, due = path.stat().st_size, 0, 0, 0, "", 0.0
@@ -188,7 +166,7 @@ def row_texts(row: dict) -> list[str]:
     return texts
 
 
-def train(texts: Iterator[str], vocab_size: int) -> Tokenizer:
+def train_bpe(texts: Iterator[str], vocab_size: int) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE())
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(SPLIT), "isolated"), byte_level])
@@ -213,14 +191,17 @@ def train(texts: Iterator[str], vocab_size: int) -> Tokenizer:
 
 
 def check_identity(tokenizer: Tokenizer) -> None:
+    """DataError if some kind of text does not come back unchanged."""
     for name, text in IDENTITY.items():
         ids = tokenizer.encode(text, add_special_tokens=False).ids
         if tokenizer.decode(ids, skip_special_tokens=False) != text:
-            raise ValueError(f"encode -> decode does not give back: {name}")
+            raise DataError(f"encode -> decode does not give back: {name}")
 
 
-def save(tokenizer: Tokenizer, folder: Path) -> None:
+def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     """tokenizer.json and tokenizer_config.json, each written whole or not at all."""
+    from model.checkpoint import to_json, write_bytes  # torch takes seconds to import, and --help does without
+
     template = Path(__file__).resolve().parent / "dataset" / "chat_template.jinja"
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -233,20 +214,12 @@ def save(tokenizer: Tokenizer, folder: Path) -> None:
         "model_max_length": 32768,
         "chat_template": template.read_text(encoding="utf-8"),
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, text in (
-        ("tokenizer.json", tokenizer.to_str(pretty=True)),
-        ("tokenizer_config.json", json.dumps(config, ensure_ascii=False, indent=2) + "\n"),
-    ):
-        temporary = folder / f"{name}.{os.getpid()}.tmp"
-        try:
-            temporary.write_text(text, encoding="utf-8")
-            os.replace(temporary, folder / name)
-        finally:
-            temporary.unlink(missing_ok=True)
+    write_bytes(folder / "tokenizer.json", tokenizer.to_str(pretty=True).encode())
+    write_bytes(folder / "tokenizer_config.json", to_json(config))
 
 
-def report(tokenizer: Tokenizer, held_out: list[str], args: argparse.Namespace) -> None:
+def print_compression(tokenizer: Tokenizer, held_out: list[str]) -> None:
+    """Characters and bytes per token of the held-out texts, by language."""
     rows = {"Chinese": [], "English": []}  # English stands for all that is not Chinese
     for text in held_out:
         rows["Chinese" if len(CHINESE.findall(text)) > len(text) / 5 else "English"].append(text)
@@ -257,8 +230,7 @@ def report(tokenizer: Tokenizer, held_out: list[str], args: argparse.Namespace) 
         characters, size = sum(map(len, texts)), sum(len(text.encode()) for text in texts)
         if tokens:
             print(f"{language:14}{len(texts):8}{characters / tokens:19.3f}{size / tokens:14.3f}")
-    print(f"wrote {args.out_dir}")
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

@@ -1,13 +1,12 @@
-"""Chat messages -> token ids and loss mask, in ChatML; and the faults of a conversation, in words.
+"""Chat messages -> token ids and loss mask, in ChatML.
 
 Used by the datasets, the generation and the server: `ids, loss_mask = render_chat(load_tokenizer(), messages)`.
 chat_template.jinja is the same rendering for other engines; tests/test_chat.py holds the two together.
 """
 
 import json
-import re
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from tokenizers import Tokenizer
 
@@ -95,7 +94,7 @@ def render_chat(
     as ids, data as text, so literal markers in a message stay text. `tools` (OpenAI schemas, a list or a JSON string)
     goes before the system message's own "tools". With `thinking_off` a last answer without reasoning is written as one
     with thinking switched off: after the empty thinking block that `enable_thinking=False` puts into the prompt.
-    Raises ValueError for what cannot be rendered (see validate_messages).
+    Raises ValueError for what cannot be rendered (see checks.validate_messages).
     """
     out = _Writer(tokenizer)
     has_system = bool(messages) and messages[0]["role"] == "system"
@@ -178,7 +177,7 @@ def _assistant_turn(out: _Writer, message: dict, thinking_off: bool) -> None:
 def _content(message: dict) -> str:
     content = message.get("content")
     if content is not None and not isinstance(content, str):
-        raise ValueError(f"content is {_kind(content)}, not a string")
+        raise ValueError(f"content is {json_type(content)}, not a string")
     return content or ""
 
 
@@ -192,14 +191,14 @@ def _without_blank_lines(text: str) -> str:
 
 def parse_tools(tools: Any) -> list[dict]:
     """The schemas in "tools", a list or a JSON string; [] for None or empty. ValueError says what is wrong."""
-    tools = _from_json(tools, "tools")
+    tools = from_json(tools, "tools")
     if tools is None:
         return []
     if not isinstance(tools, list):
-        raise ValueError(f"tools is {_kind(tools)}, not a list of function schemas")
+        raise ValueError(f"tools is {json_type(tools)}, not a list of function schemas")
     for n, tool in enumerate(tools, 1):
         if not isinstance(tool, dict):
-            raise ValueError(f"tools: entry {n} is {_kind(tool)}, not an object")
+            raise ValueError(f"tools: entry {n} is {json_type(tool)}, not an object")
     return tools
 
 
@@ -210,27 +209,28 @@ def parse_tool_calls(tool_calls: Any) -> list[dict]:
     Accepts a list, a JSON string or one object; entries {"name", "arguments"} or OpenAI's {"function": {...}}, whose
     arguments are a JSON string.
     """
-    tool_calls = _from_json(tool_calls, "tool_calls")
+    tool_calls = from_json(tool_calls, "tool_calls")
     if tool_calls is None:
         return []
     entries = [tool_calls] if isinstance(tool_calls, dict) else tool_calls
     if not isinstance(entries, list):
-        raise ValueError(f"tool_calls is {_kind(entries)}, not a list of calls")
+        raise ValueError(f"tool_calls is {json_type(entries)}, not a list of calls")
     calls = []
     for n, entry in enumerate(entries, 1):
         call = (entry.get("function") or entry) if isinstance(entry, dict) else entry
         if not isinstance(call, dict):
-            raise ValueError(f"tool_calls: call {n} is {_kind(call)}, not an object")
+            raise ValueError(f"tool_calls: call {n} is {json_type(call)}, not an object")
         if not isinstance(call.get("name"), str) or not call["name"]:
             raise ValueError(f'tool_calls: call {n} has no "name"')
-        arguments = _from_json(call.get("arguments"), f"tool_calls: arguments of call {n}")
+        arguments = from_json(call.get("arguments"), f"tool_calls: arguments of call {n}")
         if arguments is not None and not isinstance(arguments, dict):
-            raise ValueError(f"tool_calls: arguments of call {n} are {_kind(arguments)}, not an object")
+            raise ValueError(f"tool_calls: arguments of call {n} are {json_type(arguments)}, not an object")
         calls.append({"name": call["name"], "arguments": arguments or {}})
     return calls
 
 
-def _from_json(value: Any, field: str) -> Any:
+def from_json(value: Any, field: str) -> Any:
+    """`value`, decoded if it is a JSON string; None for a blank one. ValueError names the field."""
     if not isinstance(value, str):
         return value
     if not value.strip():
@@ -241,191 +241,7 @@ def _from_json(value: Any, field: str) -> Any:
         raise ValueError(f"{field}: not valid JSON ({error})") from None
 
 
-def _kind(value: Any) -> str:
+def json_type(value: Any) -> str:
+    """What JSON calls a value, with its article: "a string", "an object", "null"."""
     names = {type(None): "null", bool: "a boolean", int: "a number", float: "a number", str: "a string", list: "a list"}
     return names.get(type(value), "an object")
-
-
-class Fault(NamedTuple):
-    level: str  # "error": the conversation cannot be trained on; "warning": kept as it is
-    text: str  # names the message (counted from 1) and the field
-
-
-ROLE_HINTS = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant", "function": "tool"}
-MARKER_PATTERN = re.compile("|".join(re.escape(marker) for marker in MARKERS))
-CONTROL_PATTERN = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
-SURROGATE_PATTERN = re.compile(r"[\ud800-\udfff]")
-
-
-def validate_messages(messages: Any, tools: list[dict] | str | None = None) -> list[Fault]:
-    """Everything doubtful about a conversation, in words; [] if it is clean. Never raises.
-
-    A conversation without an "error" can be rendered by render_chat and holds at least one answer to learn.
-    """
-    if not isinstance(messages, list):
-        return [Fault("error", f"conversation is {_kind(messages)}, not a list of messages")]
-    if not messages:
-        return [Fault("error", "conversation is empty")]
-    faults = _tools_faults(tools, "tools")
-    for n, message in enumerate(messages, 1):
-        where = f"message {n}"
-        if not isinstance(message, dict):
-            faults.append(Fault("error", f"{where}: is {_kind(message)}, not an object"))
-            continue
-        faults += _role_faults(message, where)
-        faults += _text_faults(message, where)
-        if message.get("role") == "system":
-            faults += _tools_faults(message.get("tools"), f"{where}: tools")
-        elif message.get("role") == "assistant":
-            faults += _answer_faults(message, where)
-    if all(isinstance(message, dict) for message in messages):
-        faults += _order_faults(messages)
-        faults += _call_faults(messages, tools)
-    return faults
-
-
-def _role_faults(message: dict, where: str) -> list[Fault]:
-    role = message.get("role")
-    if role is None:
-        hint = "; looks like ShareGPT: rename from/value to role/content" if "from" in message else ""
-        return [Fault("error", f"{where}: role is missing or null{hint}")]
-    if not isinstance(role, str):
-        return [Fault("error", f"{where}: role is {_kind(role)}, not a string")]
-    if role not in ROLES:
-        meant = role.strip().lower()
-        meant = ROLE_HINTS.get(meant, meant)
-        hint = f', did you mean "{meant}"?' if meant in ROLES else "; known are " + ", ".join(ROLES)
-        return [Fault("error", f"{where}: unknown role {json.dumps(role)}{hint}")]
-    return []
-
-
-def _text_faults(message: dict, where: str) -> list[Fault]:
-    faults = []
-    content = message.get("content")
-    role = message.get("role")
-    may_be_null = (role == "assistant" and message.get("tool_calls")) or (role == "system" and message.get("tools"))
-    if content is None and not may_be_null:
-        faults.append(Fault("error", f"{where}: content is missing or null"))
-    elif isinstance(content, str) and not content.strip() and role == "user":
-        faults.append(Fault("warning", f"{where}: content is blank"))
-    for field in ("content", "reasoning_content", "tools", "tool_calls"):
-        value = message.get(field)
-        if not isinstance(value, str):
-            if value is not None and field in ("content", "reasoning_content"):
-                faults.append(Fault("error", f"{where}: {field} is {_kind(value)}, not a string"))
-            value = json.dumps(value, ensure_ascii=False, default=str) if isinstance(value, (list, dict)) else ""
-        else:
-            value += _decoded(value) if field in ("tools", "tool_calls") else ""
-        if SURROGATE_PATTERN.search(value):
-            faults.append(Fault("error", f"{where}: {field} has a lone surrogate, which is not a Unicode character"))
-        if field in ("content", "reasoning_content") and CONTROL_PATTERN.search(value):
-            faults.append(Fault("warning", f"{where}: {field} has control characters"))
-        if found := sorted(set(MARKER_PATTERN.findall(value))):
-            faults.append(Fault("warning", f"{where}: {field} has literal {', '.join(found)}; kept as plain text"))
-    return faults
-
-
-def _decoded(text: str) -> str:
-    """What a JSON string says once its escapes are decoded: a surrogate may hide in them."""
-    try:
-        return json.dumps(json.loads(text), ensure_ascii=False)
-    except (ValueError, RecursionError):
-        return ""
-
-
-def _tools_faults(tools: Any, where: str) -> list[Fault]:
-    try:
-        schemas = parse_tools(tools)
-    except ValueError as error:
-        return [Fault("error", f"{where}: {error}".replace("tools: tools", "tools"))]
-    faults = []
-    if isinstance(tools, list) and where != "tools":
-        faults.append(Fault("warning", f"{where} is a list, not a JSON string; accepted"))
-    for n, schema in enumerate(schemas, 1):
-        if not isinstance(_function_name(schema), str):
-            faults.append(Fault("warning", f'{where}: entry {n} has no function "name"'))
-    return faults
-
-
-def _function_name(schema: dict) -> Any:
-    function = schema.get("function") or schema
-    return function.get("name") if isinstance(function, dict) else None
-
-
-def _answer_faults(message: dict, where: str) -> list[Fault]:
-    """Faults of one assistant message by itself; its calls are compared with tools and results in _call_faults."""
-    faults = []
-    tool_calls = message.get("tool_calls")
-    if isinstance(tool_calls, list):
-        faults.append(Fault("warning", f"{where}: tool_calls is a list, not a JSON string; accepted"))
-    try:
-        calls = parse_tool_calls(tool_calls)
-        raw = _from_json(tool_calls, "tool_calls")
-    except ValueError as error:
-        return faults + [Fault("error", f"{where}: {error}")]
-    if tool_calls is not None and not calls:
-        faults.append(Fault("warning", f"{where}: tool_calls is empty; ignored"))
-    if isinstance(raw, dict):
-        faults.append(Fault("warning", f"{where}: tool_calls is one object, not a list; accepted"))
-    elif any(isinstance(entry.get("arguments"), str) for entry in raw or []):
-        faults.append(Fault("warning", f"{where}: tool_calls: arguments are a JSON string, not an object; accepted"))
-    content = message.get("content")
-    if not calls and isinstance(content, str) and not content.strip():
-        level = "warning" if message.get("reasoning_content") else "error"
-        faults.append(Fault(level, f"{where}: the assistant says nothing (content is empty, no tool_calls)"))
-    return faults
-
-
-def _order_faults(messages: list[dict]) -> list[Fault]:
-    faults = []
-    roles = [message.get("role") for message in messages]
-    turns = [(n, role) for n, role in enumerate(roles, 1) if role != "system"]
-    for n, role in enumerate(roles, 1):
-        if role == "system" and n > 1:
-            again = "a second system message" if "system" in roles[: n - 1] else "the system message is not the first"
-            faults.append(Fault("warning", f"message {n}: role: {again}"))
-    if turns and turns[0][1] == "assistant":
-        faults.append(Fault("warning", f"message {turns[0][0]}: role: the assistant speaks first"))
-    for (_, before), (n, role) in zip(turns, turns[1:], strict=False):
-        if role == before and role in ("user", "assistant"):
-            faults.append(Fault("warning", f"message {n}: role: two {role} messages in a row"))
-    if "assistant" not in roles:
-        faults.append(Fault("error", "no assistant message: nothing to learn"))
-    elif roles[-1] != "assistant":
-        faults.append(Fault("warning", f"message {len(roles)}: role: the last message is not from the assistant"))
-    return faults
-
-
-def _call_faults(messages: list[dict], tools: Any) -> list[Fault]:
-    """Calls against the listed functions, and calls against results."""
-    faults, names = [], None
-    try:
-        own_tools = messages[0].get("tools") if messages[0].get("role") == "system" else None
-        names = {_function_name(schema) for schema in parse_tools(tools) or parse_tools(own_tools)}
-    except (ValueError, TypeError):
-        pass  # reported by _tools_faults; without a list there is nothing to compare with
-    waiting = 0  # calls of the last assistant message that have no result yet; None: its calls are unreadable
-    for n, message in enumerate([*messages, {}], 1):
-        role = message.get("role")
-        if role == "tool":
-            if waiting == 0:
-                faults.append(Fault("error", f"message {n}: role: a tool message without a call before it"))
-            waiting = max(0, waiting - 1) if waiting else waiting
-            continue
-        if waiting:
-            text = f"tool_calls: {waiting} call(s) not answered by a tool message"
-            faults.append(Fault("warning", f"message {n - 1}: {text}"))
-        waiting = 0
-        if role != "assistant":
-            continue
-        try:
-            calls = parse_tool_calls(message.get("tool_calls"))
-        except ValueError:
-            waiting = None  # reported by _answer_faults
-            continue
-        waiting = len(calls)
-        for call in calls if names is not None else []:
-            if call["name"] not in names:
-                text = f"tool_calls: calls {json.dumps(call['name'])}, which tools does not list"
-                faults.append(Fault("error", f"message {n}: {text}"))
-    return faults

@@ -1,197 +1,251 @@
-"""What is odd about a text though a model can be trained on it: web dirt, broken encodings, repetition, duplicates.
+"""Faults of rows, in words: why training skips one (an error), and what is doubtful in one that it keeps (a warning).
 
-Used by scripts/inspect_data.py. Training keeps such rows; whether they should go is the user's decision.
+faults = conversation_faults({"conversations": [...]})     # or text_fault, preference_faults; validate_messages inside
 """
 
-import hashlib
+import itertools
+import json
 import re
-import unicodedata
-import zlib
+from typing import Any, NamedTuple
 
-from dataset.chat import Fault
-
-VERY_SHORT, VERY_LONG = 10, 10_000  # characters
-NEAR = 0.6  # share of common word triples from which two texts are near duplicates
-MOST_NEAR = 200_000  # rows among which near duplicates are searched: the index keeps about 3 kB of each
-
-EMOJI = "\U0001f000-\U0001faff\u2600-\u27bf\u2190-\u21ff\u2b00-\u2bff\ufe0f"
-TAGS = (
-    "a|abbr|article|b|blockquote|body|br|button|center|code|div|em|font|footer|form|h[1-6]|head|header|hr|html|i|iframe|"
-    "img|input|label|li|link|main|meta|nav|ol|option|p|pre|script|section|select|small|span|strong|style|sub|sup|svg|"
-    "table|tbody|td|textarea|th|thead|title|tr|u|ul|video"
-)
-LAST_OF_PLANE = "".join(chr(plane << 16 | low) for plane in range(17) for low in (0xFFFE, 0xFFFF))
-# A byte of UTF-8 that was read as Windows-1252 shows up as one of these characters.
-CP1252 = {bytes([byte]).decode("cp1252", "ignore") or chr(byte): byte for byte in range(0x80, 0x100)}
-CP1252_TAIL = re.escape("".join(char for char, byte in CP1252.items() if byte < 0xC0))
-
-# (kind, pattern): reported with the number of matches and the first one
-EVERYWHERE = {
-    "carriage returns": r"\r",
-    "line separators": "[\u0085\u2028\u2029]",
-    "bidi marks": "[\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]",
-    "zero-width characters": f"[\u180e\u200b\u200c\u2060-\u2064]|(?<![{EMOJI}])\u200d",
-    "soft hyphens": "\u00ad",
-    "no-break spaces": "[\u00a0\u202f]",
-    "byte order mark in the text": "\ufeff",
-    "replacement characters": "\ufffd",
-    "private-use characters or noncharacters": f"[\ue000-\uf8ff\ufdd0-\ufdef\U000f0000-\U0010ffff{LAST_OF_PLANE}]",
-    "full-width letters or digits": "[０-９Ａ-Ｚａ-ｚ]",
-    "compatibility ideographs, radicals or variation selectors": (
-        "[\u2e80-\u2fdf\uf900-\ufaff\ufe00-\ufe0e\U0002f800-\U0002fa1f\U000e0100-\U000e01ef]"
-    ),
-    "markers of other models": r"\[/?INST\]|<</?SYS>>|</?s>|<(?:unk|pad|bos|eos|mask|(?:start|end)_of_turn)>"
-    r"|\[(?:CLS|SEP|PAD|MASK|UNK|gMASK)\]",
-    "mojibake": r"锟斤拷|(?:烫|屯){3}",
-    "unbroken run of letters": r"[A-Za-z0-9+/=_-]{200,}",
-    "many newlines": r"(?:\n[^\S\n]*){10,}",
-}
-PLAIN_TEXT = {  # only in pretraining text: an answer may hold code, and chat.py reports the markers in messages
-    "control characters": "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\x80-\x84\x86-\x9f]",
-    "literal chat markers": r"<\|\w*|\w\|>|</?(?:think|tool_call|tool_response)>",
-    "HTML": rf"</?(?:{TAGS})\b[^<>]*(?:>|\Z)|<!--|<!DOCTYPE|&(?:[a-z]{{2,8}}|#\d{{1,6}}|#x[0-9a-f]{{1,5}});",
-    "markdown": r"(?m)^(?:```|~~~)|^#{1,6} \S|!?\[[^\]\n]*\]\([^)\s]+\)",
-}
-ONLY = {  # the whole text is nothing but
-    "URL only": r"(?:https?://|www\.)\S+",
-    "digits only": r"[\d\s.,:;/%+-]*\d[\d\s.,:;/%+-]*",
-    "no letters": r"[\W_]+",
-}
-SCRIPTS = {
-    "Japanese": "[\u3040-\u30ff]",
-    "Korean": "[\u1100-\u11ff\uac00-\ud7af]",
-    "Arabic": "[\u0600-\u06ff]",
-    "Cyrillic": "[\u0400-\u04ff]",
-    "Hebrew": "[\u0590-\u05ff]",
-    "Thai": "[\u0e00-\u0e7f]",
-    "Indic": "[\u0900-\u0dff]",
-}
+from dataset.chat import MARKERS, ROLES, from_json, json_type, parse_tool_calls, parse_tools
 
 
-def _compiled(patterns: dict[str, str], flags: int = 0) -> dict[str, re.Pattern]:
-    return {kind: re.compile(pattern, flags) for kind, pattern in patterns.items()}
+class Fault(NamedTuple):
+    level: str  # "error": the row cannot be trained on; "warning": it is kept as it is
+    text: str  # names the message (counted from 1) and the field, where there is one
 
 
-# ASCII-only text is common and cannot match the patterns of other characters: those are not even tried on it.
-EVERYWHERE, PLAIN_TEXT, ONLY, SCRIPTS = map(_compiled, (EVERYWHERE, PLAIN_TEXT, ONLY, SCRIPTS))
-PLAIN_TEXT["HTML"] = re.compile(PLAIN_TEXT["HTML"].pattern, re.IGNORECASE)
-ASCII_KINDS = {"carriage returns", "markers of other models", "unbroken run of letters", "many newlines"}
-CJK = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U000323af]")
-LATIN_MOJIBAKE = re.compile(f"[\u00c2-\u00f4][{CP1252_TAIL}]{{1,3}}")
-CJK_IN_UTF8 = re.compile(rb"[\xe4-\xe9][\x80-\xbf]{2}")
-WORDS = re.compile(r"[^\W\u2e80-\uffff]+|[\u2e80-\uffff\U00020000-\U000323af]")
+# ------------------------------------------------------------------------------------------------ rows
 
 
-def text_warnings(text: str, chat: bool = False) -> list[Fault]:
-    """Everything odd about one text; in a chat message, what is normal there (code, short answers) is left out."""
-    found = []
+def text_fault(row: dict) -> Fault | None:
+    """Why a pretraining row cannot be used, or None."""
+    if "text" not in row:
+        return _missing_key("text", row)
+    text = row["text"]
+    if not isinstance(text, str):
+        return Fault("error", f'"text" is not a string: it is {json_type(text)}')
+    if not text.strip():
+        return Fault("error", "text of blanks only" if text else "empty text")
+    return None
 
-    def report(kind: str, detail: str) -> None:
-        found.append(Fault("warning", f"{kind}: {detail}"))
 
-    ascii_only = text.isascii()
-    for kind, pattern in (EVERYWHERE if chat else EVERYWHERE | PLAIN_TEXT).items():
-        if ascii_only and kind not in ASCII_KINDS and kind not in PLAIN_TEXT:
+def conversation_faults(row: dict) -> list[Fault]:
+    """All faults of an SFT row; the row is used if none of them is an error."""
+    if "conversations" not in row:
+        return [_missing_key("conversations", row)]
+    return validate_messages(row["conversations"])
+
+
+def preference_faults(row: dict) -> list[Fault]:
+    """All faults of a DPO row; the row is used if none of them is an error."""
+    if missing := [_missing_key(key, row) for key in ("chosen", "rejected") if key not in row]:
+        return missing
+    chosen, rejected = row["chosen"], row["rejected"]
+    faults = [Fault(level, f"chosen: {text}") for level, text in validate_messages(chosen)]
+    faults += [Fault(level, f"rejected: {text}") for level, text in validate_messages(rejected)]
+    if not any(fault.level == "error" for fault in faults):
+        if chosen[:-1] != rejected[:-1]:
+            faults.append(Fault("error", "different prompts: chosen and rejected differ before the last message"))
+        elif chosen == rejected:
+            faults.append(Fault("error", "nothing to prefer: chosen and rejected are the same"))
+    return faults
+
+
+def _missing_key(key: str, row: dict) -> Fault:
+    if other := next((other for other in row if other.strip().lower() == key), None):
+        return Fault("error", f'key in the wrong case: {json.dumps(other)} instead of "{key}"')
+    keys = ", ".join(json.dumps(other, ensure_ascii=False) for other in itertools.islice(row, 5))
+    return Fault("error", f'no "{key}" key: {"the keys are " + keys if row else "the object is empty"}')
+
+
+def kind_of(fault: str) -> str:
+    """A fault's text without its details (message number, quoted value, count): what faults are grouped by."""
+    match = re.match(r"(chosen: |rejected: |)message \d+: (.*)", fault, re.DOTALL)
+    if not match:
+        return fault.split(":")[0].split(";")[0]
+    text = re.sub(r'"(?:\\.|[^"\\])*"', '"..."', match[1] + match[2].split(";")[0])
+    return re.sub(r"literal .*", "literal markers", re.sub(r"\d+", "N", re.sub(r" \(.*", "", text)))
+
+
+# ------------------------------------------------------------------------------------------------ messages
+
+ROLE_HINTS = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant", "function": "tool"}
+MARKER_PATTERN = re.compile("|".join(re.escape(marker) for marker in MARKERS))
+CONTROL_PATTERN = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
+SURROGATE_PATTERN = re.compile(r"[\ud800-\udfff]")
+
+
+def validate_messages(messages: Any, tools: list[dict] | str | None = None) -> list[Fault]:
+    """Everything doubtful about a conversation, in words; [] if it is clean. Never raises.
+
+    A conversation without an "error" can be rendered by render_chat and holds at least one answer to learn.
+    """
+    if not isinstance(messages, list):
+        return [Fault("error", f"conversation is {json_type(messages)}, not a list of messages")]
+    if not messages:
+        return [Fault("error", "conversation is empty")]
+    faults = _tools_faults(tools, "tools")
+    for n, message in enumerate(messages, 1):
+        where = f"message {n}"
+        if not isinstance(message, dict):
+            faults.append(Fault("error", f"{where}: is {json_type(message)}, not an object"))
             continue
-        if first := pattern.search(text):
-            count = len(pattern.findall(text))
-            report(kind, f"{count}, the first is {first[0][:20]!r} at character {first.start() + 1}")
-    if not ascii_only:
-        if not unicodedata.is_normalized("NFC", text):
-            report("not in Unicode form NFC", "characters are written in parts, or in an old form")
-        if mojibake := _mojibake(text):
-            report("mojibake", mojibake)
-        scripts = [name for name, pattern in SCRIPTS.items() if pattern.search(text)]
-        if len(scripts) > 1:
-            report("several scripts in one text", ", ".join(scripts))
-    stripped = text.strip()
-    if len(text) > VERY_LONG:
-        report("very long", f"{len(text):,} characters")
-    if not chat:
-        if len(stripped) < VERY_SHORT:
-            report("very short", f"{len(stripped)} characters: {stripped!r}")
-        for kind, pattern in ONLY.items():
-            if pattern.fullmatch(stripped):
-                kind = "punctuation only" if kind == "no letters" and not _has_symbols(stripped) else kind
-                report(kind, stripped[:40])
-                break
-    data = text.encode("utf-8")
-    if len(data) > 400:
-        share = len(zlib.compress(data, 1)) / len(data)
-        if share < 0.12:
-            report("repetition", f"zlib makes it {1 / share:.0f} times smaller")
-    return found
+        faults += _role_faults(message, where)
+        faults += _text_faults(message, where)
+        if message.get("role") == "system":
+            faults += _tools_faults(message.get("tools"), f"{where}: tools")
+        elif message.get("role") == "assistant":
+            faults += _answer_faults(message, where)
+    if all(isinstance(message, dict) for message in messages):
+        faults += _order_faults(messages)
+        faults += _call_faults(messages, tools)
+    return faults
 
 
-def _has_symbols(text: str) -> bool:
-    return any(unicodedata.category(char).startswith("S") and char not in "$+<=>^`|~" for char in text)
+def _role_faults(message: dict, where: str) -> list[Fault]:
+    role = message.get("role")
+    if role is None:
+        hint = "; looks like ShareGPT: rename from/value to role/content" if "from" in message else ""
+        return [Fault("error", f"{where}: role is missing or null{hint}")]
+    if not isinstance(role, str):
+        return [Fault("error", f"{where}: role is {json_type(role)}, not a string")]
+    if role not in ROLES:
+        meant = role.strip().lower()
+        meant = ROLE_HINTS.get(meant, meant)
+        hint = f', did you mean "{meant}"?' if meant in ROLES else "; known are " + ", ".join(ROLES)
+        return [Fault("error", f"{where}: unknown role {json.dumps(role)}{hint}")]
+    return []
 
 
-def _mojibake(text: str) -> str:
-    """UTF-8 bytes that were decoded as Windows-1252 (sequences that decode back), or as GBK (most of them do)."""
-    for match in LATIN_MOJIBAKE.finditer(text):
+def _text_faults(message: dict, where: str) -> list[Fault]:
+    faults = []
+    content = message.get("content")
+    role = message.get("role")
+    may_be_null = (role == "assistant" and message.get("tool_calls")) or (role == "system" and message.get("tools"))
+    if content is None and not may_be_null:
+        faults.append(Fault("error", f"{where}: content is missing or null"))
+    elif isinstance(content, str) and not content.strip() and role == "user":
+        faults.append(Fault("warning", f"{where}: content is blank"))
+    for field in ("content", "reasoning_content", "tools", "tool_calls"):
+        value = message.get(field)
+        if not isinstance(value, str):
+            if value is not None and field in ("content", "reasoning_content"):
+                faults.append(Fault("error", f"{where}: {field} is {json_type(value)}, not a string"))
+            value = json.dumps(value, ensure_ascii=False, default=str) if isinstance(value, (list, dict)) else ""
+        else:
+            value += _decoded(value) if field in ("tools", "tool_calls") else ""
+        if SURROGATE_PATTERN.search(value):
+            faults.append(Fault("error", f"{where}: {field} has a lone surrogate, which is not a Unicode character"))
+        if field in ("content", "reasoning_content") and CONTROL_PATTERN.search(value):
+            faults.append(Fault("warning", f"{where}: {field} has control characters"))
+        if found := sorted(set(MARKER_PATTERN.findall(value))):
+            faults.append(Fault("warning", f"{where}: {field} has literal {', '.join(found)}; kept as plain text"))
+    return faults
+
+
+def _decoded(text: str) -> str:
+    """What a JSON string says once its escapes are decoded: a surrogate may hide in them."""
+    try:
+        return json.dumps(json.loads(text), ensure_ascii=False)
+    except (ValueError, RecursionError):
+        return ""
+
+
+def _tools_faults(tools: Any, where: str) -> list[Fault]:
+    try:
+        schemas = parse_tools(tools)
+    except ValueError as error:
+        return [Fault("error", f"{where}: {error}".replace("tools: tools", "tools"))]
+    faults = []
+    if isinstance(tools, list) and where != "tools":
+        faults.append(Fault("warning", f"{where} is a list, not a JSON string; accepted"))
+    for n, schema in enumerate(schemas, 1):
+        if not isinstance(_function_name(schema), str):
+            faults.append(Fault("warning", f'{where}: entry {n} has no function "name"'))
+    return faults
+
+
+def _function_name(schema: dict) -> Any:
+    function = schema.get("function") or schema
+    return function.get("name") if isinstance(function, dict) else None
+
+
+def _answer_faults(message: dict, where: str) -> list[Fault]:
+    """Faults of one assistant message by itself; its calls are compared with tools and results in _call_faults."""
+    faults = []
+    tool_calls = message.get("tool_calls")
+    if isinstance(tool_calls, list):
+        faults.append(Fault("warning", f"{where}: tool_calls is a list, not a JSON string; accepted"))
+    try:
+        calls = parse_tool_calls(tool_calls)
+        raw = from_json(tool_calls, "tool_calls")
+    except ValueError as error:
+        return faults + [Fault("error", f"{where}: {error}")]
+    if tool_calls is not None and not calls:
+        faults.append(Fault("warning", f"{where}: tool_calls is empty; ignored"))
+    if isinstance(raw, dict):
+        faults.append(Fault("warning", f"{where}: tool_calls is one object, not a list; accepted"))
+    elif any(isinstance(entry.get("arguments"), str) for entry in raw or []):
+        faults.append(Fault("warning", f"{where}: tool_calls: arguments are a JSON string, not an object; accepted"))
+    content = message.get("content")
+    if not calls and isinstance(content, str) and not content.strip():
+        level = "warning" if message.get("reasoning_content") else "error"
+        faults.append(Fault(level, f"{where}: the assistant says nothing (content is empty, no tool_calls)"))
+    return faults
+
+
+def _order_faults(messages: list[dict]) -> list[Fault]:
+    faults = []
+    roles = [message.get("role") for message in messages]
+    turns = [(n, role) for n, role in enumerate(roles, 1) if role != "system"]
+    for n, role in enumerate(roles, 1):
+        if role == "system" and n > 1:
+            again = "a second system message" if "system" in roles[: n - 1] else "the system message is not the first"
+            faults.append(Fault("warning", f"message {n}: role: {again}"))
+    if turns and turns[0][1] == "assistant":
+        faults.append(Fault("warning", f"message {turns[0][0]}: role: the assistant speaks first"))
+    for (_, before), (n, role) in zip(turns, turns[1:], strict=False):
+        if role == before and role in ("user", "assistant"):
+            faults.append(Fault("warning", f"message {n}: role: two {role} messages in a row"))
+    if "assistant" not in roles:
+        faults.append(Fault("error", "no assistant message: nothing to learn"))
+    elif roles[-1] != "assistant":
+        faults.append(Fault("warning", f"message {len(roles)}: role: the last message is not from the assistant"))
+    return faults
+
+
+def _call_faults(messages: list[dict], tools: Any) -> list[Fault]:
+    """Calls against the listed functions, and calls against results."""
+    faults, names = [], None
+    try:
+        own_tools = messages[0].get("tools") if messages[0].get("role") == "system" else None
+        names = {_function_name(schema) for schema in parse_tools(tools) or parse_tools(own_tools)}
+    except (ValueError, TypeError):
+        pass  # reported by _tools_faults; without a list there is nothing to compare with
+    waiting = 0  # calls of the last assistant message that have no result yet; None: its calls are unreadable
+    for n, message in enumerate([*messages, {}], 1):
+        role = message.get("role")
+        if role == "tool":
+            if waiting == 0:
+                faults.append(Fault("error", f"message {n}: role: a tool message without a call before it"))
+            waiting = max(0, waiting - 1) if waiting else waiting
+            continue
+        if waiting:
+            text = f"tool_calls: {waiting} call(s) not answered by a tool message"
+            faults.append(Fault("warning", f"message {n - 1}: {text}"))
+        waiting = 0
+        if role != "assistant":
+            continue
         try:
-            original = bytes(CP1252[char] for char in match[0]).decode("utf-8")
-            return f"UTF-8 read as Windows-1252: {match[0]!r} was {original!r}"
-        except UnicodeDecodeError:
+            calls = parse_tool_calls(message.get("tool_calls"))
+        except ValueError:
+            waiting = None  # reported by _answer_faults
             continue
-    if CJK.search(text):
-        data = "".join(CJK.findall(text)).encode("gb18030", "ignore")
-        back = CJK_IN_UTF8.findall(data)
-        if len(back) >= 4 and len(back) * 3 > 0.4 * len(data):
-            return f"UTF-8 read as GBK: the text was {b''.join(back[:10]).decode('utf-8')!r} ..."
-    return ""
-
-
-def cjk_share(text: str) -> float:
-    """Share of Chinese characters among the words, where one Chinese character counts as a word."""
-    words = WORDS.findall(text)
-    return sum(map(len, CJK.findall(text))) / max(len(words), 1)
-
-
-class Duplicates:
-    """Remembers rows (8 bytes for a hash each) and reports those that were there before, in full or nearly."""
-
-    def __init__(self, near: bool = True):
-        self.exact: dict[bytes, int] = {}
-        self.normal: dict[bytes, int] = {}
-        self.index = self.blank = None
-        if near:
-            try:
-                from datasketch import MinHash, MinHashLSH
-
-                self.blank = MinHash(num_perm=128, hashfunc=int)
-                self.index = MinHashLSH(threshold=NEAR, num_perm=128, weights=(0.1, 0.9))
-                self.signatures: dict = {}
-            except ImportError:
-                pass
-
-    def check(self, number: int, text: str, same: str | None = None) -> Fault | None:
-        """Compares row `number` with those before. `same`: what a full duplicate must have in common, if not `text`."""
-        if (first := self._seen(self.exact, same or text, number)) is not None:
-            return Fault("warning", f"exact duplicate: of line {first}")
-        normal = " ".join(unicodedata.normalize("NFKC", same or text).lower().split())
-        if (first := self._seen(self.normal, normal, number)) is not None:
-            return Fault("warning", f"same text but for blanks, case or width: of line {first}")
-        if self.index is None or len(self.signatures) >= MOST_NEAR:
-            return None
-        hashes = [zlib.crc32(word.encode("utf-8")) for word in WORDS.findall(text.lower())]
-        triples = {
-            (a * 1_000_003 ^ b * 8_191 ^ c) & 0xFFFFFFFF
-            for a, b, c in zip(hashes, hashes[1:], hashes[2:], strict=False)
-        }
-        if len(triples) < 8:
-            return None
-        signature = self.blank.copy()
-        signature.update_batch(triples)
-        likeness = [(signature.jaccard(self.signatures[other]), -other) for other in self.index.query(signature)]
-        self.index.insert(number, signature, check_duplication=False)
-        self.signatures[number] = signature
-        share, first = max(likeness, default=(0, 0))
-        return Fault("warning", f"near duplicate: of line {-first}, about {share:.0%} alike") if share >= NEAR else None
-
-    @staticmethod
-    def _seen(table: dict[bytes, int], text: str, number: int) -> int | None:
-        key = hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest()
-        first = table.setdefault(key, number)
-        return None if first == number else first
+        waiting = len(calls)
+        for call in calls if names is not None else []:
+            if call["name"] not in names:
+                text = f"tool_calls: calls {json.dumps(call['name'])}, which tools does not list"
+                faults.append(Fault("error", f"message {n}: {text}"))
+    return faults

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from dataset.chat import Fault, validate_messages
+from dataset.chat import json_type
+from dataset.checks import Fault
 
 MAX_LINE = 64 << 20  # bytes; a longer line is not a row, and would have to be held in memory whole
 SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
@@ -86,58 +87,3 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict:
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not a JSON value")
-
-
-def json_type(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
-    return names.get(type(value), "a number")
-
-
-def text_fault(row: dict) -> Fault | None:
-    """Why a pretraining row cannot be used, or None."""
-    if "text" not in row:
-        return _missing("text", row)
-    text = row["text"]
-    if not isinstance(text, str):
-        return Fault("error", f'"text" is not a string: it is {json_type(text)}')
-    if not text.strip():
-        return Fault("error", "text of blanks only" if text else "empty text")
-    return None
-
-
-def conversation_faults(row: dict) -> list[Fault]:
-    """All faults of an SFT row; the row is used if none of them is an error."""
-    if "conversations" not in row:
-        return [_missing("conversations", row)]
-    return validate_messages(row["conversations"])
-
-
-def preference_faults(row: dict) -> list[Fault]:
-    """All faults of a DPO row; the row is used if none of them is an error."""
-    if missing := [_missing(key, row) for key in ("chosen", "rejected") if key not in row]:
-        return missing
-    chosen, rejected = row["chosen"], row["rejected"]
-    faults = [Fault(level, f"chosen: {text}") for level, text in validate_messages(chosen)]
-    faults += [Fault(level, f"rejected: {text}") for level, text in validate_messages(rejected)]
-    if not any(fault.level == "error" for fault in faults):
-        if chosen[:-1] != rejected[:-1]:
-            faults.append(Fault("error", "different prompts: chosen and rejected differ before the last message"))
-        elif chosen == rejected:
-            faults.append(Fault("error", "nothing to prefer: chosen and rejected are the same"))
-    return faults
-
-
-def _missing(key: str, row: dict) -> Fault:
-    if other := next((other for other in row if other.strip().lower() == key), None):
-        return Fault("error", f'key in the wrong case: {json.dumps(other)} instead of "{key}"')
-    keys = ", ".join(json.dumps(other, ensure_ascii=False) for other in itertools.islice(row, 5))
-    return Fault("error", f'no "{key}" key: {"the keys are " + keys if row else "the object is empty"}')
-
-
-def kind_of(fault: str) -> str:
-    """A fault's text without its details (message number, quoted value, count): what faults are grouped by."""
-    match = re.match(r"(chosen: |rejected: |)message \d+: (.*)", fault, re.DOTALL)
-    if not match:
-        return fault.split(":")[0].split(";")[0]
-    text = re.sub(r'"(?:\\.|[^"\\])*"', '"..."', match[1] + match[2].split(";")[0])
-    return re.sub(r"literal .*", "literal markers", re.sub(r"\d+", "N", re.sub(r" \(.*", "", text)))

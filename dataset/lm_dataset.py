@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from tokenizers import Tokenizer
 
-from dataset import chat, jsonl, packing
+from dataset import chat, checks, jsonl, packing
 from dataset.jsonl import DataError, read_jsonl
 from dataset.packing import END_OF_TEXT
 
@@ -94,7 +94,7 @@ def _packed_dataset(
                 shutil.rmtree(folder, ignore_errors=True)
                 building.mkdir()
                 try:
-                    packing.build(kind, path, tokenizer, seq_len, building, num_proc, quiet)
+                    packing.pack_file(kind, path, tokenizer, seq_len, building, num_proc, quiet)
                     os.rename(building, folder)
                 finally:
                     shutil.rmtree(building, ignore_errors=True)
@@ -122,7 +122,7 @@ def _cache_folder(kind: str, path: Path, tokenizer: Tokenizer, seq_len: int, cac
     if stat.st_size == 0:
         raise DataError(f"{path}: the file is empty")
     # The code that renders and packs is part of the key: a changed template must not meet rows of the old one.
-    code = [Path(module.__file__).read_text(encoding="utf-8") for module in (chat, jsonl, packing)]
+    code = [Path(module.__file__).read_text(encoding="utf-8") for module in (chat, checks, jsonl, packing)]
     identity = [kind, seq_len, str(path.resolve()), stat.st_size, stat.st_mtime_ns, tokenizer.to_str(), code]
     key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
     return cache_dir / f"{kind}-{path.stem[:40]}-{seq_len}-{key}"

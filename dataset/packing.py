@@ -21,16 +21,9 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from dataset.chat import Fault, render_chat
-from dataset.jsonl import (
-    DataError,
-    conversation_faults,
-    kind_of,
-    parse_line,
-    preference_faults,
-    read_lines,
-    text_fault,
-)
+from dataset.chat import render_chat
+from dataset.checks import Fault, conversation_faults, kind_of, preference_faults, text_fault
+from dataset.jsonl import DataError, parse_line, read_lines
 
 END_OF_TEXT = 0  # id of <|endoftext|>: before each document, and as padding
 CHUNK = 1 << 20  # bytes of lines that are tokenised together
@@ -186,7 +179,7 @@ def pack_pieces(pieces: Iterable[Piece], seq_len: int) -> Iterator[dict]:
         yield next_row()
 
 
-def build(
+def pack_file(
     kind: str, path: Path, tokenizer: Tokenizer, seq_len: int, folder: Path, num_proc: int | None, quiet: bool
 ) -> None:
     """Streams the file into folder/rows.arrow and folder/summary.json."""
@@ -196,7 +189,7 @@ def build(
         num_proc = min(os.cpu_count() or 1, 16) if size > PARALLEL_FROM else 1
     figures: dict[str, Any] = {"kind": kind, "seq_len": seq_len, "lines": 0, "used": 0, "skipped": {}}
     figures |= {"tokens": 0, "labels": 0, "continued": 0, "windows": 0, "rows": 0}
-    progress = Progress(f"tokenising {path.name}", size, quiet)
+    progress = FileProgress(f"tokenising {path.name}", size, quiet)
 
     def lines() -> Iterator[tuple[int, bytes]]:
         for number, line in read_lines(path):
@@ -289,7 +282,7 @@ def describe(path: Path, figures: dict, cached: bool) -> str:
     return text + ("; cached" if cached else f"; {figures['seconds']} s")
 
 
-class Progress:
+class FileProgress:
     """Bytes done of a file, on stderr: one line that is rewritten on a terminal, a line every 10 s in a log."""
 
     def __init__(self, name: str, total: int, quiet: bool = False):

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dataset.chat import validate_messages
+from dataset.checks import validate_messages
 from dataset.jsonl import DataError, read_jsonl
 from model.inference.answers import AssistantMessage
 from model.inference.chatbot import Chatbot

@@ -1,36 +1,24 @@
-"""LoRA adapters on disk: our own file, which knows the weights it belongs to, and the folders of peft.
+"""LoRA adapters on disk: our own file, which knows the weights it belongs to. The folders of peft are export/peft.py.
 
 add_lora(model, "medical", LoRAConfig(rank=8)); ...; save_adapter("out/lora/medical_256.pth", model, "medical")
 load_adapter("out/lora/medical_256.pth", model, "medical")
-save_peft("FOLDER", model, "medical"); load_peft("FOLDER", model, "medical")     # adapter_model.safetensors
 """
 
 import hashlib
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from model.checkpoint import (
-    check_plain,
-    is_ours,
-    read_file,
-    read_json,
-    read_safetensors,
-    to_json,
-    write_bytes,
-    write_file,
-)
+from model.checkpoint import check_plain, checkpoint_path, is_ours, read_file, run_arguments, write_file
 from model.formats import CheckpointError
-from model.model import LoRAConfig, MiniMindLM, add_lora, base_state_dict, lora_layers, lora_targets
+from model.model import LoRAConfig, MiniMindConfig, MiniMindLM, add_lora, base_state_dict, lora_layers
 
-_PREFIX = "base_model.model."  # of peft's names
-# What a peft configuration may add to plain LoRA; none of it is read here.
-_EXTRAS = (
-    "use_dora", "use_rslora", "use_qalora", "lora_bias", "fan_in_fan_out", "rank_pattern", "alpha_pattern",
-    "modules_to_save", "target_parameters", "trainable_token_indices", "layer_replication",
-)  # fmt: skip
+
+def adapter_path(out_dir: str | Path, name: str, config: MiniMindConfig) -> Path:
+    """out_dir/lora/<name>_<hidden>[_moe].pth"""
+    return checkpoint_path(Path(out_dir) / "lora", name, config)
 
 
 def fingerprint(model: MiniMindLM) -> str:
@@ -48,7 +36,7 @@ def fingerprint(model: MiniMindLM) -> str:
     return digest.hexdigest()
 
 
-def _matrices(model: MiniMindLM, name: str) -> tuple[LoRAConfig, dict[str, Tensor]]:
+def adapter_matrices(model: MiniMindLM, name: str) -> tuple[LoRAConfig, dict[str, Tensor]]:
     """An adapter's configuration, and its {layer}.lora_A and {layer}.lora_B in fp32 on the CPU."""
     layers = {key: layer for key, layer in lora_layers(model).items() if name in layer.configs}
     if not layers:
@@ -67,7 +55,7 @@ def save_adapter(path: str | Path, model: MiniMindLM, name: str, meta: dict | No
     CheckpointError if it fails; what was there before is then untouched. ValueError if there is no such adapter."""
     meta = meta or {}
     check_plain(meta, "meta")
-    config, tensors = _matrices(model, name)
+    config, tensors = adapter_matrices(model, name)
     lora = asdict(config) | {"targets": list(config.targets)}
     content = {"config": model.config.to_dict(), "lora": lora, "base": fingerprint(model)}
     content |= {"model": tensors, "meta": meta}
@@ -87,7 +75,7 @@ def load_adapter(path: str | Path, model: MiniMindLM, name: str, base: str | Pat
     if content.get("base") != fingerprint(model):
         has = model.config.to_dict()
         other = [f"{key} {value}" for key, value in content["config"].items() if has.get(key) != value]
-        trained_on = meta.get("finished", {}).get("from_weight")
+        trained_on = run_arguments(meta).get("from_weight")
         raise CheckpointError(
             f"{path} was trained on other weights"
             + (f" ({trained_on})" if trained_on else "")
@@ -101,59 +89,3 @@ def load_adapter(path: str | Path, model: MiniMindLM, name: str, base: str | Pat
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: {error}") from None
     return meta
-
-
-def save_peft(folder: str | Path, model: MiniMindLM, name: str, base_name: str | None = None) -> None:
-    """Write adapter_config.json and adapter_model.safetensors, for PeftModel.from_pretrained on the exported base.
-
-    `base_name`: the folder or hub name of the base. CheckpointError if writing fails."""
-    from safetensors.torch import save as to_bytes
-
-    folder = Path(folder)
-    lora, tensors = _matrices(model, name)
-    # Only of use in training, and peft refuses it on experts, which it has in one tensor.
-    dropout = 0.0 if any(".experts." in key for key in tensors) else lora.dropout
-    config = {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_name, "inference_mode": True,
-        "r": lora.rank, "lora_alpha": lora.alpha, "lora_dropout": dropout, "target_modules": list(lora.targets),
-        "bias": "none", "fan_in_fan_out": False,
-    }  # fmt: skip
-    tensors = {f"{_PREFIX}{key}.weight": w for key, w in tensors.items()}
-    write_bytes(folder / "adapter_model.safetensors", to_bytes(tensors, {"format": "pt", "base": fingerprint(model)}))
-    write_bytes(folder / "adapter_config.json", to_json(config))
-
-
-def load_peft(folder: str | Path, model: MiniMindLM, name: str) -> None:
-    """Add the adapter of a peft folder to the model and make it the active one.
-
-    CheckpointError if the folder is missing or damaged, holds more than plain LoRA on linear layers of this model, or
-    says (as those of save_peft do) that it was trained on other weights; the model is then as it was."""
-    from safetensors import safe_open
-
-    folder = Path(folder)
-    config, path = read_json(folder / "adapter_config.json"), folder / "adapter_model.safetensors"
-    if config.get("peft_type") != "LORA":
-        raise CheckpointError(f"{folder} is a {config.get('peft_type')} adapter; only LORA can be loaded")
-    extras = [f"{key} {config[key]!r}" for key in _EXTRAS if config.get(key)]
-    extras += [f"bias {config['bias']!r}"] * (config.get("bias", "none") != "none")
-    if extras:
-        raise CheckpointError(f"{folder}: adapter_config.json has {', '.join(extras)}; only plain LoRA can be loaded")
-    tensors = {k.removeprefix(_PREFIX).removesuffix(".weight"): w for k, w in read_safetensors(path).items()}
-    with safe_open(path, "pt") as file:
-        base = (file.metadata() or {}).get("base")
-    if base not in (None, fingerprint(model)):
-        raise CheckpointError(f"{folder} was trained on other weights than the model: give those, or train it again")
-    try:
-        lora = LoRAConfig(config["r"], config["lora_alpha"], config.get("lora_dropout", 0.0))
-        add_lora(model, name, _with_targets(lora, model, tensors), tensors)
-    except KeyError as error:
-        raise CheckpointError(f"{folder}: adapter_config.json has no {error}") from None
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{folder}: {error}") from None
-
-
-def _with_targets(lora: LoRAConfig, model: MiniMindLM, tensors: dict[str, Tensor]) -> LoRAConfig:
-    """The layers that have matrices, by their last names if these name no others."""
-    layers = {key.rpartition(".lora_")[0] for key in tensors}
-    lasts = replace(lora, targets=tuple(sorted({key.rpartition(".")[2] for key in layers})))
-    return lasts if set(lora_targets(model, lasts)) == layers else replace(lora, targets=tuple(sorted(layers)))

@@ -21,7 +21,8 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from model.formats import CheckpointError, from_hf, from_minimind, hf_config, hf_state_dict
+from cli import need
+from model.formats import CheckpointError, from_hf, from_minimind
 from model.model import MiniMindConfig, MiniMindLM, base_state_dict
 
 # ------------------------------------------------------------------------------------------------ paths
@@ -30,12 +31,6 @@ from model.model import MiniMindConfig, MiniMindLM, base_state_dict
 def checkpoint_path(out_dir: str | Path, stage: str, config: MiniMindConfig) -> Path:
     """out/<stage>_<hidden>[_moe].pth"""
     return Path(out_dir) / f"{stage}_{config.hidden_size}{'_moe' if config.is_moe else ''}.pth"
-
-
-def resume_path(out_dir: str | Path, stage: str, config: MiniMindConfig) -> Path:
-    """out/<stage>_<hidden>[_moe]_resume, a folder"""
-    path = checkpoint_path(out_dir, stage, config)
-    return path.with_name(path.stem + "_resume")
 
 
 def find_weights(
@@ -230,6 +225,11 @@ def load_meta(path: str | Path) -> dict:
     return content.get("meta", {}) if is_ours(content) else {}
 
 
+def run_arguments(meta: dict) -> dict:
+    """The arguments of the run that made the weights, from their meta; {} where it does not say."""
+    return meta.get("arguments") or meta.get("finished") or {}  # the second is the older name
+
+
 def is_ours(content: Any) -> bool:
     if not isinstance(content, dict) or not isinstance(content.get("config"), dict):
         return False
@@ -299,38 +299,12 @@ def _weight_files(folder: Path) -> list[str]:
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
+    """CheckpointError if the file is damaged, MissingPackage without the package safetensors."""
+    safetensors = need("safetensors", f"reading {path}")
     try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
+        return need("safetensors.torch", f"reading {path}").load_file(path)
+    except (safetensors.SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is not readable ({error}): it is cut off or damaged") from None
-
-
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
-
-
-def save_hf(
-    folder: str | Path, model: MiniMindLM, tokenizer_folder: str | Path, dtype: torch.dtype = torch.bfloat16
-) -> None:
-    """Write a folder that AutoModelForCausalLM and AutoTokenizer load without code of ours.
-
-    CheckpointError if the model has no counterpart there (hf_config), or if writing fails."""
-    from safetensors.torch import save as to_bytes
-
-    folder, tokenizer_folder, c = Path(folder), Path(tokenizer_folder), model.config
-    config = hf_config(c) | {"torch_dtype": str(dtype).removeprefix("torch.")}
-    tokens = {"bos_token_id": c.bos_token_id, "eos_token_id": c.eos_token_id, "pad_token_id": c.pad_token_id}
-    weights = to_bytes({name: w.to("cpu", dtype) for name, w in hf_state_dict(model).items()}, {"format": "pt"})
-    for name in _TOKENIZER_FILES:
-        if (tokenizer_folder / name).exists():
-            write_bytes(folder / name, (tokenizer_folder / name).read_bytes())
-        elif name == "tokenizer.json":
-            raise CheckpointError(f"{tokenizer_folder} has no tokenizer.json: give a tokenizer folder")
-    write_bytes(folder / "generation_config.json", to_json(tokens))
-    write_bytes(folder / "model.safetensors", weights)
-    write_bytes(folder / "config.json", to_json(config))
 
 
 def to_json(content: dict) -> bytes:

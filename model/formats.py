@@ -45,6 +45,7 @@ _V2A_NAMES = [  # February 2025; the later ones carry Hugging Face's names
     (r"\.w3\.", ".up_proj."),
 ]
 _BUFFERS = ("freqs_cos", "freqs_sin", "pos_cis", "inv_freq")  # tables of rotary angles: computed by the model
+_FIRST = "model.layers.0."
 
 
 def from_minimind(content: Any, beside: dict) -> tuple[MiniMindConfig, dict[str, Tensor]]:
@@ -52,6 +53,17 @@ def from_minimind(content: Any, beside: dict) -> tuple[MiniMindConfig, dict[str,
 
     What names and shapes do not tell comes from `beside` (its config.json, in that generation's own words; may be
     empty), else it is what the published models have: 8 heads, and per token 2 experts (v2) or 1 (v3, with QK-norm)."""
+    tensors, pairs = _with_our_names(content)
+    config = _config_of(tensors, beside)
+    if pairs:
+        for name, w in tensors.items():
+            if name.endswith(("q_proj.weight", "k_proj.weight")):
+                tensors[name] = half_rotation(w, config.head_dim)
+    return config, tensors
+
+
+def _with_our_names(content: Any) -> tuple[dict[str, Tensor], bool]:
+    """(the weights by our names, whether RoPE rotates neighbouring pairs of channels, as in February 2025)."""
     if not isinstance(content, dict) or not content:
         raise CheckpointError(f"not a MiniMind checkpoint: it holds a {type(content).__name__}, not named weights")
     if not all(isinstance(value, Tensor) for value in content.values()):
@@ -61,52 +73,63 @@ def from_minimind(content: Any, beside: dict) -> tuple[MiniMindConfig, dict[str,
     for pattern, name in _V2A_NAMES if is_v2a else []:
         tensors = {re.sub(pattern, name, old): w for old, w in tensors.items()}
     tensors = _without_head({name: w for name, w in tensors.items() if not name.endswith(_BUFFERS)})
-
-    first = "model.layers.0."
-    embedding, q_norm = tensors.get("model.embed_tokens.weight"), tensors.get(first + "self_attn.q_norm.weight")
-    q, k = tensors.get(first + "self_attn.q_proj.weight"), tensors.get(first + "self_attn.k_proj.weight")
-    router = tensors.get(first + "mlp.gate.weight")
-    gate = tensors.get(first + ("mlp.gate_proj.weight" if router is None else "mlp.experts.0.gate_proj.weight"))
-    if embedding is None or q is None or k is None or gate is None:
+    needed = ("model.embed_tokens", f"{_FIRST}self_attn.q_proj", f"{_FIRST}self_attn.k_proj")
+    if not all(f"{name}.weight" in tensors for name in needed):
         names = ", ".join(list(map(str, content))[:3])
         raise CheckpointError(f"not a MiniMind checkpoint: it holds {len(content)} tensors such as {names}")
-    layers = 1 + max(int(name.split(".")[2]) for name in tensors if re.match(r"model\.layers\.\d+\.", name))
-    shared = [name for name in tensors if re.match(r"model\.layers\.0\.mlp\.shared_experts\.\d+\.gate_proj", name)]
+    return tensors, is_v2a
 
+
+def _config_of(tensors: dict[str, Tensor], beside: dict) -> MiniMindConfig:
+    """What the shapes of the weights tell of the model, and its config.json where they do not."""
+    hidden_size = tensors["model.embed_tokens.weight"].shape[1]
+    layers = 1 + max(int(name.split(".")[2]) for name in tensors if re.match(r"model\.layers\.\d+\.", name))
     found = (_first(beside, ("hidden_size", "dim"), None), _first(beside, ("num_hidden_layers", "n_layers"), None))
-    if beside and found != (embedding.shape[1], layers):
+    if beside and found != (hidden_size, layers):
         print("note: the config.json beside the weights is about another model, so it is not used", file=sys.stderr)
         beside = {}
-    heads = _first(beside, ("num_attention_heads", "n_heads"), 8 if q_norm is None else q.shape[0] // q_norm.shape[0])
-    head_dim = q.shape[0] // heads if q_norm is None else q_norm.shape[0]
-    if head_dim == 0 or heads * head_dim != q.shape[0] or k.shape[0] % head_dim:
-        raise CheckpointError(
-            f"q_proj has {q.shape[0]} rows and k_proj {k.shape[0]}, which does not fit {heads} heads: "
-            "put the config.json that names num_attention_heads beside it"
-        )
-    config = MiniMindConfig(
-        hidden_size=embedding.shape[1],
+    qk_norm = f"{_FIRST}self_attn.q_norm.weight" in tensors
+    return MiniMindConfig(
+        hidden_size=hidden_size,
         num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=k.shape[0] // head_dim,
-        intermediate_size=gate.shape[0],
-        head_dim=head_dim,
-        vocab_size=embedding.shape[0],
+        vocab_size=len(tensors["model.embed_tokens.weight"]),
         max_position_embeddings=_first(beside, ("max_position_embeddings", "max_seq_len"), 32768),
-        rms_norm_eps=_first(beside, ("rms_norm_eps", "norm_eps"), 1e-5 if q_norm is None else 1e-6),
+        rms_norm_eps=_first(beside, ("rms_norm_eps", "norm_eps"), 1e-6 if qk_norm else 1e-5),
         rope_theta=_first(beside, ("rope_theta",), 1e6),
         rope_scaling=_yarn(beside.get("rope_scaling"), beside) if beside.get("inference_rope_scaling") else None,
-        qk_norm=q_norm is not None,
-        num_experts=0 if router is None else router.shape[0],
-        num_experts_per_tok=_first(beside, ("num_experts_per_tok",), 2 if q_norm is None else 1),
-        num_shared_experts=len(shared),
-        norm_topk_prob=_first(beside, ("norm_topk_prob",), True),
+        qk_norm=qk_norm,
+        **_heads(tensors, beside),
+        **_experts(tensors, beside, 1 if qk_norm else 2),
     )
-    if is_v2a:
-        for name, w in tensors.items():
-            if name.endswith(("q_proj.weight", "k_proj.weight")):
-                tensors[name] = half_rotation(w, head_dim)
-    return config, tensors
+
+
+def _heads(tensors: dict[str, Tensor], beside: dict) -> dict[str, int]:
+    """The heads, of which only a norm over their channels tells how large they are."""
+    q, k = (tensors[f"{_FIRST}self_attn.{name}_proj.weight"] for name in "qk")
+    q_norm = tensors.get(f"{_FIRST}self_attn.q_norm.weight")
+    heads = _first(beside, ("num_attention_heads", "n_heads"), 8 if q_norm is None else len(q) // len(q_norm))
+    head_dim = len(q) // heads if q_norm is None else len(q_norm)
+    if head_dim == 0 or heads * head_dim != len(q) or len(k) % head_dim:
+        raise CheckpointError(
+            f"q_proj has {len(q)} rows and k_proj {len(k)}, which does not fit {heads} heads: "
+            "put the config.json that names num_attention_heads beside it"
+        )
+    return {"num_attention_heads": heads, "num_key_value_heads": len(k) // head_dim, "head_dim": head_dim}
+
+
+def _experts(tensors: dict[str, Tensor], beside: dict, per_token: int) -> dict[str, Any]:
+    router = tensors.get(f"{_FIRST}mlp.gate.weight")
+    gate = tensors.get(_FIRST + ("mlp.gate_proj.weight" if router is None else "mlp.experts.0.gate_proj.weight"))
+    if gate is None:
+        raise CheckpointError("not a MiniMind checkpoint: its first layer has no feed-forward weights")
+    shared = [name for name in tensors if re.match(r"model\.layers\.0\.mlp\.shared_experts\.\d+\.gate_proj", name)]
+    return {
+        "intermediate_size": len(gate),
+        "num_experts": 0 if router is None else len(router),
+        "num_experts_per_tok": _first(beside, ("num_experts_per_tok",), per_token),
+        "num_shared_experts": len(shared),
+        "norm_topk_prob": _first(beside, ("norm_topk_prob",), True),
+    }
 
 
 def half_rotation(weight: Tensor, head_dim: int) -> Tensor:
@@ -136,6 +159,48 @@ _ONLY = {  # what a configuration may say, if it says anything
 
 def from_hf(tensors: dict[str, Tensor], hf: dict) -> tuple[MiniMindConfig, dict[str, Tensor]]:
     """Configuration and weights of a Hugging Face Llama, Qwen3 or Qwen3-MoE; `hf` is its config.json."""
+    architecture = _architecture(hf)
+    if not hf.get("tie_word_embeddings") and "lm_head.weight" not in tensors:
+        raise CheckpointError("config.json does not tie output layer and embedding, and there is no lm_head.weight")
+    is_moe, is_llama = architecture == "Qwen3MoeForCausalLM", architecture == "LlamaForCausalLM"
+    needed = ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"]
+    needed += ["moe_intermediate_size", "num_experts_per_tok"] if is_moe else []
+    for name in needed:
+        if not isinstance(hf.get(name), int):
+            raise CheckpointError(f"config.json has no {name}")
+    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}  # transformers 5, and before
+    eos = _first(hf, ("eos_token_id",), 2)
+    eos = eos[0] if isinstance(eos, list) else eos
+    experts = {
+        "num_experts": _first(hf, ("num_experts", "num_local_experts"), 128),
+        "num_experts_per_tok": hf.get("num_experts_per_tok"),
+        "norm_topk_prob": _first(hf, ("norm_topk_prob",), False),
+    }
+    config = MiniMindConfig(
+        hidden_size=hf["hidden_size"],
+        num_hidden_layers=hf["num_hidden_layers"],
+        num_attention_heads=hf["num_attention_heads"],
+        num_key_value_heads=_first(hf, ("num_key_value_heads", "num_attention_heads"), None),
+        intermediate_size=hf["moe_intermediate_size" if is_moe else "intermediate_size"],
+        head_dim=_first(hf, ("head_dim",), 128 if architecture == "Qwen3ForCausalLM" else None),
+        vocab_size=hf["vocab_size"],
+        max_position_embeddings=_first(hf, ("max_position_embeddings",), 2048 if is_llama else 32768),
+        rms_norm_eps=_first(hf, ("rms_norm_eps",), 1e-6),
+        rope_theta=float(_first(rope | hf, ("rope_theta",), 10000.0)),
+        rope_scaling=_yarn(rope, hf),
+        qk_norm=not is_llama,
+        router_aux_loss_coef=_first(hf, ("router_aux_loss_coef",), 0.001),
+        initializer_range=_first(hf, ("initializer_range",), 0.02),
+        bos_token_id=_first(hf, ("bos_token_id",), eos),
+        eos_token_id=eos,
+        pad_token_id=_first(hf, ("pad_token_id",), eos),
+        **(experts if is_moe else {"num_experts_per_tok": 1}),
+    )
+    return config, _without_head({name: w for name, w in tensors.items() if not name.endswith(_BUFFERS)})
+
+
+def _architecture(hf: dict) -> str:
+    """The architecture that a config.json names; CheckpointError if it is none of ours, or says more than ours do."""
     kind = hf.get("model_type")
     architecture = (hf.get("architectures") or [_ARCHITECTURES.get(kind)])[0]
     if architecture not in _ARCHITECTURES.values():
@@ -147,42 +212,7 @@ def from_hf(tensors: dict[str, Tensor], hf: dict) -> tuple[MiniMindConfig, dict[
             raise CheckpointError(f"config.json has {name} = {hf[name]!r}; only {only!r} can be loaded")
     if any(layer != "full_attention" for layer in hf.get("layer_types") or []):
         raise CheckpointError("config.json has layer_types other than full_attention; only that can be loaded")
-    if not hf.get("tie_word_embeddings") and "lm_head.weight" not in tensors:
-        raise CheckpointError("config.json does not tie output layer and embedding, and there is no lm_head.weight")
-    needed = ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"]
-    is_moe, is_llama = architecture == "Qwen3MoeForCausalLM", architecture == "LlamaForCausalLM"
-    if is_moe:
-        needed += ["moe_intermediate_size", "num_experts_per_tok"]
-    for name in needed:
-        if not isinstance(hf.get(name), int):
-            raise CheckpointError(f"config.json has no {name}")
-    heads = hf["num_attention_heads"]
-    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}  # transformers 5, and before
-    eos = _first(hf, ("eos_token_id",), 2)
-    eos = eos[0] if isinstance(eos, list) else eos
-    config = MiniMindConfig(
-        hidden_size=hf["hidden_size"],
-        num_hidden_layers=hf["num_hidden_layers"],
-        num_attention_heads=heads,
-        num_key_value_heads=_first(hf, ("num_key_value_heads",), heads),
-        intermediate_size=hf["moe_intermediate_size" if is_moe else "intermediate_size"],
-        head_dim=_first(hf, ("head_dim",), 128 if architecture == "Qwen3ForCausalLM" else None),
-        vocab_size=hf["vocab_size"],
-        max_position_embeddings=_first(hf, ("max_position_embeddings",), 2048 if is_llama else 32768),
-        rms_norm_eps=_first(hf, ("rms_norm_eps",), 1e-6),
-        rope_theta=float(_first(rope | hf, ("rope_theta",), 10000.0)),
-        rope_scaling=_yarn(rope, hf),
-        qk_norm=not is_llama,
-        num_experts=_first(hf, ("num_experts", "num_local_experts"), 128) if is_moe else 0,
-        num_experts_per_tok=hf["num_experts_per_tok"] if is_moe else 1,
-        norm_topk_prob=_first(hf, ("norm_topk_prob",), False) if is_moe else True,
-        router_aux_loss_coef=_first(hf, ("router_aux_loss_coef",), 0.001),
-        initializer_range=_first(hf, ("initializer_range",), 0.02),
-        bos_token_id=_first(hf, ("bos_token_id",), eos),
-        eos_token_id=eos,
-        pad_token_id=_first(hf, ("pad_token_id",), eos),
-    )
-    return config, _without_head({name: w for name, w in tensors.items() if not name.endswith(_BUFFERS)})
+    return architecture
 
 
 def _yarn(rope: dict | None, hf: dict) -> dict | None:
@@ -230,51 +260,3 @@ def hf_state_dict(model: MiniMindLM) -> dict[str, Tensor]:
     """The weights by Hugging Face's names, which are ours; the tied output layer has no entry."""
     hf_config(model.config)  # refuses what has no counterpart
     return {name.replace("_orig_mod.", ""): w.detach().contiguous() for name, w in base_state_dict(model).items()}
-
-
-def model_card(name: str, model: MiniMindLM, meta: dict) -> str:
-    """README.md of an exported folder: the shape, and what the run's meta says of data, budget and losses."""
-    c, run = model.config, meta.get("finished", {})
-    experts = f", {c.num_experts} experts ({c.num_experts_per_tok} per token)" if c.is_moe else ""
-    rows = {
-        "architecture": hf_config(c)["architectures"][0],
-        "parameters": f"{model.num_parameters():,}"
-        + (f", {model.num_parameters(active=True):,} active per token" if c.is_moe else ""),
-        "shape": f"{c.num_hidden_layers} layers of {c.hidden_size}, {c.num_attention_heads} heads, "
-        f"{c.num_key_value_heads} key-value heads{experts}",
-        "stage": meta.get("stage"),
-        "trained from": run.get("from_weight"),
-        "LoRA merged in": meta.get("merged"),
-        "data": run.get("data_path") or ("the starter corpus" if run else None),
-        "steps": f"{meta['steps']:,}" if "steps" in meta else None,
-        "tokens": f"{meta['tokens']:,}" if "tokens" in meta else None,
-        "training time": f"{meta['seconds']:,.0f} s" if "seconds" in meta else None,
-        "held-out loss": f"{meta['val_loss']:.4f} nats per token" if meta.get("val_loss") is not None else None,
-        "held-out bits per byte": f"{meta['val_bpb']:.4f}" if meta.get("val_bpb") is not None else None,
-        "row length in training": run.get("max_seq_len"),
-        "optimizer": run.get("optimizer"),
-        "seed": run.get("seed"),
-    }
-    table = "\n".join(f"| {key} | {value} |" for key, value in rows.items() if value is not None)
-    unknown = "" if meta else "\nThe weights came without a record of their training.\n"
-    return f"""---
-library_name: transformers
-pipeline_tag: text-generation
----
-# {name}
-
-A MiniMind model, exported to a stock architecture: transformers, vLLM and SGLang load it without remote code.
-
-| | |
-| --- | --- |
-{table}
-{unknown}
-```python
-from transformers import pipeline
-
-chat = pipeline("text-generation", "FOLDER")
-print(chat([{{"role": "user", "content": "Who are you?"}}], max_new_tokens=128)[0]["generated_text"][-1]["content"])
-```
-
-Training on a small corpus makes a small model: it states wrong things with confidence.
-"""

@@ -24,8 +24,8 @@ import _path  # noqa: F401
 
 import cli
 from cli import ArgumentParser, UsageError, flag
-from dataset.chat import Fault, validate_messages
-from dataset.jsonl import DataError, conversation_faults, kind_of, parse_line, read_jsonl, read_lines
+from dataset.checks import Fault, conversation_faults, kind_of, validate_messages
+from dataset.jsonl import DataError, parse_line, read_jsonl, read_lines
 from dataset.packing import add_reason, reasons
 from evaluation.endpoint import Endpoint
 from model.checkpoint import CheckpointError

@@ -2,8 +2,9 @@
 
 python scripts/benchmark.py train --preset small --seq_len 512 --seconds 60
 python scripts/benchmark.py decode --preset small --batch 8 --new_tokens 256 --quantize int8 --compare 1
-python scripts/benchmark.py quality --weight out/pretrain_512.pth --data_path texts.jsonl
+python scripts/benchmark.py quality --model out/pretrain_512.pth --data_path texts.jsonl
 
+--markdown FILE appends the figures to it as a table, with machine, commit and command.
 train: whole steps (forward, backward, clipping, optimizer) on random tokens. `mfu` is 6 * active parameters * tokens/s
 over the peak of a 2048^3 product in the same precision and process; `mfu_with_attention` counts the attention scores.
 `memory_mb` is what the peak in CPU memory rose by after import.
@@ -21,23 +22,29 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
-import _path  # noqa: F401
 import torch
+from _report import append_markdown
 
 import cli
-from cli import ArgumentParser
+from cli import ArgumentParser, need
 from dataset.chat import PAD_ID, TOKENIZER_DIR, load_tokenizer
+from dataset.checks import text_fault
+from dataset.jsonl import DataError, read_jsonl
 from model import checkpoint
 from model.device import DTYPES, find_device, training_dtype
-from model.export.gguf import LlamaCpp, save_gguf
+from model.export.gguf import save_gguf
+from model.export.huggingface import save_hf
+from model.export.llama_cpp import LlamaCpp
 from model.inference.cpu_step import CpuStep
 from model.inference.engine import Engine, SamplingParams
 from model.inference.quantization import FORMATS, quantize, weight_bytes
 from model.model import PRESETS, MiniMindLM
-from trainer import speed
 from trainer.optimizer import LEARNING_RATES, build_optimizers
+from trainer.speed import compile_if_worth, cross_entropy, install, matmul_peak, synchronize
 
 
 def peak_rss_mb() -> float:
@@ -48,56 +55,71 @@ def peak_rss_mb() -> float:
 def benchmark_train(args: argparse.Namespace) -> dict:
     device = find_device(args.device)
     dtype = training_dtype(device, args.dtype)
-    peaks = [speed.matmul_peak(device, dtype)]
+    peaks = [matmul_peak(device, dtype)]
     baseline = peak_rss_mb()
     torch.manual_seed(0)
     model = MiniMindLM(PRESETS[args.preset]).to(device).train()
-    optimizers = build_optimizers(model, args.optimizer)
+    optimizers = build_optimizers(model, args.optimizer, dtype=dtype)
     model.activation_checkpointing = bool(args.activation_checkpointing)
-    if args.compile:
-        model.compile_layers()
+    install(model, dtype, device)
+    compile_if_worth(model, str(args.compile), device, 0, print)
     ids = torch.randint(16, model.config.vocab_size, (args.batch_size, args.seq_len + 1), device=device)
 
     def step() -> None:
         with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-            out = model(ids[:, :-1], labels=ids[:, 1:])
-        loss = out.loss if out.aux_loss is None else out.loss + out.aux_loss
+            out = model(ids[:, :-1])
+            loss = cross_entropy(out.logits.flatten(0, 1), ids[:, 1:].flatten()) + out.aux_loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        speed.synchronize(device)
+        synchronize(device)
 
-    start = time.perf_counter()
-    step()
-    first = time.perf_counter() - start
-    step()
-    times = []
-    end = time.perf_counter() + args.seconds
-    while time.perf_counter() < end:
-        start = time.perf_counter()
-        step()
-        times.append(time.perf_counter() - start)
-        print(
-            f"\r{len(times)} steps, {ids[:, 1:].numel() / times[-1]:,.0f} tokens/s", end="", file=sys.stderr, flush=True
-        )
-    print(file=sys.stderr)
+    first, times = step_times(step, args.seconds, tokens=ids[:, 1:].numel())
     rss = peak_rss_mb()
-    peaks.append(speed.matmul_peak(device, dtype))
+    peaks.append(matmul_peak(device, dtype))
     peak, tokens_per_second = max(peaks), ids[:, 1:].numel() / statistics.median(times)
     return {
-        "preset": args.preset, "parameters": model.num_parameters(), "active": model.num_parameters(active=True),
-        "batch_size": args.batch_size, "seq_len": args.seq_len, "optimizer": args.optimizer, "dtype": str(dtype)[6:],
+        "preset": args.preset,
+        "parameters": model.num_parameters(),
+        "active": model.num_parameters(active=True),
+        "batch_size": args.batch_size,
+        "seq_len": args.seq_len,
+        "optimizer": args.optimizer,
+        "dtype": str(dtype)[6:],
+        "device": device.type,
         "tokens_per_second": round(tokens_per_second, 1),
         "matmul_peak_gflops": round(peak / 1e9, 1),
         "mfu": round(tokens_per_second * model.flops_per_token(args.seq_len, attention=False) / peak, 4),
         "mfu_with_attention": round(tokens_per_second * model.flops_per_token(args.seq_len) / peak, 4),
-        "peak_rss_mb": round(rss), "memory_mb": round(rss - baseline),
+        "peak_rss_mb": round(rss),
+        "memory_mb": round(rss - baseline),
         "activation_checkpointing": args.activation_checkpointing,
         "compile_seconds": round(first - statistics.median(times), 1) if args.compile else 0,
-        "steps": len(times), "torch": torch.__version__, "threads": torch.get_num_threads(),
-    }  # fmt: skip
+        "steps": len(times),
+    } | environment()
+
+
+def step_times(step: Callable[[], None], seconds: float, tokens: int) -> tuple[float, list[float]]:
+    """Seconds of the first step, which compiles, and of each that follows the second for so long."""
+    start = time.perf_counter()
+    step()
+    first = time.perf_counter() - start
+    step()
+    times: list[float] = []
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        start = time.perf_counter()
+        step()
+        times.append(time.perf_counter() - start)
+        print(f"\r{len(times)} steps, {tokens / times[-1]:,.0f} tokens/s", end="", file=sys.stderr, flush=True)
+    print(file=sys.stderr)
+    return first, times
+
+
+def environment() -> dict:
+    return {"torch": torch.__version__, "threads": torch.get_num_threads()}
 
 
 def read_bandwidth() -> float:
@@ -111,9 +133,10 @@ def read_bandwidth() -> float:
 
 
 def load_model(args: argparse.Namespace) -> MiniMindLM:
-    """The weights of a file, or random ones of a preset with the fields of --config changed."""
-    if args.weight:
-        return checkpoint.load(args.weight)[0].float().eval()
+    """The weights that a path names, or random ones of a preset with the fields of --config changed; fp32."""
+    device = find_device(args.device)
+    if args.model:
+        return checkpoint.load(args.model, device)[0]
     changes = {}
     for field in args.config:
         name, _, value = field.partition("=")
@@ -123,7 +146,7 @@ def load_model(args: argparse.Namespace) -> MiniMindLM:
             )
         changes[name] = int(value)
     torch.manual_seed(0)
-    return MiniMindLM(replace(PRESETS[args.preset], head_dim=None, **changes)).eval()
+    return MiniMindLM(replace(PRESETS[args.preset], head_dim=None, **changes)).eval().to(device)
 
 
 def answer_times(engine: Engine, prompts: list[list[int]], new_tokens: int) -> tuple[float, float]:
@@ -143,11 +166,10 @@ def answer_times(engine: Engine, prompts: list[list[int]], new_tokens: int) -> t
 
 def transformers_speed(model: MiniMindLM, prompts: list[list[int]], args: argparse.Namespace) -> float:
     """Tokens per second of transformers' generate on the same weights in fp32, prefill included; the best of two."""
-    from transformers import AutoModelForCausalLM
-
+    transformers = need("transformers", "--compare 1")
     with tempfile.TemporaryDirectory() as folder:
-        checkpoint.save_hf(folder, model, TOKENIZER_DIR, torch.float32)
-        theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        save_hf(folder, model, TOKENIZER_DIR, torch.float32)
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     ids, times = torch.tensor(prompts), []
     for new in (8, args.new_tokens, args.new_tokens):
         start = time.perf_counter()
@@ -187,38 +209,44 @@ def benchmark_decode(args: argparse.Namespace) -> dict:
         CpuStep(model)
     compiled = time.perf_counter() - start
 
-    def engine() -> Engine:  # a new one each time: nothing may come from the cache
-        return Engine(model, slots=args.batch, compiled=bool(args.compile))
+    def times(prompts: list[list[int]], new_tokens: int) -> tuple[float, float]:
+        # A new engine each time: nothing may come from the cache.
+        return answer_times(Engine(model, slots=args.batch, compiled=bool(args.compile)), prompts, new_tokens)
 
-    answer_times(engine(), prompts, 8)
-    seconds, firsts = zip(
-        *(answer_times(engine(), prompts, args.new_tokens)[::-1] for _ in range(args.repeat)), strict=True
-    )
-    prefill = min(answer_times(engine(), [long], 1)[0] for _ in range(3))
+    times(prompts, 8)
+    firsts, seconds = zip(*(times(prompts, args.new_tokens) for _ in range(args.repeat)), strict=True)
+    prefill = min(times([long], 1)[0] for _ in range(3))
     steps_per_second = (args.new_tokens - 1) / min(seconds)
-    c = model.config
-    cache = (
-        8
-        * args.batch
-        * c.num_hidden_layers
-        * c.num_key_value_heads
-        * c.head_dim
-        * (args.prompt_len + args.new_tokens / 2)
-    )
-    bandwidth, used = read_bandwidth(), steps_per_second * (weight_bytes(model) + cache)
-    speed_ = steps_per_second * args.batch
+    tokens_per_second = steps_per_second * args.batch
+    read = weight_bytes(model) + cache_bytes(model, args)
+    bandwidth, used = read_bandwidth(), steps_per_second * read
     return {
-        "model": args.weight or " ".join([args.preset, *args.config]), "parameters": parameters, "batch": args.batch,
-        "new_tokens": args.new_tokens, "weights": args.quantize or "fp32", "compiled": args.compile,
-        "tokens_per_second": round(speed_, 1), "prefill_tokens_per_second": round(512 / prefill, 1),
+        "model": args.model or " ".join([args.preset, *args.config]),
+        "parameters": parameters,
+        "batch": args.batch,
+        "new_tokens": args.new_tokens,
+        "weights": args.quantize or "fp32",
+        "compiled": args.compile,
+        "tokens_per_second": round(tokens_per_second, 1),
+        "prefill_tokens_per_second": round(512 / prefill, 1),
         "time_to_first_token": round(min(firsts), 4),
-        "mb_per_step": round((weight_bytes(model) + cache) / 1e6, 1), "gb_per_second": round(used / 1e9, 1),
-        "bandwidth_gb_per_second": round(bandwidth / 1e9, 1), "share_of_bandwidth": round(used / bandwidth, 3),
-        "compile_seconds": round(compiled, 2), "peak_rss_mb": round(peak_rss_mb()),
-        "transformers_tokens_per_second": theirs and round(theirs, 1), "ratio": theirs and round(speed_ / theirs, 2),
+        "mb_per_step": round(read / 1e6, 1),
+        "gb_per_second": round(used / 1e9, 1),
+        "bandwidth_gb_per_second": round(bandwidth / 1e9, 1),
+        "share_of_bandwidth": round(used / bandwidth, 3),
+        "compile_seconds": round(compiled, 2),
+        "peak_rss_mb": round(peak_rss_mb()),
+        "transformers_tokens_per_second": theirs and round(theirs, 1),
+        "ratio": theirs and round(tokens_per_second / theirs, 2),
         "llama_cpp_tokens_per_second": llama and round(llama, 1),
-        "torch": torch.__version__, "threads": torch.get_num_threads(),
-    }  # fmt: skip
+    } | environment()
+
+
+def cache_bytes(model: MiniMindLM, args: argparse.Namespace) -> float:
+    """Keys and values in fp32 that a step reads, halfway through the answers."""
+    c = model.config
+    length = args.prompt_len + args.new_tokens / 2
+    return 2 * 4 * args.batch * length * c.num_hidden_layers * c.num_key_value_heads * c.head_dim
 
 
 @torch.inference_mode()
@@ -234,15 +262,8 @@ def bits_per_byte(model: MiniMindLM, documents: list[list[int]], n_bytes: int, s
 
 
 def benchmark_quality(args: argparse.Namespace) -> dict:
-    tokenizer, documents, n_bytes = load_tokenizer(), [], 0
-    with open(args.data_path, encoding="utf-8") as file:
-        for line in file:
-            text = json.loads(line)["text"]
-            if n_bytes >= args.bytes:
-                break
-            documents.append([PAD_ID, *tokenizer.encode(text, add_special_tokens=False).ids])
-            n_bytes += len(text.encode())
-    result: dict = {"weight": args.weight, "data": args.data_path, "bytes": n_bytes}
+    documents, n_bytes = read_documents(args.data_path, args.bytes)
+    result: dict = {"model": args.model, "data": args.data_path, "bytes": n_bytes}
     for kind in (None, *FORMATS):
         model = load_model(args)
         if kind:
@@ -257,26 +278,43 @@ def benchmark_quality(args: argparse.Namespace) -> dict:
     return result
 
 
+def read_documents(path: str, most: int) -> tuple[list[list[int]], int]:
+    """(documents as tokens, their bytes) from the beginning of a JSONL file; DataError for a row without text."""
+    tokenizer, documents, n_bytes = load_tokenizer(), [], 0
+    for number, row, fault in read_jsonl(path):
+        if fault := fault or text_fault(row):
+            raise DataError(f"{path}, line {number}: {fault.text}")
+        if n_bytes >= most:
+            break
+        documents.append([PAD_ID, *tokenizer.encode(row["text"], add_special_tokens=False).ids])
+        n_bytes += len(row["text"].encode())
+    if not documents:
+        raise DataError(f"{path}: the file is empty")
+    return documents, n_bytes
+
+
 def main() -> None:
     parser = ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     train = commands.add_parser("train", help="training speed")
-    train.add_argument("--preset", choices=list(PRESETS), default="nano")
-    train.add_argument("--seq_len", type=int, default=512)
-    train.add_argument("--batch_size", type=int, default=8)
-    train.add_argument("--seconds", type=float, default=60)
-    train.add_argument("--optimizer", choices=list(LEARNING_RATES), default="adamw")
-    train.add_argument("--compile", type=int, choices=(0, 1), default=1)
-    train.add_argument("--activation_checkpointing", type=int, choices=(0, 1), default=0)
-    train.add_argument("--device")
-    train.add_argument("--dtype", choices=list(DTYPES))
+    add = train.add_argument
+    add("--preset", choices=list(PRESETS), default="nano")
+    add("--seq_len", type=int, default=512)
+    add("--batch_size", type=int, default=8)
+    add("--seconds", type=float, default=60)
+    add("--optimizer", choices=list(LEARNING_RATES), default="adamw")
+    add("--compile", type=int, choices=(0, 1), default=1)
+    add("--activation_checkpointing", type=int, choices=(0, 1), default=0)
+    add("--device")
+    add("--dtype", choices=list(DTYPES))
     train.set_defaults(function=benchmark_train)
 
-    decode = commands.add_parser("decode", help="generation speed on the CPU")
+    decode = commands.add_parser("decode", help="generation speed")
     add = decode.add_argument
     add("--preset", choices=list(PRESETS), default="nano")
     add("--config", nargs="*", default=[], metavar="FIELD=N", help="instead of the preset's, such as hidden_size=512")
-    add("--weight", help="this model instead of a random one")
+    add("--model", metavar="PATH", help="this one instead of a random one")
+    add("--device", default="cpu", help="cuda, mps or cpu (default: cpu)")
     add("--batch", type=int, default=1)
     add("--prompt_len", type=int, default=32)
     add("--new_tokens", type=int, default=256)
@@ -287,13 +325,20 @@ def main() -> None:
     decode.set_defaults(function=benchmark_decode)
 
     quality = commands.add_parser("quality", help="bits per byte of quantised weights")
-    quality.add_argument("--weight", required=True)
-    quality.add_argument("--data_path", required=True, help='JSONL with "text"')
-    quality.add_argument("--bytes", type=int, default=100_000, help="of the file's beginning")
-    quality.add_argument("--seq_len", type=int, default=340)
+    add = quality.add_argument
+    add("--model", required=True, metavar="PATH")
+    add("--device", default="cpu", help=argparse.SUPPRESS)
+    add("--data_path", required=True, help='JSONL with "text"')
+    add("--bytes", type=int, default=100_000, help="of the file's beginning")
+    add("--seq_len", type=int, default=340)
     quality.set_defaults(function=benchmark_quality)
+    for command in (train, decode, quality):
+        command.add_argument("--markdown", type=Path, metavar="FILE", help="append the figures to this file")
     args = parser.parse_args()
-    print(json.dumps(args.function(args)))
+    figures = args.function(args)
+    print(json.dumps(figures))
+    if args.markdown:
+        append_markdown(args.markdown, args.command, figures)
 
 
 if __name__ == "__main__":

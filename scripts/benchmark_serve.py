@@ -21,7 +21,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from _path import ROOT
+from _report import append_markdown
+
+import cli
+from cli import ArgumentParser
+
 QUESTIONS = ["Who are you?", "What is the capital of France?", "Tell me a short story about a cat.", "7 + 15 = ?"]
 USAGE = re.compile(rb'"completion_tokens":\s*([0-9]+)')
 
@@ -47,7 +52,7 @@ def running_server(options: list[str]) -> Iterator[tuple[subprocess.Popen, int]]
                 if found := re.fullmatch(r"serving on http://.*:([0-9]+)\n", line):
                     break
             else:
-                raise SystemExit("error: the server did not start")
+                raise SystemExit("error: the server did not start; its own message is above")
             yield process, int(found[1])
         finally:
             process.terminate()
@@ -59,7 +64,7 @@ def rss_mb(process: subprocess.Popen) -> float | None:
     return int(re.search(r"VmRSS:\s*([0-9]+)", status.read_text())[1]) / 1024 if status.exists() else None
 
 
-async def ask(port: int, model: str, question: str, max_tokens: int, tally: Tally) -> None:
+async def stream_chat(port: int, model: str, question: str, max_tokens: int, tally: Tally) -> None:
     """One streamed chat over a connection of its own, on a bare socket: a client library would take the machine's time
     from the server."""
     body = {"model": model, "messages": [{"role": "user", "content": question}], "max_tokens": max_tokens}
@@ -84,7 +89,7 @@ async def ask(port: int, model: str, question: str, max_tokens: int, tally: Tall
         writer.close()
 
 
-async def load(port: int, model: str, clients: int, max_tokens: int, seconds: float) -> tuple[Tally, float]:
+async def press(port: int, model: str, clients: int, max_tokens: int, seconds: float) -> tuple[Tally, float]:
     """All clients at once, each starting answers for so long; the tally and the seconds until the last one ended."""
     tally, begin = Tally(), time.perf_counter()
 
@@ -92,7 +97,7 @@ async def load(port: int, model: str, clients: int, max_tokens: int, seconds: fl
         while time.perf_counter() < begin + seconds:
             n += 1
             try:
-                await ask(port, model, QUESTIONS[n % len(QUESTIONS)], max_tokens, tally)
+                await stream_chat(port, model, QUESTIONS[n % len(QUESTIONS)], max_tokens, tally)
             except (OSError, asyncio.IncompleteReadError) as error:
                 tally.errors.append(repr(error))
 
@@ -106,7 +111,7 @@ async def many(port: int, model: str, clients: int, requests: int, process: subp
 
     async def client() -> None:
         for n in left:
-            await ask(port, model, f"{n} + 1 = ?", 2, tally)
+            await stream_chat(port, model, f"{n} + 1 = ?", 2, tally)
             if (n + 1) % max(1, requests // 10) == 0:
                 memory.append(rss_mb(process))
 
@@ -114,42 +119,56 @@ async def many(port: int, model: str, clients: int, requests: int, process: subp
     return tally, memory
 
 
+def throughput(port: int, args: argparse.Namespace) -> dict:
+    """One client alone, then all at once."""
+    one, seconds = asyncio.run(press(port, "model", 1, args.max_tokens, args.seconds / 4))
+    alone = one.tokens / seconds
+    tally, seconds = asyncio.run(press(port, "model", args.clients, args.max_tokens, args.seconds))
+    together, median = tally.tokens / seconds, statistics.median(tally.times)
+    errors = one.errors + tally.errors
+    print("\n".join(errors[:3]), file=sys.stderr)
+    return {
+        "errors": len(errors),
+        "answers": len(tally.times),
+        "tokens_per_second": round(together, 1),
+        "one_client_tokens_per_second": round(alone, 1),
+        "ratio": round(together / alone, 2),
+        "median_seconds": round(median, 3),
+        "slowest_to_median": round(max(tally.times) / median, 2),
+        "median_first_byte_seconds": round(statistics.median(tally.first), 3),
+    }
+
+
+def growth(port: int, process: subprocess.Popen, args: argparse.Namespace) -> dict:
+    """Many short chats, and what they leave behind in the server's memory."""
+    begin = time.perf_counter()
+    tally, memory = asyncio.run(many(port, "model", args.clients, args.requests, process))
+    print("\n".join(tally.errors[:3]), file=sys.stderr)
+    result = {"requests": args.requests, "request_errors": len(tally.errors)}
+    result["requests_per_second"] = round(args.requests / (time.perf_counter() - begin), 1)
+    if memory[0] is not None:
+        result |= {"rss_mb": round(memory[-1]), "rss_growth_mb": round(memory[-1] - memory[0], 1)}
+    return result
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("--clients", type=int, default=32)
     parser.add_argument("--seconds", type=float, default=60, help="of all clients; one alone gets a quarter of it")
     parser.add_argument("--max_tokens", type=int, default=128, help="of each answer")
     parser.add_argument("--requests", type=int, default=0, help="short chats, for the growth of memory")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="append the figures to this file as a table")
     parser.add_argument("server", nargs="*", help="after --: options of serve_openai_api.py")
     args = parser.parse_args()
     result = {"clients": args.clients, "max_tokens": args.max_tokens}
     with running_server(["--model_name", "model", *args.server]) as (process, port):
-        asyncio.run(load(port, "model", 1, args.max_tokens, 1))  # warming up
-        if args.seconds:
-            one, seconds = asyncio.run(load(port, "model", 1, args.max_tokens, args.seconds / 4))
-            alone = one.tokens / seconds
-            tally, seconds = asyncio.run(load(port, "model", args.clients, args.max_tokens, args.seconds))
-            together, median = tally.tokens / seconds, statistics.median(tally.times)
-            errors = one.errors + tally.errors
-            print("\n".join(errors[:3]), file=sys.stderr)
-            result |= {
-                "errors": len(errors), "answers": len(tally.times), "tokens_per_second": round(together, 1),
-                "one_client_tokens_per_second": round(alone, 1), "ratio": round(together / alone, 2),
-                "median_seconds": round(median, 3), "slowest_to_median": round(max(tally.times) / median, 2),
-                "median_first_byte_seconds": round(statistics.median(tally.first), 3),
-            }  # fmt: skip
-        if args.requests:
-            begin = time.perf_counter()
-            tally, memory = asyncio.run(many(port, "model", args.clients, args.requests, process))
-            print("\n".join(tally.errors[:3]), file=sys.stderr)
-            result |= {
-                "requests": args.requests, "request_errors": len(tally.errors),
-                "requests_per_second": round(args.requests / (time.perf_counter() - begin), 1),
-            }  # fmt: skip
-            if memory[0] is not None:
-                result |= {"rss_mb": round(memory[-1]), "rss_growth_mb": round(memory[-1] - memory[0], 1)}
+        asyncio.run(press(port, "model", 1, args.max_tokens, 1))  # warming up
+        result |= throughput(port, args) if args.seconds else {}
+        result |= growth(port, process, args) if args.requests else {}
     print(json.dumps(result))
+    if args.markdown:
+        append_markdown(args.markdown, "serving", result)
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

@@ -20,9 +20,9 @@ import _path  # noqa: F401
 import numpy as np
 
 from cli import ArgumentParser
-from dataset import checks as faults_of
-from dataset import jsonl, packing
-from dataset.chat import TOKENIZER_DIR, Fault, load_tokenizer, render_chat
+from dataset import checks, cleaning, jsonl, packing
+from dataset.chat import TOKENIZER_DIR, load_tokenizer, render_chat
+from dataset.checks import Fault
 from dataset.jsonl import DataError
 from dataset.packing import Piece
 
@@ -85,14 +85,14 @@ def messages_of(row: dict, kind: str) -> list[dict]:
 def row_faults(row: dict, kind: str) -> list[Fault]:
     """Errors (training skips the row) and warnings (it is kept) of one row by itself."""
     if kind == "pretrain":
-        error = jsonl.text_fault(row)
-        return [error] if error else faults_of.text_warnings(row["text"])
-    found = jsonl.conversation_faults(row) if kind == "sft" else jsonl.preference_faults(row)
+        error = checks.text_fault(row)
+        return [error] if error else cleaning.text_warnings(row["text"])
+    found = checks.conversation_faults(row) if kind == "sft" else checks.preference_faults(row)
     messages = messages_of(row, kind)
     for n, message in enumerate(messages, 1):
         for field in ("content", "reasoning_content"):
             if isinstance(text := message.get(field), str):
-                for level, what in faults_of.text_warnings(text, chat=True):
+                for level, what in cleaning.text_warnings(text, chat=True):
                     found.append(Fault(level, f"{what}, in {field} of message {n}"))
     if len(messages) > 100:
         found.append(Fault("warning", f"very many messages: {len(messages)}"))
@@ -110,8 +110,8 @@ class Report:
         self.languages, self.roles, self.features = Counter(), Counter(), Counter()
         self.trained = self.continued = self.windows = 0
         self.notes: dict[str, list[int]] = {}
-        self.duplicates = faults_of.Duplicates()
-        self.progress = packing.Progress(f"reading {path.name}", path.stat().st_size)
+        self.duplicates = cleaning.Duplicates()
+        self.progress = packing.FileProgress(f"reading {path.name}", path.stat().st_size)
         rows = packed_tokens = 0
         for packed in self._packed():
             rows += 1
@@ -173,13 +173,13 @@ class Report:
                 same = json.dumps(messages, ensure_ascii=False, sort_keys=True)
                 self._count_messages(messages)
             self.characters.append(len(text))
-            share = faults_of.cjk_share(text)
+            share = cleaning.cjk_share(text)
             self.languages["Chinese" if share >= 0.5 else "mixed" if share >= 0.05 else "other"] += 1
             if duplicate := self.duplicates.check(number, text, same):
                 found.append(duplicate)
             self.warned += bool(found)
         for level, text in found:
-            kind = jsonl.kind_of(text)
+            kind = checks.kind_of(text)
             self.faults.setdefault((level, kind), []).append((number, text))
         return row if usable else None
 
@@ -209,8 +209,8 @@ class Report:
                 self._print_group(kind, entries, everything)
         if self.duplicates.index is None:
             print("\nNear duplicates were not searched: that needs `pip install datasketch`.")
-        elif self.used > faults_of.MOST_NEAR:
-            print(f"\nNear duplicates were searched among the first {faults_of.MOST_NEAR:,} rows only.")
+        elif self.used > cleaning.MOST_NEAR:
+            print(f"\nNear duplicates were searched among the first {cleaning.MOST_NEAR:,} rows only.")
 
     def _print_figures(self) -> None:
         total = sum(self.languages.values())

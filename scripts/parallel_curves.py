@@ -48,10 +48,10 @@ def main() -> None:
     for name, values in differences.items():
         print(f"{name}: largest difference of the loss from one process {max(values):.1e} in {len(values)} steps")
     if args.picture:
-        draw([row["tokens"] for row in rows], losses, differences, args.picture)
+        draw_curves([row["tokens"] for row in rows], losses, differences, args.picture)
 
 
-def draw(tokens: list[int], losses: dict, differences: dict, picture: Path) -> None:
+def draw_curves(tokens: list[int], losses: dict, differences: dict, picture: Path) -> None:
     """The curves, each thinner than the one it lies on, and below how far each is from the first."""
     import matplotlib
 

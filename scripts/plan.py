@@ -16,7 +16,7 @@ import torch
 import cli
 from cli import ArgumentParser, UsageError
 from model.model import PRESETS, MiniMindConfig, MiniMindLM
-from trainer.optimizer import LEARNING_RATES, build_optimizers, state_bytes
+from trainer.optimizer import LEARNING_RATES, Muon, build_optimizers
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,16 @@ FREE_SHARE = 0.92  # of a GPU's memory that a plan may fill
 
 
 # ------------------------------------------------------------------------------------------------ memory
+
+
+def state_bytes(optimizers: list[torch.optim.Optimizer]) -> int:
+    """What their state takes once they have stepped: AdamW keeps two values per parameter, Muon one."""
+    return sum(
+        p.numel() * p.element_size() * (1 if isinstance(optimizer, Muon) else 2)
+        for optimizer in optimizers
+        for group in optimizer.param_groups
+        for p in group["params"]
+    )
 
 
 def block_bytes(config: MiniMindConfig, tokens: int, autocast: bool) -> int:

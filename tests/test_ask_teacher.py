@@ -15,11 +15,12 @@ import torch
 
 import cli
 from dataset.chat import EOS_ID, TOKENIZER_DIR, load_tokenizer, render_chat
-from dataset.jsonl import conversation_faults
+from dataset.checks import conversation_faults
 from dataset.lm_dataset import sft_dataset, summary
 from evaluation import endpoint
 from evaluation.endpoint import Endpoint
 from model import checkpoint
+from model.export.huggingface import save_hf
 from model.inference.chatbot import STOP_IDS
 from model.inference.engine import SamplingParams, generate
 from model.inference.tools import SCHEMAS
@@ -86,8 +87,8 @@ def teacher(tiny, tmp_path):
     model = tiny(vocab_size=6400, num_hidden_layers=1)
     with torch.no_grad():
         model.model.embed_tokens.weight[EOS_ID] *= 3
-    checkpoint.save(tmp_path / "full_sft_64.pth", model, {"finished": {"max_seq_len": 128}})
-    checkpoint.save_hf(tmp_path / "hf", model, TOKENIZER_DIR, torch.float32)
+    checkpoint.save(tmp_path / "full_sft_64.pth", model, {"arguments": {"max_seq_len": 128}})
+    save_hf(tmp_path / "hf", model, TOKENIZER_DIR, torch.float32)
     return model
 
 

@@ -1,11 +1,9 @@
 """render_chat against transformers, the loss mask, forged markers: `pytest tests/test_chat.py`."""
 
 import json
-import os
-import random
-from pathlib import Path
 
 import pytest
+from samples import assistant, dumps, real_chats, system, tool, user
 
 from dataset.chat import (
     BOS_ID,
@@ -15,34 +13,8 @@ from dataset.chat import (
     TOKENIZER_DIR,
     load_tokenizer,
     render_chat,
-    validate_messages,
 )
-
-ROOT = Path(__file__).resolve().parent.parent
-REAL_DATA = Path(
-    os.environ.get("MINIMIND_REAL_DATA", Path(__file__).resolve().parent.parent.parent / "shared" / "data")
-)
-
-
-def system(content="", **fields):
-    return {"role": "system", "content": content, **fields}
-
-
-def user(content):
-    return {"role": "user", "content": content}
-
-
-def assistant(content="", **fields):
-    return {"role": "assistant", "content": content, **fields}
-
-
-def tool(content):
-    return {"role": "tool", "content": content}
-
-
-def dumps(value):
-    return json.dumps(value, ensure_ascii=False)
-
+from dataset.checks import validate_messages
 
 WEATHER = {
     "type": "function",
@@ -168,12 +140,8 @@ def test_same_ids_as_transformers(tokenizer, theirs, name):
     assert explicit_none == render_chat(tokenizer, messages, add_generation_prompt=True)[0]
 
 
-def test_same_ids_as_transformers_on_real_rows(tokenizer, theirs):
-    path = REAL_DATA / "sft_real.jsonl"
-    if not path.exists():
-        pytest.skip(f"no {path}; set MINIMIND_REAL_DATA")
-    with open(path, encoding="utf-8") as file:
-        rows = random.Random(0).sample([json.loads(line)["conversations"] for line in file], 200)
+def test_same_ids_as_transformers_on_real_text(tokenizer, theirs):
+    rows = real_chats()
     assert sum("tools" in messages[0] for messages in rows) > 10
     for messages in rows:
         ids, mask = render_chat(tokenizer, messages)

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from samples import messy_chats, messy_text
 
 from dataset import packing
 from dataset.chat import load_tokenizer, render_chat
-from dataset.jsonl import conversation_faults, text_fault
 from dataset.lm_dataset import (
     DataError,
     batches,
@@ -29,19 +29,12 @@ from dataset.lm_dataset import (
 )
 
 ROOT = Path(__file__).resolve().parent.parent
-REAL_DATA = Path(os.environ.get("MINIMIND_REAL_DATA", ROOT / ".." / "shared" / "data"))
 WORDS = "the cat 小猫 sat on 山 and 3 + 4 = 7 😀 river 读书 quickly 今天天气很好。 élan\n".split(" ")
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
     return load_tokenizer()
-
-
-def real(name: str) -> Path:
-    if not (REAL_DATA / name).is_file():
-        pytest.skip(f"{name} not found: set MINIMIND_REAL_DATA to the folder that holds it")
-    return REAL_DATA / name
 
 
 def write_jsonl(path: Path, rows: list) -> Path:
@@ -208,29 +201,20 @@ def test_several_processes_give_the_same_rows(tmp_path, tokenizer, build, monkey
 # What cannot be used
 
 
-@pytest.mark.parametrize(
-    ("name", "build", "fault"),
-    [
-        ("messy.jsonl", pretrain_dataset, lambda row: [text_fault(row)]),
-        ("messy_sft.jsonl", sft_dataset, conversation_faults),
-    ],
-)
-def test_messy_file_is_read_and_every_line_counted(tmp_path, tokenizer, name, build, fault, capsys):
-    dataset = build(real(name), tokenizer, 256, cache_dir=tmp_path)
-    figures = summary(dataset)
-    bad = []
-    for number, row, error in read_jsonl(real(name)):
-        faults = [error] if row is None else fault(row)
-        bad += [number] if any(f and f.level == "error" for f in faults) else []
-    assert figures["lines"] == real(name).read_bytes().rstrip(b"\n").count(b"\n") + 1
-    assert (
-        figures["lines"] - figures["used"] == sum(reason["count"] for reason in figures["skipped"].values()) == len(bad)
-    )
-    assert 0 < len(bad) < figures["lines"] / 2
+@pytest.mark.parametrize(("make", "build"), [(messy_text, pretrain_dataset), (messy_chats, sft_dataset)])
+def test_messy_file_is_read_and_every_line_counted(tmp_path, tokenizer, make, build, capsys):
+    dirty, path = make(), tmp_path / "dirty.jsonl"
+    path.write_bytes(dirty.content())
+    dataset = build(path, tokenizer, 256, cache_dir=tmp_path)
+    figures, bad = summary(dataset), dirty.faults("error")
+    assert figures["lines"] == len(dirty.lines)
+    assert figures["lines"] - figures["used"] == len(bad)
+    assert sum(reason["count"] for reason in figures["skipped"].values()) == len(bad)
     said = capsys.readouterr().err
-    assert f"{figures['used']} used, {len(bad)} skipped" in said
-    reason, most = max(figures["skipped"].items(), key=lambda item: item[1]["count"])
-    assert f"{most['count']} {reason} (lines {most['lines'][0]}, " in said
+    for reason in figures["skipped"].values():
+        assert set(reason["lines"]) <= set(bad) and len(reason["lines"]) == min(reason["count"], 5)
+    most = max(figures["skipped"].values(), key=lambda reason: reason["count"])
+    assert str(figures["used"]) in said and str(most["lines"][0]) in said
     assert sum(batch["weight"] for batch in validation_batches(dataset, 8)) == figures["labels"]
 
 
@@ -238,12 +222,12 @@ def test_file_that_cannot_be_used_is_one_clear_error(tmp_path, tokenizer):
     empty, bad = tmp_path / "empty.jsonl", tmp_path / "bad.jsonl"
     empty.touch()
     bad.write_text('{"txt": "a"}\n{"text": ""}\n')
-    for path, words in ((tmp_path / "none.jsonl", "check the path"), (tmp_path, "not a file"), (empty, "empty")):
+    for path in (tmp_path / "none.jsonl", tmp_path, empty):
         for build in (pretrain_dataset, sft_dataset):
-            with pytest.raises(DataError, match=words) as error:
+            with pytest.raises(DataError) as error:
                 build(path, tokenizer, 64, cache_dir=tmp_path / "cache")
             assert str(path) in str(error.value) and "\n" not in str(error.value)
-    with pytest.raises(DataError, match='none of its 2 lines can be used.*no "text" key'):
+    with pytest.raises(DataError, match='bad.jsonl.*"text"'):
         pretrain_dataset(bad, tokenizer, 64, cache_dir=tmp_path / "cache")
     assert not [name for name in os.listdir(tmp_path / "cache") if not name.endswith(".lock")]
 

@@ -17,6 +17,7 @@ import train_reason
 from dataset.chat import END_THINK_ID, EOS_ID, THINK_ID, load_tokenizer, render_chat
 from dataset.lm_dataset import reason_dataset, sft_dataset, validation_batches
 from model import checkpoint
+from model.export.huggingface import save_hf
 
 
 @pytest.fixture(scope="module")
@@ -110,8 +111,7 @@ def test_a_teacher_with_another_vocabulary_is_refused(tiny, tmp_path):
     student = tiny(vocab_size=6400)
     with pytest.raises(checkpoint.CheckpointError, match="another vocabulary.*320.*6400"):
         train_distill.load_teacher(tmp_path, str(tmp_path / "teacher.pth"), student, "cpu")
-    checkpoint.save_hf(tmp_path / "folder", tiny(vocab_size=6400), "model/tokenizer")
-
+    save_hf(tmp_path / "folder", tiny(vocab_size=6400), "model/tokenizer")
     train_distill.load_teacher(tmp_path, str(tmp_path / "folder"), student, "cpu")
     path = tmp_path / "folder" / "tokenizer.json"
     spec = json.loads(path.read_text(encoding="utf-8"))

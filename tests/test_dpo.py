@@ -10,7 +10,7 @@ import torch
 import train_dpo
 from dataset.chat import BOS_ID, EOS_ID, load_tokenizer, render_chat
 from dataset.lm_dataset import batches, preference_dataset, summary, validation_batches
-from model import checkpoint
+from model.export.huggingface import save_hf
 
 WORDS = "sun moon tea cat 苹果 red 大 river seven 好".split()
 
@@ -72,7 +72,7 @@ def trl_loss(models, tmp_path, tokenizer):
 
     folders = []
     for name, model in zip(("policy", "reference"), models, strict=True):
-        checkpoint.save_hf(tmp_path / name, model, "model/tokenizer", dtype=torch.float32)
+        save_hf(tmp_path / name, model, "model/tokenizer", dtype=torch.float32)
         folders.append(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype=torch.float32))
     examples = []
     for row in (pair(n, turns=n % 3) for n in range(7)):

@@ -25,6 +25,7 @@ from dataset.chat import TOKENIZER_DIR, load_tokenizer
 from dataset.jsonl import DataError
 from evaluation.scoreboard import read_heldout
 from model import checkpoint
+from model.export.huggingface import save_hf
 from model.inference import chatbot
 from model.inference.engine import SamplingParams, generate
 from model.model import MiniMindConfig, MiniMindLM
@@ -66,10 +67,10 @@ def weights(tmp_path_factory):
     torch.manual_seed(0)
     model = MiniMindLM(MiniMindConfig(**TINY, initializer_range=0.3))
     for stage in ("pretrain", "full_sft", "reason"):
-        checkpoint.save(out / f"{stage}_32.pth", model, {"finished": {"max_seq_len": 96}})
+        checkpoint.save(out / f"{stage}_32.pth", model, {"arguments": {"max_seq_len": 96}})
     checkpoint.save(out / "parrot" / "full_sft_64.pth", parrot("我叫MiniMind。"), {"note": "parrot"})
     checkpoint.save(out / "endless" / "full_sft_64.pth", parrot("一二三", ends=False), {"note": "parrot"})
-    checkpoint.save_hf(out / "hf", model, TOKENIZER_DIR, torch.float32)
+    save_hf(out / "hf", model, TOKENIZER_DIR, torch.float32)
     return out
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from dataset.chat import TOKENIZER_DIR
-from model import checkpoint
+from model.export.huggingface import save_hf
 
 
 @pytest.fixture
@@ -11,7 +11,7 @@ def folder(tiny, tmp_path):
     import torch
 
     model = tiny(vocab_size=6400, qk_norm=True)
-    checkpoint.save_hf(tmp_path / "hf", model, TOKENIZER_DIR, torch.float32)
+    save_hf(tmp_path / "hf", model, TOKENIZER_DIR, torch.float32)
     return str(tmp_path / "hf")
 
 
@@ -40,12 +40,10 @@ def test_trl_trains_a_step(folder, tmp_path, method):
     from transformers import AutoTokenizer
     from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
-    common = dict(
-        output_dir=str(tmp_path / "out"), max_steps=1, per_device_train_batch_size=2, report_to="none",
-        use_cpu=True, bf16=False, save_strategy="no", gradient_checkpointing=False,
-    )  # fmt: skip
-    question, good, bad = ([{"role": r, "content": c}] for r, c in (("user", "hi"), ("assistant", "a"),
-                                                                    ("assistant", "b")))  # fmt: skip
+    common = dict(output_dir=str(tmp_path / "out"), max_steps=1, per_device_train_batch_size=2, report_to="none")
+    common |= dict(use_cpu=True, bf16=False, save_strategy="no", gradient_checkpointing=False)
+    question, good = [{"role": "user", "content": "hi"}], [{"role": "assistant", "content": "a"}]
+    bad = [{"role": "assistant", "content": "b"}]
     tokenizer = AutoTokenizer.from_pretrained(folder)
     if method == "sft":
         rows = Dataset.from_list([{"messages": question + good}] * 2)

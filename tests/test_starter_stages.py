@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from dataset.jsonl import conversation_faults, preference_faults
+from dataset.checks import conversation_faults, preference_faults
 from dataset.starter import corpus as starter
 from dataset.starter.words import WEEKDAYS
 from evaluation.scoreboard import read_heldout

@@ -1,7 +1,6 @@
 """The shipped tokenizer and train_tokenizer.py: `pytest tests/test_tokenizer.py`."""
 
 import json
-import os
 import random
 import subprocess
 import sys
@@ -11,9 +10,10 @@ import pytest
 
 import train_tokenizer
 from dataset.chat import MARKERS, SPECIAL_MARKERS, TOKENIZER_DIR, load_tokenizer
+from dataset.jsonl import DataError
 
 ROOT = Path(__file__).resolve().parent.parent
-REAL_DATA = Path(os.environ.get("MINIMIND_REAL_DATA", ROOT.parent / "shared" / "data"))
+TEXTS = ROOT / "tests" / "fixtures" / "real_text" / "texts.jsonl"
 IDENTITY = train_tokenizer.IDENTITY
 
 
@@ -42,10 +42,9 @@ def random_text(rng: random.Random, length: int) -> str:
 def test_vocabulary_is_6400_with_the_markers_first(tokenizer):
     assert tokenizer.get_vocab_size() == 6400
     assert sorted(tokenizer.get_vocab().values()) == list(range(6400))
-    assert [tokenizer.id_to_token(i) for i in range(16)] == [
-        "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>", "<tool_call>", "</tool_call>",
-        "<tool_response>", "</tool_response>", *(f"<|reserved_{i}|>" for i in range(7)),
-    ]  # fmt: skip
+    named = "<|endoftext|> <|im_start|> <|im_end|> <think> </think> <tool_call> </tool_call> <tool_response>"
+    markers = [*named.split(), "</tool_response>", *(f"<|reserved_{i}|>" for i in range(7))]
+    assert [tokenizer.id_to_token(i) for i in range(16)] == markers
 
 
 def test_all_256_bytes_are_in_the_vocabulary(tokenizer):
@@ -113,10 +112,7 @@ def test_an_exported_folder_keeps_its_tokenizer(tokenizer, tmp_path, model_type)
 
 
 def test_real_text_needs_at_most_a_token_per_3_3_bytes(tokenizer):
-    path = REAL_DATA / "pretrain_real_val.jsonl"
-    if not path.exists():
-        pytest.skip(f"no {path}; set MINIMIND_REAL_DATA")
-    with open(path, encoding="utf-8") as file:
+    with open(TEXTS, encoding="utf-8") as file:
         texts = [json.loads(line)["text"] for line in file]
     tokens = sum(len(encoding.ids) for encoding in tokenizer.encode_batch(texts, add_special_tokens=False))
     assert sum(len(text.encode()) for text in texts) / tokens >= 3.3
@@ -133,21 +129,28 @@ def write_rows(path: Path, rows: list) -> Path:
     return path
 
 
+ANSWER = {"content": "好的", "reasoning_content": "marvellous reasoning"}
+CALL = {"name": "get_weather_report", "arguments": {}}
 ROWS = [
     {"text": "今天天气很好，我们去公园散步。The weather is fine today."},
-    {"conversations": [{"role": "user", "content": "wonderful question"},
-                       {"role": "assistant", "content": "好的", "reasoning_content": "marvellous reasoning",
-                        "tool_calls": [{"name": "get_weather_report", "arguments": {}}]}]},
-    {"chosen": [{"role": "assistant", "content": "delicious chosen"}],
-     "rejected": [{"role": "assistant", "content": "horrible rejected"}]},
-]  # fmt: skip
+    {
+        "conversations": [
+            {"role": "user", "content": "wonderful question"},
+            {"role": "assistant", "tool_calls": [CALL]} | ANSWER,
+        ]
+    },
+    {
+        "chosen": [{"role": "assistant", "content": "delicious chosen"}],
+        "rejected": [{"role": "assistant", "content": "horrible rejected"}],
+    },
+]
 
 
 def test_training_through_the_command_line(tmp_path):
     data = write_rows(tmp_path / "data.jsonl", [*ROWS * 150, "not json", '{"other": 1}', ""])
     first = run("--data_path", data, "--vocab_size", "400", "--out_dir", "tok", cwd=tmp_path)
     assert first.returncode == 0, first.stderr
-    assert "450 rows for training, 3 skipped; the first is line 451: invalid JSON" in first.stdout
+    assert all(part in first.stdout for part in ("450 rows", "3 skipped", "line 451"))
     assert "Chinese" in first.stdout and "English" in first.stdout
     tokenizer = load_tokenizer(tmp_path / "tok")
     assert tokenizer.get_vocab_size() == 400
@@ -164,44 +167,44 @@ def test_training_through_the_command_line(tmp_path):
 
 def test_weights_and_sample_size_thin_out_the_rows(tmp_path):
     data = write_rows(tmp_path / "data.jsonl", [{"text": f"row {n}"} for n in range(100)])
-    texts = list(train_tokenizer.all_texts([(data, 0.3), (data, 2.0)], "training"))
+    texts = list(train_tokenizer.stream_texts([(data, 0.3), (data, 2.0)], "training"))
     assert len(texts) == 30 + 200
     assert texts[0] == "row 3" and texts[29] == "row 99" and texts[30:32] == ["row 0", "row 0"]
     size = data.stat().st_size
-    ((_, weight),) = train_tokenizer.find_files([str(data)], [1.0], size / 4 / 1e6)
+    ((_, weight),) = train_tokenizer.weighted_files([str(data)], [1.0], size / 4 / 1e6)
     assert weight == pytest.approx(0.25)
 
 
 @pytest.mark.parametrize(
-    ("args", "code", "message"),
+    ("args", "code", "named"),
     [
-        (["--data_path", "absent.jsonl"], 1, "absent.jsonl: no such file"),
-        (["--data_path", "bad.jsonl"], 1, "bad.jsonl: no usable row; the first is line 1: invalid JSON"),
-        (["--data_path", "empty.jsonl"], 1, "empty.jsonl: no usable row"),
-        (["--data_path", "good.jsonl", "--vocab_size", "271"], 2, "--vocab_size 271 is too small"),
-        (["--data_path", "good.jsonl", "--weight", "1", "2"], 2, "--weight needs one number"),
-        (["--data_path", "good.jsonl", "--sample_mb", "0"], 2, "--sample_mb 0 must be more than 0"),
+        (["--data_path", "absent.jsonl"], 1, "absent.jsonl"),
+        (["--data_path", "bad.jsonl"], 1, "line 1"),
+        (["--data_path", "empty.jsonl"], 1, "empty.jsonl"),
+        (["--data_path", "good.jsonl", "--vocab_size", "271"], 2, "--vocab_size"),
+        (["--data_path", "good.jsonl", "--weight", "1", "2"], 2, "--weight"),
+        (["--data_path", "good.jsonl", "--sample_mb", "0"], 2, "--sample_mb"),
         (["--data_path", "good.jsonl", "--out_dir", "good.jsonl"], 1, "good.jsonl"),
     ],
 )
-def test_mistakes_get_one_line(tmp_path, args, code, message):
+def test_mistakes_get_one_line(tmp_path, args, code, named):
     write_rows(tmp_path / "good.jsonl", ROWS)
     write_rows(tmp_path / "bad.jsonl", ["{'text': 'python, not JSON'}"])
     (tmp_path / "empty.jsonl").touch()
     before = sorted(tmp_path.iterdir())
     result = run("--vocab_size", "300", "--out_dir", "tok", *args, cwd=tmp_path)
     assert result.returncode == code
-    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1 and message in result.stderr
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1 and named in result.stderr
     assert sorted(tmp_path.iterdir()) == before
 
 
 def test_a_lossy_tokenizer_is_refused():
-    tokenizer = train_tokenizer.train(iter(["abc " * 50]), train_tokenizer.MIN_VOCAB)
+    tokenizer = train_tokenizer.train_bpe(iter(["abc " * 50]), train_tokenizer.MIN_VOCAB)
     train_tokenizer.check_identity(tokenizer)
     from tokenizers.normalizers import NFC
 
     tokenizer.normalizer = NFC()
-    with pytest.raises(ValueError, match="combining marks"):
+    with pytest.raises(DataError, match="combining marks"):
         train_tokenizer.check_identity(tokenizer)
 
 

@@ -17,7 +17,8 @@ from spelled import pieces_of
 
 import cli
 import eval_model
-from dataset.chat import load_tokenizer, render_chat, validate_messages
+from dataset.chat import load_tokenizer, render_chat
+from dataset.checks import validate_messages
 from model import checkpoint
 from model.inference.tools import SCHEMAS
 from model.model import MiniMindConfig, MiniMindLM

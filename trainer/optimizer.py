@@ -117,16 +117,6 @@ def build_optimizers(
     return optimizers
 
 
-def state_bytes(optimizers: list[torch.optim.Optimizer]) -> int:
-    """What their state takes once they have stepped: AdamW keeps two values per parameter, Muon one."""
-    return sum(
-        p.numel() * p.element_size() * (1 if isinstance(optimizer, Muon) else 2)
-        for optimizer in optimizers
-        for group in optimizer.param_groups
-        for p in group["params"]
-    )
-
-
 def learning_rate_scale(progress: float, warmup: float = 0.02, final: float = 0.0, decay: float = 0.5) -> float:
     """Factor on the learning rate at `progress` in [0, 1] of the budget: linear up, flat, then down to `final`.
 

@@ -23,7 +23,7 @@ TALK = load_json("talk")  # intents with their wordings (the last two are never 
 IDENTITY, GREETINGS, SYSTEMS = TALK["identity"], TALK["small_talk"], TALK["systems"]
 
 
-def identity(rng: random.Random, lang: str, held: bool) -> Item:
+def who_it_is(rng: random.Random, lang: str, held: bool) -> Item:
     """Who it is, who made it, what it can do."""
     intent = rng.choices(IDENTITY[lang], [4, 2, 1, 1, 1, 1, 1, 1])[0]
     wording, key = pick_wording(rng, intent["questions"], held)

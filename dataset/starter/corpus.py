@@ -36,7 +36,7 @@ Skill = Callable[[random.Random, str, bool], Item]
 
 # Share of the conversations, in percent, and the function that makes one.
 SKILLS: dict[str, tuple[float, Skill]] = {
-    "identity": (3.5, chat.identity),
+    "identity": (3.5, chat.who_it_is),
     "greeting": (3.0, chat.greeting),
     WORLD: (7.5, skills.facts_of(WORLD)),
     NATURE: (8.0, skills.facts_of(NATURE)),
@@ -86,7 +86,7 @@ FILES += tuple(f"{stage}{part}.jsonl" for stage in (*STAGES, "tools") for part i
 TEXTS = {"story": 10, "description": 12, "facts": 13, "dialogue": 37, "worked": 20, "translation": 8}
 
 
-def draw(rng: random.Random, skill: str | Skill, lang: str, held: bool = False) -> Item:
+def draw_item(rng: random.Random, skill: str | Skill, lang: str, held: bool = False) -> Item:
     """An Item of the skill that lies on the wanted side of the split."""
     make = SKILLS[skill][1] if isinstance(skill, str) else skill
     while True:
@@ -109,7 +109,7 @@ def text_document(rng: random.Random, kind: str, lang: str) -> str:
     some = rng.choices(list(weights), list(weights.values()), k=2)  # a text keeps to one or two subjects
 
     def any_item(rng: random.Random, lang: str) -> Item:
-        return draw(rng, rng.choice(some), lang)
+        return draw_item(rng, rng.choice(some), lang)
 
     def impersonal(rng: random.Random, lang: str) -> Item:  # 'so Tom is older' says nothing by itself
         while any(name in (item := any_item(rng, lang)).answer for name in NAMES[lang]):
@@ -156,10 +156,10 @@ def to_messages(item: Item, with_answer: bool = True) -> list[dict[str, str]]:
 
 def make_conversation(rng: random.Random, name: str, lang: str) -> list[dict[str, str]]:
     """A conversation of the skill; now and then two exchanges follow one another, or an idle system message opens."""
-    item = draw(rng, name, lang)
+    item = draw_item(rng, name, lang)
     messages = to_messages(item)
     if not item.system and not item.history and rng.random() < 0.1:
-        before = draw(rng, rng.choice(["greeting", "identity", WORLD, NATURE, "arithmetic"]), lang)
+        before = draw_item(rng, rng.choice(["greeting", "identity", WORLD, NATURE, "arithmetic"]), lang)
         messages = to_messages(before) + messages
     if not item.system and rng.random() < 0.025:
         idle = {"zh": "你是一个友好的小助手。", "en": "You are a friendly assistant."}[lang]
@@ -193,7 +193,7 @@ def make_heldout(rng: random.Random, skills: dict[str, tuple[float, Skill]]) -> 
         for lang in LANGUAGES:
             asked: set[str] = set()
             for _ in range(100 * HELD_OUT_PER_SKILL):
-                item = draw(rng, make, lang, held=True)
+                item = draw_item(rng, make, lang, held=True)
                 messages = to_messages(item, with_answer=False)
                 shown = json.dumps(messages, ensure_ascii=False)
                 if shown.lower() in asked:
@@ -212,7 +212,10 @@ def make_heldout(rng: random.Random, skills: dict[str, tuple[float, Skill]]) -> 
 
 def make_stage(rng: random.Random, stage: str, rows: int) -> list[list]:
     """Conversations of a later stage, mixed with some of the SFT."""
-    makers, shares = [make for _, make in STAGES[stage].values()], [share for share, _ in STAGES[stage].values()]
+    makers, shares = (
+        [make for _, make in STAGES[stage].values()],
+        [share for share, _ in STAGES[stage].values()],
+    )
     # Who it was is not repeated to a model that becomes somebody else.
     repeated = {name: share for name, (share, _) in SKILLS.items() if stage != "lora_identity" or name != "identity"}
     names, weights = list(repeated), list(repeated.values())
@@ -220,9 +223,9 @@ def make_stage(rng: random.Random, stage: str, rows: int) -> list[list]:
     for i in range(rows):
         lang = LANGUAGES[i % 2]
         if rng.random() < REPEATED[stage]:
-            conversations.append(to_messages(draw(rng, rng.choices(names, weights)[0], lang)))
+            conversations.append(to_messages(draw_item(rng, rng.choices(names, weights)[0], lang)))
             continue
-        item = draw(rng, rng.choices(makers, shares)[0], lang)
+        item = draw_item(rng, rng.choices(makers, shares)[0], lang)
         if rng.random() > THINKING:
             item.reasoning = ""
         conversations.append(to_messages(item))
@@ -237,7 +240,7 @@ def make_tools(rng: random.Random, rows: int) -> list[list]:
         messages = [stages.TOOLS_OFFERED]
         for _ in range(rng.choice([1, 2, 4])):
             if rng.random() < 0.15:
-                item = draw(rng, rng.choices(names, weights)[0], LANGUAGES[i % 2])
+                item = draw_item(rng, rng.choices(names, weights)[0], LANGUAGES[i % 2])
                 messages += to_messages(item) if not item.system else []
                 continue
             exchange, key = stages.tool_exchange(rng, LANGUAGES[i % 2])

@@ -22,7 +22,7 @@ from dataset.starter.skills import (
 from dataset.starter.words import UNITS, WEEKDAYS
 from model.inference.tools import SCHEMAS, run_tool
 
-STAGES = load_json("stages")  # who the new identity is, everyday health, kind and unkind replies
+SUBJECTS = load_json("stages")  # who the new identity is, everyday health, kind and unkind replies
 
 
 # --- LoRA ------------------------------------------------------------------------------------------------------------
@@ -30,7 +30,7 @@ STAGES = load_json("stages")  # who the new identity is, everyday health, kind a
 
 def persona(rng: random.Random, lang: str, held: bool) -> Item:
     """The questions about who it is, answered by somebody else. Unseen when held out: the wording."""
-    answers = STAGES["persona"][lang]
+    answers = SUBJECTS["persona"][lang]
     intent = rng.choice([intent for intent in IDENTITY[lang] if intent["answers"][0] in answers])
     wording, key = pick_wording(rng, intent["questions"], held)
     answer = answers[intent["answers"][0]]
@@ -39,7 +39,7 @@ def persona(rng: random.Random, lang: str, held: bool) -> Item:
 
 def health(rng: random.Random, lang: str, held: bool) -> Item:
     """First aid for everyday complaints, and when to see a doctor; unseen when held out: this wording of this case."""
-    table = STAGES["health"][lang]
+    table = SUBJECTS["health"][lang]
     case, advice, danger = rng.choice(table["cases"])
     wording, key = pick_wording(rng, table["questions"], held)
     return Item(wording.format(case), table["answer"].format(advice, danger), f"{key}|health|{lang}|{case}")
@@ -52,7 +52,7 @@ def preference(rng: random.Random, lang: str, held: bool) -> tuple[Item, str]:
     """(Item with the better answer, the worse answer): kind before unkind, true before false. Unseen when held out:
     this reply to this thing, animal or child; this wording of this fact."""
     if rng.random() < 0.7:
-        about, said, kind, unkind = rng.choice(STAGES["manners"][lang])
+        about, said, kind, unkind = rng.choice(SUBJECTS["manners"][lang])
         if about == "name":
             subject = rng.choice(NAMES[lang])
         else:

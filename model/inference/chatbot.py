@@ -104,7 +104,7 @@ def load_chatbot(
         )
     if not meta and not path.is_dir():
         print(f"note: {path} does not say which tokenizer it needs: taking model/tokenizer", file=sys.stderr)
-    trained_len = meta.get("finished", {}).get("max_seq_len", 2048)
+    trained_len = checkpoint.run_arguments(meta).get("max_seq_len", 2048)
     if extrapolate:
         trained_len = extend_context(model, trained_len)
     if compiled and device.type == "cpu" and dtype == torch.bfloat16:
@@ -116,7 +116,7 @@ def load_chatbot(
 def adapter_file(adapter: Path, config) -> Path:
     file = adapter
     if adapter.suffix != ".pth":
-        file = adapter.with_name(f"{adapter.name}_{config.hidden_size}{'_moe' if config.is_moe else ''}.pth")
+        file = checkpoint.checkpoint_path(adapter.parent, adapter.name, config)
     if not file.exists():
         raise CheckpointError(f"there is no adapter {file}; check the name and the folder")
     return file

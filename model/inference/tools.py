@@ -13,7 +13,8 @@ from decimal import Context, Decimal
 from fractions import Fraction
 from typing import Any
 
-from dataset.chat import SURROGATE_PATTERN, parse_tool_calls
+from dataset.chat import parse_tool_calls
+from dataset.checks import SURROGATE_PATTERN
 
 MAX_EXPRESSION = 200  # characters
 MAX_DEPTH = 20  # of parentheses and signs
