@@ -16,7 +16,7 @@ from dataset.lm_dataset import IGNORE, reason_dataset
 from trainer.arguments import arguments
 from trainer.run import Run
 
-MARKERS = (THINK_ID, END_THINK_ID, TOOL_CALL_ID, END_TOOL_CALL_ID)
+WEIGHTED = (THINK_ID, END_THINK_ID, TOOL_CALL_ID, END_TOOL_CALL_ID)
 
 
 def reason_loss(model, batch, marker_weight):
@@ -29,7 +29,7 @@ def reason_loss(model, batch, marker_weight):
     labels = labels[trained]  # (N,)
     out = model(batch["input_ids"], segment_ids=batch["segment_ids"], logits_at=trained)  # logits (N, vocab)
     losses = F.cross_entropy(out.logits.float(), labels, reduction="none")  # (N,)
-    is_marker = torch.isin(labels, torch.tensor(MARKERS, device=labels.device))
+    is_marker = torch.isin(labels, torch.tensor(WEIGHTED, device=labels.device))
     count = max(len(labels), 1)
     loss = (losses * torch.where(is_marker, marker_weight, 1.0)).sum() / count
     return loss + out.aux_loss, out.metrics | {"cross_entropy": losses.detach().sum() / count}

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 __all__ = ["DataError", "batches", "collate", "preference_dataset", "pretrain_dataset", "read_jsonl"]
-__all__ += ["reason_dataset", "sft_dataset", "summary", "token_bytes", "validation_batches"]
+__all__ += ["reason_dataset", "sft_dataset", "summary", "bytes_per_token", "validation_batches"]
 
 CACHE_DIR = Path(__file__).resolve().parent.parent / "out" / "cache"
 FIRST_TEXT_ID = 16  # ids below are markers
@@ -275,7 +275,7 @@ def _collate_of(dataset: Dataset) -> partial:
     return partial(collate, seq_len=figures["seq_len"], kind=figures["kind"])
 
 
-def token_bytes(tokenizer: Tokenizer) -> torch.Tensor:
+def bytes_per_token(tokenizer: Tokenizer) -> torch.Tensor:
     """(vocab,) int64: UTF-8 bytes that each token stands for, 0 for markers; what bits per byte divides by."""
     import torch
 

@@ -32,7 +32,7 @@ PACK_BUFFER = 2000  # conversations among which the best-fitting one is looked f
 
 
 @dataclass
-class Piece:
+class Sample:
     """What must stay together in one row: a conversation, or a preference pair as two segments, chosen and rejected."""
 
     ids: np.ndarray
@@ -42,7 +42,7 @@ class Piece:
 
 def _encode(
     kind: str, tokenizer: Tokenizer, seq_len: int, lines: list[tuple[int, bytes]]
-) -> tuple[list[Piece], list[tuple[int, str]]]:
+) -> tuple[list[Sample], list[tuple[int, str]]]:
     """Lines -> (the rows that can be used, [(line number, why not)] of the others)."""
     dtype = np.uint16 if tokenizer.get_vocab_size() <= 1 << 16 else np.uint32
     faults_of = {"pretrain": lambda row: [text_fault(row)], "preference": preference_faults}
@@ -59,18 +59,18 @@ def _encode(
                     pieces.append(_pair(tokenizer, row, seq_len, dtype))
                 else:
                     ids, mask = render_chat(tokenizer, row["conversations"], thinking_off=kind == "reason")
-                    pieces.append(Piece(np.array(ids, dtype), np.array(mask, bool)))
+                    pieces.append(Sample(np.array(ids, dtype), np.array(mask, bool)))
             except ValueError as refused:
                 error = Fault("error", f"{refused}")
         if error is not None:
             skipped.append((number, error.text))
     if kind == "pretrain":
         encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        pieces = [Piece(np.array([END_OF_TEXT, *encoding.ids], dtype)) for encoding in encodings]
+        pieces = [Sample(np.array([END_OF_TEXT, *encoding.ids], dtype)) for encoding in encodings]
     return pieces, skipped
 
 
-def _pair(tokenizer: Tokenizer, row: dict, seq_len: int, dtype: type) -> Piece:
+def _pair(tokenizer: Tokenizer, row: dict, seq_len: int, dtype: type) -> Sample:
     """Both conversations of a preference pair; labels are the last answer alone, not earlier ones in the prompt."""
     prompt = render_chat(tokenizer, row["chosen"][:-1], add_generation_prompt=True)[0]
     sides = [render_chat(tokenizer, row[side]) for side in ("chosen", "rejected")]
@@ -78,7 +78,7 @@ def _pair(tokenizer: Tokenizer, row: dict, seq_len: int, dtype: type) -> Piece:
     if len(ids) > seq_len:
         raise ValueError(f"pair longer than a row: {len(ids)} tokens with both answers; raise --max_seq_len")
     mask = np.concatenate([np.array([0] * len(prompt) + mask[len(prompt) :], bool) for _, mask in sides])
-    return Piece(ids, mask, [len(ids) for ids, _ in sides])
+    return Sample(ids, mask, [len(ids) for ids, _ in sides])
 
 
 def _start_worker(kind: str, tokenizer_json: str, seq_len: int) -> None:
@@ -140,7 +140,7 @@ def pack_documents(documents: Iterable[np.ndarray], seq_len: int) -> Iterator[di
         yield {"input_ids": np.concatenate(parts)}
 
 
-def split_conversation(piece: Piece, seq_len: int) -> Iterator[Piece]:
+def split_conversation(piece: Sample, seq_len: int) -> Iterator[Sample]:
     """Windows of at most seq_len tokens; each repeats the last seq_len // 2 tokens of the one before, masked, as
     context. So every label is trained exactly once. Windows without a label are left out."""
     repeat = seq_len // 2
@@ -149,13 +149,13 @@ def split_conversation(piece: Piece, seq_len: int) -> Iterator[Piece]:
         if start:
             labels[:repeat] = False
         if labels.any():
-            yield Piece(window, labels, piece.lengths)
+            yield Sample(window, labels, piece.lengths)
 
 
-def pack_pieces(pieces: Iterable[Piece], seq_len: int) -> Iterator[dict]:
+def pack_pieces(pieces: Iterable[Sample], seq_len: int) -> Iterator[dict]:
     """Best fit: a row begins with the longest of the buffer and adds the longest that still fits, till none does."""
     buffer: list[tuple[int, int]] = []  # (length, serial number), sorted
-    stored: dict[int, Piece] = {}
+    stored: dict[int, Sample] = {}
 
     def next_row() -> dict:
         space, chosen = seq_len, []
@@ -197,14 +197,14 @@ def pack_file(
             progress.add(len(line))
             yield number, line
 
-    def encoded() -> Iterator[Piece]:
+    def encoded() -> Iterator[Sample]:
         for rows, skipped in _encode_all(kind, tokenizer, seq_len, chunks_of(lines()), num_proc):
             figures["used"] += len(rows)
             for number, why in skipped:
                 add_reason(figures["skipped"], number, why)
             yield from rows
 
-    def pieces() -> Iterator[Piece]:
+    def pieces() -> Iterator[Sample]:
         for piece in encoded():
             figures["labels"] += int(piece.mask[1:].sum())
             windows = list(split_conversation(piece, seq_len))

@@ -15,7 +15,9 @@ def compute_dtype(device: torch.device | str) -> torch.dtype:
     if kind == "cuda":
         fast = torch.cuda.get_device_capability(device) >= (8, 0)
     elif kind == "cpu":
-        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        # ATEN_CPU_CAPABILITY=avx2 makes torch compute as on a CPU without: then this says so too.
+        old = torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "NO AVX", "AVX2")
+        fast = not old and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
     else:
         fast = kind == "mps"
     return torch.bfloat16 if fast else torch.float32

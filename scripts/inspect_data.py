@@ -24,7 +24,7 @@ from dataset import checks, cleaning, jsonl, packing
 from dataset.chat import TOKENIZER_DIR, load_tokenizer, render_chat
 from dataset.checks import Fault
 from dataset.jsonl import DataError
-from dataset.packing import Piece
+from dataset.packing import Sample
 
 KEYS = {"text": "pretrain", "conversations": "sft", "chosen": "dpo", "rejected": "dpo"}
 PARTS = {"sft": ("conversations",), "dpo": ("chosen", "rejected")}
@@ -124,7 +124,7 @@ class Report:
             return packing.pack_documents((piece.ids for piece in self._encoded()), self.seq_len)
         return packing.pack_pieces(self._windows(), self.seq_len)
 
-    def _windows(self) -> Iterator[Piece]:
+    def _windows(self) -> Iterator[Sample]:
         for piece in self._encoded():
             windows = list(packing.split_conversation(piece, self.seq_len))
             self.continued += len(piece.ids) > self.seq_len
@@ -132,7 +132,7 @@ class Report:
             self.trained += int(piece.mask.sum())
             yield from windows
 
-    def _encoded(self) -> Iterator[Piece]:
+    def _encoded(self) -> Iterator[Sample]:
         """Checks, counts and tokenises every line."""
         for chunk in packing.chunks_of(jsonl.read_lines(self.path)):
             texts = []
@@ -148,10 +148,10 @@ class Report:
                 for part in PARTS[self.kind]:
                     ids, mask = render_chat(self.tokenizer, row[part])
                     self.tokens.append(len(ids))
-                    yield Piece(np.array(ids, np.uint32), np.array(mask, bool))
+                    yield Sample(np.array(ids, np.uint32), np.array(mask, bool))
             for encoding in self.tokenizer.encode_batch_fast(texts, add_special_tokens=False):
                 self.tokens.append(len(encoding))
-                yield Piece(np.array([packing.END_OF_TEXT, *encoding.ids]))
+                yield Sample(np.array([packing.END_OF_TEXT, *encoding.ids]))
 
     def _check(self, number: int, line: bytes) -> dict | None:
         """Files the faults of a line and counts what it holds; returns the row if training would use it."""

@@ -26,7 +26,7 @@ from model.inference.tools import SCHEMAS, run_tool
 from server.errors import ApiError
 from server.replies import ChatReply, CompletionReply, Reply
 from server.runner import Job, Overloaded, Runner, Update
-from server.schemas import read_json
+from server.schemas import parse_body
 from server.service import Service
 from server.web import ClientGone, EventStream, Metrics, read_limited, sse, until_gone
 
@@ -153,7 +153,7 @@ def model_routes(service: Service, metrics: Metrics, limits: Limits) -> APIRoute
     @router.post("/v1/tools/{name}")
     async def tool(name: str, request: Request) -> Response:
         body = await read_limited(request, TOOL_BODY, limits.timeout)
-        return Response(run_tool(name, read_json(body)), media_type="application/json")
+        return Response(run_tool(name, parse_body(body)), media_type="application/json")
 
     return router
 

@@ -37,8 +37,8 @@ class Grammars:
         copy.add_special_tokens([AddedToken(marker, special=True) for marker in MARKERS])
         return LLTokenizer(copy.to_str(), eos_token=EOS_ID)
 
-    def compile(self, lark: str, param: str) -> "Constraint":
-        """The constraint of a grammar, which belongs to one sequence; Constraint.copy() makes more. ApiError 400, which
+    def compile(self, lark: str, param: str) -> "GrammarConstraint":
+        """The constraint of a grammar, which belongs to one sequence; GrammarConstraint.copy() makes more. ApiError 400, which
         names `param`, if a schema in it is not one that can be enforced, or the server lacks the package for it."""
         try:
             from llguidance import LLMatcher
@@ -51,17 +51,17 @@ class Grammars:
             raise ApiError(400, f"{param}: {_first_line(str(error))}", param=param) from None
         if matcher.is_error():
             raise ApiError(400, f"{param}: {_first_line(matcher.get_error())}", param=param)
-        return Constraint(matcher, self.vocab_size)
+        return GrammarConstraint(matcher, self.vocab_size)
 
 
-class Constraint:
+class GrammarConstraint:
     """As model.inference.sampling.Constraint."""
 
     def __init__(self, matcher: "LLMatcher", vocab_size: int):
         self.matcher, self.vocab_size = matcher, vocab_size
 
-    def copy(self) -> "Constraint":
-        return Constraint(self.matcher.deep_copy(), self.vocab_size)
+    def copy(self) -> "GrammarConstraint":
+        return GrammarConstraint(self.matcher.deep_copy(), self.vocab_size)
 
     @property
     def failed(self) -> bool:

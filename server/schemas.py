@@ -19,7 +19,7 @@ from server.errors import ApiError
 
 MAX_CHOICES = 16
 MAX_STOPS, MAX_STOP = 4, 256  # stop strings, and characters of one: each token is compared with all of them
-SURROGATE = re.compile(r"[\ud800-\udfff]")
+LONE_SURROGATE = re.compile(r"[\ud800-\udfff]")
 ESCAPED_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
@@ -288,7 +288,7 @@ class CompletionRequest(CommonRequest):
 Request = TypeVar("Request", bound=CommonRequest)
 
 
-def read_json(body: bytes) -> dict:
+def parse_body(body: bytes) -> dict:
     """The JSON object in a body, in which every text is Unicode. Raises ApiError."""
     try:
         content = json.loads(body.decode("utf-8"))
@@ -308,7 +308,7 @@ def read_json(body: bytes) -> dict:
 
 def read_body(body: bytes, kind: type[Request]) -> Request:
     """The request in a body; ApiError 400 names what is wrong with it."""
-    content = read_json(body)
+    content = parse_body(body)
     try:
         request = kind.model_validate(content)
     except ValidationError as error:
@@ -339,9 +339,9 @@ def _path(loc: tuple) -> str:
 def _find_surrogate(value: Any, where: tuple = ()) -> tuple | None:
     """Where in a JSON value the first text with a lone surrogate is."""
     if isinstance(value, str):
-        return where if SURROGATE.search(value) else None
+        return where if LONE_SURROGATE.search(value) else None
     if isinstance(value, dict):
-        if any(SURROGATE.search(key) for key in value):
+        if any(LONE_SURROGATE.search(key) for key in value):
             return where
         parts = value.items()
     else:

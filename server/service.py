@@ -13,7 +13,7 @@ from model.inference.engine import SamplingParams
 from model.inference.text_stream import token_bytes
 from server.deltas import ChatAnswer, TextAnswer
 from server.errors import ApiError
-from server.grammars import Constraint, Grammars, call_grammar, json_grammar
+from server.grammars import GrammarConstraint, Grammars, call_grammar, json_grammar
 from server.runner import Choice, Job
 from server.schemas import ChatRequest, CommonRequest, CompletionRequest, read_body
 
@@ -84,7 +84,7 @@ class Service:
             choices.append(Choice(prompt, SamplingParams(**own), answer, why))
         return request, Job(choices, adapter)
 
-    def _constraint(self, request: ChatRequest, tools: list[dict], thinking: bool) -> Constraint | None:
+    def _constraint(self, request: ChatRequest, tools: list[dict], thinking: bool) -> GrammarConstraint | None:
         choice = request.choice_of_tool
         if choice not in ("none", "auto"):
             if choice != "required":
@@ -97,7 +97,7 @@ class Service:
             schema = request.response_format.json_schema.schema_
         return self._compile(json_grammar, "response_format", schema, thinking=thinking, tools=tools)
 
-    def _compile(self, grammar, param: str, *args, **options) -> Constraint:
+    def _compile(self, grammar, param: str, *args, **options) -> GrammarConstraint:
         try:
             return self.grammars.compile(grammar(*args, **options), param)
         except RecursionError:

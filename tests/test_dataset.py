@@ -19,12 +19,12 @@ from dataset.chat import load_tokenizer, render_chat
 from dataset.lm_dataset import (
     DataError,
     batches,
+    bytes_per_token,
     collate,
     pretrain_dataset,
     read_jsonl,
     sft_dataset,
     summary,
-    token_bytes,
     validation_batches,
 )
 
@@ -387,7 +387,7 @@ def test_validation_is_every_row_once_in_batches_of_one_shape(numbered):
 
 
 def test_token_bytes_add_up_to_the_text(tokenizer):
-    sizes = token_bytes(tokenizer)
+    sizes = bytes_per_token(tokenizer)
     assert sizes.shape == (tokenizer.get_vocab_size(),) and sizes.dtype == torch.int64
     assert (sizes[:16] == 0).all() and (sizes[16:] > 0).all()
     texts = [row["text"] for row in documents(50)] + [

@@ -288,7 +288,7 @@ def bits_per_byte_by_hand(model, rows) -> tuple[float, float]:
 
 
 def bytes_of_token(tokenizer, i: int) -> bytes:
-    """Independent of token_bytes: GPT-2's table of the characters that stand for bytes, turned round."""
+    """Independent of bytes_per_token: GPT-2's table of the characters that stand for bytes, turned round."""
     if i < 16:
         return b""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]

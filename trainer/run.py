@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from cli import UsageError
 from dataset.chat import load_tokenizer
-from dataset.lm_dataset import batches, token_bytes, validation_batches
+from dataset.lm_dataset import batches, bytes_per_token, validation_batches
 from model import checkpoint
 from model.checkpoint import CheckpointError
 from model.device import find_device, training_dtype
@@ -211,7 +211,7 @@ class Run:
         from trainer import zero
 
         config = zero.zero_config(args.deepspeed, args.batch_size, args.accumulation_steps, args.grad_clip)
-        zero.check(config, args.deepspeed, args.optimizer, args.compile)
+        zero.check_flags(config, args.deepspeed, args.optimizer, args.compile)
         if config["zero_optimization"]["stage"] == 3:
             args.compile = "0"
         return config
@@ -343,7 +343,7 @@ class Run:
         args, model = self.args, self.parallel.model if self.parallel else self.model
         if args.val_tokens:
             rows = rows.select(range(min(len(rows), max(1, args.val_tokens // args.max_seq_len))))
-        bytes_of = token_bytes(self.tokenizer).to(self.device)
+        bytes_of = bytes_per_token(self.tokenizer).to(self.device)
         sums: dict[str, float] = {}
         weight, tokens, n_bytes = 0, 0, 0
         model.eval()

@@ -54,7 +54,7 @@ def zero_config(path: str, batch_size: int, accumulation_steps: int, grad_clip: 
     return {name: value for name, value in config.items() if not name.startswith("_")} | automatic
 
 
-def check(config: dict, path: str, optimizer: str, compile: str) -> None:
+def check_flags(config: dict, path: str, optimizer: str, compile: str) -> None:
     """UsageError for flags that ZeRO cannot follow."""
     if optimizer == "muon":
         raise UsageError(

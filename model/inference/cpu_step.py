@@ -49,7 +49,7 @@ class Model(Structure):
     ]  # fmt: skip
 
 
-class Cache(Structure):
+class CachePointers(Structure):
     _fields_ = [("k", c_void_p), ("v", c_void_p), *((f"{name}_stride", c_int64) for name in ("layer", "slot", "head"))]
 
 
@@ -87,7 +87,7 @@ def load_library() -> ctypes.CDLL:
     library.scratch_size.argtypes = [POINTER(Model), c_int64, c_int64, c_int64]
     library.step.restype = None
     pointers = [c_void_p, c_void_p]
-    library.step.argtypes = [POINTER(Model), Cache, *pointers, c_int64, c_int64, c_int64, *pointers]
+    library.step.argtypes = [POINTER(Model), CachePointers, *pointers, c_int64, c_int64, c_int64, *pointers]
     return library
 
 
@@ -157,7 +157,7 @@ class CpuStep:
         logits = torch.empty(B, self.vocab_size)
         numbers = c_int64 * B
         self.library.step(
-            self.model, Cache(k.data_ptr() + offset, v.data_ptr() + offset, *strides[:3]), numbers(*tokens),
+            self.model, CachePointers(k.data_ptr() + offset, v.data_ptr() + offset, *strides[:3]), numbers(*tokens),
             numbers(*positions), B, longest, threads, self.scratch.data_ptr(), logits.data_ptr(),
         )  # fmt: skip
         return logits
