@@ -38,8 +38,8 @@ class Grammars:
         return LLTokenizer(copy.to_str(), eos_token=EOS_ID)
 
     def compile(self, lark: str, param: str) -> "GrammarConstraint":
-        """The constraint of a grammar, which belongs to one sequence; GrammarConstraint.copy() makes more. ApiError 400, which
-        names `param`, if a schema in it is not one that can be enforced, or the server lacks the package for it."""
+        """The constraint of a grammar, which belongs to one sequence; its copy() makes more. ApiError 400, which names
+        `param`, if a schema in it is not one that can be enforced, or the server lacks the package for it."""
         try:
             from llguidance import LLMatcher
         except ImportError:

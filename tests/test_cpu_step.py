@@ -5,7 +5,8 @@ import torch
 
 from model.inference import cpu_step
 from model.inference.cpu_step import CpuStep
-from model.inference.engine import Engine, KVCache, generate
+from model.inference.engine import Engine, generate
+from model.inference.kv_cache import KVCache
 from model.inference.quantization import FORMATS, GROUP, packed, quantize, quantized_kind, weight_bytes
 from model.inference.sampling import SamplingParams
 from model.model import MiniMindLM, add_lora, lora_layers, set_adapter

@@ -10,12 +10,12 @@ import torch
 
 from dataset.chat import load_tokenizer
 from model.inference.engine import (
-    KVCache,
     decode,
     generate,
     generate_each,
     generate_stream,
 )
+from model.inference.kv_cache import KVCache
 from model.inference.sampling import Sampler, SamplingParams, SamplingState, sample
 from model.inference.text_stream import TextStream
 from model.model import MiniMindConfig, MiniMindLM

@@ -14,6 +14,7 @@ import contextlib
 import copy
 import math
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -80,6 +81,25 @@ class Processes:
                     f"{what}: {everyone[0]} for process 0, {other} for process {rank}; all machines must see the same "
                     "files: put --out_dir and the data on a disk they share, or copy them to each"
                 )
+
+    def random_states(self) -> list[dict]:
+        """Those of all processes, on each."""
+        state = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            state["cuda"] = torch.cuda.get_rng_state(self.device)
+        return self.gather(state)
+
+    def restore_random_states(self, states: list[dict]) -> None:
+        if self.count != len(states) and self.is_main:
+            print(
+                f"note: {len(states)} processes before, {self.count} now: the order of the data goes on without a "
+                "sample lost or repeated; the random numbers (dropout) and the size of a step cannot be the same",
+                file=sys.stderr,
+            )
+        if self.rank < len(states):
+            torch.set_rng_state(states[self.rank]["cpu"].cpu())
+            if "cuda" in states[self.rank] and self.device.type == "cuda":
+                torch.cuda.set_rng_state(states[self.rank]["cuda"].cpu(), self.device)
 
 
 def find_processes(device: torch.device, flag: str | None = None) -> Processes:

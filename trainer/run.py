@@ -374,7 +374,7 @@ class Run:
             "version": STATE_VERSION,
             "config": self.config.to_dict(),
             "compiled": self.compiled,
-            "rng": self.processes.gather(_random_state(self.device)),
+            "rng": self.processes.random_states(),
             "progress": vars(self.progress).copy(),
             "arguments": vars(self.args).copy(),
             "identity": identity(self.args),
@@ -394,7 +394,7 @@ class Run:
         self._share_out()
         self.parallel.load_state_dict(state)
         self.progress, self.compiled = Progress(**state["progress"]), state["compiled"]
-        _restore_random_state(state["rng"], self.processes)  # last: sharing out draws random numbers
+        self.processes.restore_random_states(state["rng"])  # last: sharing out draws random numbers
 
     def _save_resume(self) -> None:
         state = self.state_dict()
@@ -430,22 +430,3 @@ class Run:
             step = self._saved_step
             remedy = f"; --from_resume 1 goes on from the state of step {step}" if step else ""
             raise CheckpointError(f"{error}{remedy}") from None
-
-
-def _random_state(device: torch.device) -> dict:
-    state = {"cpu": torch.get_rng_state()}
-    return state | {"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else state
-
-
-def _restore_random_state(states: list[dict], processes: parallel.Processes) -> None:
-    if processes.count != len(states) and processes.is_main:
-        print(
-            f"note: {len(states)} processes before, {processes.count} now: the order of the data goes on without a "
-            "sample lost or repeated; the random numbers (dropout) and the size of a step cannot be the same",
-            file=sys.stderr,
-        )
-    if processes.rank < len(states):
-        state = states[processes.rank]
-        torch.set_rng_state(state["cpu"].cpu())
-        if "cuda" in state and processes.device.type == "cuda":
-            torch.cuda.set_rng_state(state["cuda"].cpu(), processes.device)

@@ -21,106 +21,15 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from model.inference.cpu_step import CpuStep
+from model.inference.kv_cache import KVCache
 from model.inference.sampling import Sampler, SamplingParams, SamplingState
 from model.inference.text_stream import TextStream
-from model.model import MiniMindConfig, MiniMindLM, lora_layers
+from model.model import MiniMindLM, lora_layers
 
 PREFILL_CHUNK = 512  # tokens of prompts that one step takes
 FIRST_CAPACITY = 256  # tokens of each slot to begin with: the cache doubles when it has to
 WORTH_COPYING = 16  # tokens of a prompt that are taken from another slot's cache
 WORTH_WAITING = 64  # tokens more than can be copied now, if a step later they can
-READ_BLOCK = 64  # the cache is read up to the longest sequence, rounded up to this, for aligned attention kernels
-
-
-# ------------------------------------------------------------------------------------------------ cache
-
-
-class KVCache:
-    """Keys and values of all layers, preallocated; every slot holds one sequence and has its own length."""
-
-    def __init__(
-        self, config: MiniMindConfig, slots: int, capacity: int, device: torch.device | str, dtype: torch.dtype
-    ):
-        shape = (config.num_hidden_layers, slots, config.num_key_value_heads, capacity, config.head_dim)
-        self.k = torch.zeros(shape, device=device, dtype=dtype)  # (layers, slots, KV, S, D)
-        self.v = torch.zeros(shape, device=device, dtype=dtype)
-        self.lengths = [0] * slots
-
-    @property
-    def capacity(self) -> int:
-        return self.k.shape[3]
-
-    def reserve(self, tokens: int) -> None:
-        """Room for so many tokens in each slot; twice as many as before at least, so that copying stays rare."""
-        if tokens > self.capacity:
-            more = max(tokens, 2 * self.capacity) - self.capacity
-            self.k = torch.nn.functional.pad(self.k, (0, 0, 0, more))
-            self.v = torch.nn.functional.pad(self.v, (0, 0, 0, more))
-
-    def copy(self, source: int, target: int, tokens: int) -> None:
-        """The first tokens of one slot into another, which then holds these."""
-        for cache in (self.k, self.v):
-            cache[:, target, :, :tokens] = cache[:, source, :, :tokens]
-        self.lengths[target] = tokens
-
-    def swap(self, a: int, b: int) -> None:
-        n = max(self.lengths[a], self.lengths[b])
-        for cache in (self.k, self.v):
-            cache[:, [a, b], :, :n] = cache[:, [b, a], :, :n]
-        self.lengths[a], self.lengths[b] = self.lengths[b], self.lengths[a]
-
-    def window(self, first: int, count: int, T: int) -> "CacheWindow":
-        """What a forward of T new tokens in each of `count` neighbouring slots needs; the lengths stay as they are."""
-        lengths = self.lengths[first : first + count]
-        longest = max(lengths)
-        self.reserve(longest + T)
-        read = min(self.capacity, -(-(longest + T) // READ_BLOCK) * READ_BLOCK)
-        rows = slice(first, first + count)
-        device = self.k.device
-        positions = torch.tensor(lengths, device=device)[:, None] + torch.arange(T, device=device)  # (B, T)
-        start = longest if min(lengths) == longest else None
-        mask = None if start == 0 else (torch.arange(read, device=device) <= positions[..., None])[:, None]
-        return CacheWindow(self.k[:, rows], self.v[:, rows], positions, mask, start, read)
-
-
-@dataclass(frozen=True)
-class CacheWindow:
-    """Some slots of a KVCache during one forward of T tokens: the model's Cache.
-
-    Each sequence writes at its own length, and a query at position p sees the keys j <= p. So prompts of different
-    lengths are simply padded on the right: what padding wrote is overwritten before it can be seen."""
-
-    k: Tensor  # (layers, B, KV, S, D), a view
-    v: Tensor
-    positions: Tensor  # (B, T)
-    mask: Tensor | None  # (B, 1, T, read) bool; None in an empty cache: plain causal attention
-    start: int | None  # where all rows write, if at one place
-    read: int  # positions that are read
-
-    def layer(self, index: int) -> "CachedLayer":
-        return CachedLayer(self, self.k[index], self.v[index])
-
-
-class CachedLayer(NamedTuple):
-    """One layer of a window: the model's LayerCache."""
-
-    window: CacheWindow
-    keys: Tensor  # (B, KV, S, D)
-    values: Tensor
-
-    def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store k and v (B, KV, T, D) of the new tokens; returns all that they may attend to, (B, KV, read, D)."""
-        start, read, T = self.window.start, self.window.read, k.shape[2]
-        if start is not None:
-            self.keys[:, :, start : start + T] = k
-            self.values[:, :, start : start + T] = v
-            if start == 0:
-                return k, v
-        else:
-            rows, at = torch.arange(k.shape[0], device=k.device)[:, None], self.window.positions
-            self.keys[rows, :, at] = k.transpose(1, 2).to(self.keys.dtype)  # (B, T, KV, D)
-            self.values[rows, :, at] = v.transpose(1, 2).to(self.values.dtype)
-        return self.keys[:, :, :read], self.values[:, :, :read]
 
 
 # ------------------------------------------------------------------------------------------------ engine
