@@ -6,7 +6,6 @@ if __name__ == "__main__": cli.run(main)
 
 import argparse
 import difflib
-import importlib
 import ipaddress
 import os
 import signal
@@ -14,29 +13,14 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
-from typing import NamedTuple, NoReturn
+from typing import TYPE_CHECKING, NamedTuple, NoReturn
+
+if TYPE_CHECKING:
+    import torch
 
 
 class UsageError(Exception):
     """Arguments that do not fit together; run() prints it and exits with 2."""
-
-
-class MissingPackage(Exception):
-    """A package that only some flags and formats need is not installed; run() prints it and exits with 1."""
-
-
-def need(module: str, purpose: str) -> ModuleType:
-    """The module of an optional package; MissingPackage says which `purpose` needs it and how to install it.
-
-    gguf = need("gguf", "a GGUF file")"""
-    package = module.partition(".")[0]
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        absent = (error.name or package).partition(".")[0]
-        why = "" if absent == package else f", which needs {absent}"
-        raise MissingPackage(f"{purpose} needs the package {package}{why}: pip install {absent}") from None
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -138,6 +122,24 @@ def model_path(args: argparse.Namespace) -> Path:
         raise checkpoint.CheckpointError(text) from None
 
 
+def find_device(name: str | None = None) -> "torch.device":
+    """The device asked for, or cuda, then mps, then cpu. UsageError if it is not there."""
+    import torch  # here, so that --help does not wait for it
+
+    available = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
+    if name is None:
+        name = available[0]
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UsageError(f"--device {name}: no such device; here there is {', '.join(available)}") from None
+    if device.type not in available:
+        raise UsageError(f"--device {name}: not available here; use {' or '.join(available)}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UsageError(f"--device {name}: there are {torch.cuda.device_count()} such devices, counted from 0")
+    return device
+
+
 def run(main: Callable[[], None]) -> None:
     """Call a script's main: an expected error becomes one line, and processes are left cleanly."""
     try:
@@ -165,15 +167,16 @@ def _expected(error: Exception) -> tuple[str, int] | None:
     """(what to print, exit status) of an error that is the user's or the machine's; None: it is the program's."""
     if isinstance(error, UsageError):
         return str(error), 2
-    if isinstance(error, OSError | MissingPackage):  # a full disk, no permission
+    if isinstance(error, OSError):  # a full disk, no permission
         return str(error), 1
     # Imported here, so that --help waits for none of it.
     import torch
 
     from dataset.jsonl import DataError
+    from model.export.optional import MissingPackage
     from model.formats import CheckpointError
 
-    if isinstance(error, DataError | CheckpointError):
+    if isinstance(error, DataError | CheckpointError | MissingPackage):
         return str(error), 1
     if isinstance(error, torch.OutOfMemoryError):
         remedy = "lower --batch_size (and raise --accumulation_steps) or --max_seq_len, or --activation_checkpointing 1"

@@ -17,12 +17,12 @@ from itertools import chain
 from pathlib import Path
 
 import cli
-from cli import ArgumentParser, UsageError, flag
+from cli import ArgumentParser, UsageError, find_device, flag
 from dataset.chat import THINK, TOOL_CALL
 from dataset.jsonl import DataError
 from evaluation.scoreboard import Question, answer_questions, count_right, print_scoreboard, read_heldout
 from model.checkpoint import CheckpointError
-from model.device import DTYPES, find_device
+from model.device import DTYPES
 from model.inference.answers import AssistantMessage, Piece, to_message
 from model.inference.chatbot import SCORE_TOKENS, THINKING_SCORE_TOKENS, AnswerSettings, load_chatbot
 from model.inference.engine import SamplingParams

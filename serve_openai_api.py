@@ -20,9 +20,9 @@ from pathlib import Path
 import uvicorn
 
 import cli
-from cli import ArgumentParser, flag
+from cli import ArgumentParser, find_device, flag
 from model.checkpoint import CheckpointError
-from model.device import DTYPES, find_device
+from model.device import DTYPES
 from model.inference.chatbot import STOP_IDS, AnswerSettings, Chatbot, load_adapters, load_chatbot
 from model.inference.engine import Engine, SamplingParams
 from server.app import Limits, Server, build_app

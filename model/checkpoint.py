@@ -18,10 +18,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import safetensors.torch
 import torch
 from torch import Tensor
 
-from cli import need
 from model.formats import CheckpointError, from_hf, from_minimind
 from model.model import MiniMindConfig, MiniMindLM, base_state_dict
 
@@ -299,10 +299,9 @@ def _weight_files(folder: Path) -> list[str]:
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """CheckpointError if the file is damaged, MissingPackage without the package safetensors."""
-    safetensors = need("safetensors", f"reading {path}")
+    """CheckpointError if the file is damaged."""
     try:
-        return need("safetensors.torch", f"reading {path}").load_file(path)
+        return safetensors.torch.load_file(path)
     except (safetensors.SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is not readable ({error}): it is cut off or damaged") from None
 

@@ -1,10 +1,8 @@
-"""Which device a script computes on, and in which precision."""
+"""In which precision a device computes."""
 
 import sys
 
 import torch
-
-from cli import UsageError
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -21,22 +19,6 @@ def compute_dtype(device: torch.device | str) -> torch.dtype:
     else:
         fast = kind == "mps"
     return torch.bfloat16 if fast else torch.float32
-
-
-def find_device(name: str | None = None) -> torch.device:
-    """The device asked for, or cuda, then mps, then cpu. UsageError if it is not there."""
-    available = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
-    if name is None:
-        name = available[0]
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UsageError(f"--device {name}: no such device; here there is {', '.join(available)}") from None
-    if device.type not in available:
-        raise UsageError(f"--device {name}: not available here; use {' or '.join(available)}")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UsageError(f"--device {name}: there are {torch.cuda.device_count()} such devices, counted from 0")
-    return device
 
 
 def training_dtype(device: torch.device, name: str | None = None) -> torch.dtype:

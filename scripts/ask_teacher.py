@@ -23,13 +23,13 @@ from typing import Any
 import _path  # noqa: F401
 
 import cli
-from cli import ArgumentParser, UsageError, flag
+from cli import ArgumentParser, UsageError, find_device, flag
 from dataset.checks import Fault, conversation_faults, kind_of, validate_messages
 from dataset.jsonl import DataError, parse_line, read_jsonl, read_lines
 from dataset.packing import add_reason, reasons
 from evaluation.endpoint import Endpoint
 from model.checkpoint import CheckpointError
-from model.device import DTYPES, find_device
+from model.device import DTYPES
 from model.inference.answers import AssistantMessage
 from model.inference.chatbot import AnswerSettings, load_chatbot
 from model.inference.engine import SamplingParams

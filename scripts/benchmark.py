@@ -30,15 +30,16 @@ import torch
 from _report import append_markdown
 
 import cli
-from cli import ArgumentParser, need
+from cli import ArgumentParser, find_device
 from dataset.chat import PAD_ID, TOKENIZER_DIR, load_tokenizer
 from dataset.checks import text_fault
 from dataset.jsonl import DataError, read_jsonl
 from model import checkpoint
-from model.device import DTYPES, find_device, training_dtype
+from model.device import DTYPES, training_dtype
 from model.export.gguf import save_gguf
 from model.export.huggingface import save_hf
 from model.export.llama_cpp import LlamaCpp
+from model.export.optional import need
 from model.inference.cpu_step import CpuStep
 from model.inference.engine import Engine, SamplingParams
 from model.inference.quantization import FORMATS, quantize, weight_bytes

@@ -23,7 +23,7 @@ import torch
 from _path import ROOT
 
 import cli
-from cli import ArgumentParser, MissingPackage, UsageError, need
+from cli import ArgumentParser, UsageError
 from dataset.chat import TOKENIZER_DIR, load_tokenizer
 from model import checkpoint
 from model.adapters import adapter_path, load_adapter, save_adapter
@@ -34,6 +34,7 @@ from model.export.huggingface import save_hf
 from model.export.llama_cpp import LlamaCpp
 from model.export.model_card import model_card
 from model.export.ollama import modelfile
+from model.export.optional import MissingPackage, need
 from model.export.peft import load_peft, save_peft
 from model.formats import hf_config
 from model.model import MiniMindLM, base_state_dict, merge_lora

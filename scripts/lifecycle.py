@@ -12,11 +12,10 @@ from pathlib import Path
 from _path import ROOT
 
 import cli
-from cli import ArgumentParser
+from cli import ArgumentParser, find_device
 from dataset.starter.corpus import ensure_starter
 from evaluation.scoreboard import answer_questions, count_right, read_heldout
 from model import checkpoint
-from model.device import find_device
 from model.inference.chatbot import AnswerSettings, load_chatbot
 from trainer.report import compare_curves, read_log
 

@@ -16,7 +16,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from cli import MissingPackage
 from model import checkpoint
 from model.adapters import adapter_path
 from model.checkpoint import CheckpointError
@@ -247,13 +246,6 @@ def test_an_untied_flag_with_an_equal_output_layer_is_fine(tiny, tmp_path):
     assert same_weights(checkpoint.load(tmp_path)[0], model)
     save_file(old_names(model) | {"lm_head.weight": torch.zeros(320, 64)}, tmp_path / "model.safetensors")
     assert str(tmp_path) in message(checkpoint.load, tmp_path)
-
-
-def test_a_folder_without_the_package_that_reads_it_names_it(tiny, tmp_path, monkeypatch):
-    save_hf(tmp_path, tiny(), TOKENIZER)
-    monkeypatch.setitem(sys.modules, "safetensors", None)
-    with pytest.raises(MissingPackage, match="pip install safetensors"):
-        checkpoint.load(tmp_path)
 
 
 # ------------------------------------------------------------------------------------------------ bad files

@@ -29,12 +29,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from cli import UsageError
+from cli import UsageError, find_device
 from dataset.chat import load_tokenizer
 from dataset.lm_dataset import batches, bytes_per_token, validation_batches
 from model import checkpoint
 from model.checkpoint import CheckpointError
-from model.device import find_device, training_dtype
+from model.device import training_dtype
 from model.model import MiniMindLM
 from trainer import parallel
 from trainer.arguments import budget_of, check, identity, starting_model

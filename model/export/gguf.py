@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cli import need
 from model.checkpoint import read_json, write_file
+from model.export.optional import need
 from model.formats import CheckpointError, half_rotation, hf_config, hf_state_dict, pair_rotation
 from model.model import MiniMindConfig, MiniMindLM
 

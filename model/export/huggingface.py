@@ -5,9 +5,9 @@ save_hf("out/hf", model, TOKENIZER_DIR)     # read back by checkpoint.load("out/
 
 from pathlib import Path
 
+import safetensors.torch
 import torch
 
-from cli import need
 from model.checkpoint import to_json, write_bytes
 from model.formats import CheckpointError, hf_config, hf_state_dict
 from model.model import MiniMindLM
@@ -20,13 +20,13 @@ def save_hf(
 ) -> None:
     """Write a folder that AutoModelForCausalLM and AutoTokenizer load without code of ours.
 
-    CheckpointError if the model has no counterpart there (hf_config), or if writing fails; MissingPackage without
-    safetensors."""
-    to_bytes = need("safetensors.torch", "a Hugging Face folder").save
+    CheckpointError if the model has no counterpart there (hf_config), or if writing fails."""
     folder, tokenizer_folder, c = Path(folder), Path(tokenizer_folder), model.config
     config = hf_config(c) | {"torch_dtype": str(dtype).removeprefix("torch.")}
     tokens = {"bos_token_id": c.bos_token_id, "eos_token_id": c.eos_token_id, "pad_token_id": c.pad_token_id}
-    weights = to_bytes({name: w.to("cpu", dtype) for name, w in hf_state_dict(model).items()}, {"format": "pt"})
+    weights = safetensors.torch.save(
+        {name: w.to("cpu", dtype) for name, w in hf_state_dict(model).items()}, {"format": "pt"}
+    )
     for name in _TOKENIZER_FILES:
         if (tokenizer_folder / name).exists():
             write_bytes(folder / name, (tokenizer_folder / name).read_bytes())

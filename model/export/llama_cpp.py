@@ -4,7 +4,7 @@ import json
 import urllib.request
 from pathlib import Path
 
-from cli import need
+from model.export.optional import need
 from model.formats import CheckpointError
 
 

@@ -6,9 +6,9 @@ save_peft("FOLDER", model, "medical"); load_peft("FOLDER", model, "medical")    
 from dataclasses import replace
 from pathlib import Path
 
+import safetensors.torch
 from torch import Tensor
 
-from cli import need
 from model.adapters import adapter_matrices, fingerprint
 from model.checkpoint import read_json, read_safetensors, to_json, write_bytes
 from model.formats import CheckpointError
@@ -24,7 +24,7 @@ def save_peft(folder: str | Path, model: MiniMindLM, name: str, base_name: str |
     """Write adapter_config.json and adapter_model.safetensors, for PeftModel.from_pretrained on the exported base.
 
     `base_name`: the folder or hub name of the base. CheckpointError if writing fails."""
-    to_bytes, folder = need("safetensors.torch", "a peft folder").save, Path(folder)
+    folder = Path(folder)
     lora, tensors = adapter_matrices(model, name)
     # Only of use in training, and peft refuses it on experts, which it has in one tensor.
     dropout = 0.0 if any(".experts." in key for key in tensors) else lora.dropout
@@ -32,7 +32,10 @@ def save_peft(folder: str | Path, model: MiniMindLM, name: str, base_name: str |
     config |= {"inference_mode": True, "bias": "none", "fan_in_fan_out": False}
     config |= {"r": lora.rank, "lora_alpha": lora.alpha, "lora_dropout": dropout, "target_modules": list(lora.targets)}
     tensors = {f"{_PREFIX}{key}.weight": w for key, w in tensors.items()}
-    write_bytes(folder / "adapter_model.safetensors", to_bytes(tensors, {"format": "pt", "base": fingerprint(model)}))
+    write_bytes(
+        folder / "adapter_model.safetensors",
+        safetensors.torch.save(tensors, {"format": "pt", "base": fingerprint(model)}),
+    )
     write_bytes(folder / "adapter_config.json", to_json(config))
 
 
@@ -41,7 +44,7 @@ def load_peft(folder: str | Path, model: MiniMindLM, name: str) -> None:
 
     CheckpointError if the folder is missing or damaged, holds more than plain LoRA on linear layers of this model, or
     says (as those of save_peft do) that it was trained on other weights; the model is then as it was."""
-    safe_open, folder = need("safetensors", "a peft folder").safe_open, Path(folder)
+    folder = Path(folder)
     config, path = read_json(folder / "adapter_config.json"), folder / "adapter_model.safetensors"
     if config.get("peft_type") != "LORA":
         raise CheckpointError(f"{folder} is a {config.get('peft_type')} adapter; only LORA can be loaded")
@@ -50,7 +53,7 @@ def load_peft(folder: str | Path, model: MiniMindLM, name: str) -> None:
     if extras:
         raise CheckpointError(f"{folder}: adapter_config.json has {', '.join(extras)}; only plain LoRA can be loaded")
     tensors = {k.removeprefix(_PREFIX).removesuffix(".weight"): w for k, w in read_safetensors(path).items()}
-    with safe_open(path, "pt") as file:
+    with safetensors.safe_open(path, "pt") as file:
         base = (file.metadata() or {}).get("base")
     if base not in (None, fingerprint(model)):
         raise CheckpointError(f"{folder} was trained on other weights than the model: give those, or train it again")
