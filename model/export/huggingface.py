@@ -33,5 +33,5 @@ def save_hf(
         elif name == "tokenizer.json":
             raise CheckpointError(f"{tokenizer_folder} has no tokenizer.json: give a tokenizer folder")
     write_bytes(folder / "generation_config.json", to_json(tokens))
-    write_bytes(folder / "model.safetensors", weights)
+    write_bytes(folder / "model.safetensors", safetensors.torch.save(weights, {"format": "pt"}))
     write_bytes(folder / "config.json", to_json(config))
