@@ -24,9 +24,7 @@ def save_hf(
     folder, tokenizer_folder, c = Path(folder), Path(tokenizer_folder), model.config
     config = hf_config(c) | {"torch_dtype": str(dtype).removeprefix("torch.")}
     tokens = {"bos_token_id": c.bos_token_id, "eos_token_id": c.eos_token_id, "pad_token_id": c.pad_token_id}
-    weights = safetensors.torch.save(
-        {name: w.to("cpu", dtype) for name, w in hf_state_dict(model).items()}, {"format": "pt"}
-    )
+    weights = {name: w.to("cpu", dtype) for name, w in hf_state_dict(model).items()}
     for name in _TOKENIZER_FILES:
         if (tokenizer_folder / name).exists():
             write_bytes(folder / name, (tokenizer_folder / name).read_bytes())
