@@ -271,9 +271,9 @@ class Run:
         expected, _ = processes.agree(self._expected_seconds(peak))
         wish = args.compile if self.compiled is None else str(int(self.compiled))
         self.compiled = compile_if_worth(model, wish, self.device, expected, self.reporter.say)
-        self.reporter.start(self.progress, self._sizes, self.device, self.dtype, self.compiled, peak)
         if args.use_wandb:
             self.reporter.start_wandb(args.wandb_project, vars(args), args.out_dir)
+        self.reporter.start(self.progress, self._sizes, self.device, self.dtype, self.compiled, peak)
         self._interrupt, self._stop, self._bad_steps = Interrupt(), False, 0
         self._clock = time.perf_counter() - self.progress.seconds
         self._last_save, self._pause, self._saved_step = self.progress.seconds, SAVE_SECONDS, self.progress.step
