@@ -118,6 +118,17 @@ class Script:
             time.sleep(0.002)
 
 
+class Absent:
+    """Finds that these packages are not installed."""
+
+    def __init__(self, packages: Iterable[str]):
+        self.packages = set(packages)
+
+    def find_spec(self, name: str, path=None, target=None) -> None:
+        if name.partition(".")[0] in self.packages:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+
 def _run_jobs(argvs, env, path, file_limit, missing, clock) -> None:
     for stream, suffix in ((sys.stdout, "out"), (sys.stderr, "err")):
         os.dup2(os.open(f"{path}.{suffix}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream.fileno())
@@ -125,7 +136,7 @@ def _run_jobs(argvs, env, path, file_limit, missing, clock) -> None:
         os.environ.pop(name, None)
     os.environ.update(ENV | env)
     torch.set_num_threads(1)
-    sys.modules.update(dict.fromkeys(missing))
+    sys.meta_path.insert(0, Absent(missing))
     if file_limit:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
     part = _replace(clock)
