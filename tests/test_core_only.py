@@ -44,7 +44,6 @@ def trained(tmp_path_factory):
     return out
 
 
-@pytest.mark.slow
 def test_all_stages_train_and_the_model_answers(trained, tmp_path):
     assert {path.name for path in trained.rglob("*.pth")} == {
         "pretrain_64.pth", "full_sft_64.pth", "lora_identity_64.pth", "dpo_64.pth", "distill_32.pth", "reason_64.pth",
@@ -57,7 +56,6 @@ def test_all_stages_train_and_the_model_answers(trained, tmp_path):
     Script(tmp_path, ask, tools, copy, missing=optional_packages()).succeed()
 
 
-@pytest.mark.slow
 def test_the_server_serves_and_refuses_what_it_lacks(trained, tmp_path):
     port = free_port()
     command = ["serve_openai_api.py", "--out_dir", trained, "--port", port, "--max_seq_len", 256]
@@ -86,7 +84,6 @@ def test_the_server_serves_and_refuses_what_it_lacks(trained, tmp_path):
         server.kill()
 
 
-@pytest.mark.slow
 def test_what_needs_another_package_says_so_in_one_line(trained, tmp_path):
     weights, questions = trained / "full_sft_64.pth", tmp_path / "questions.jsonl"
     questions.write_text('{"prompt": "Hi"}\n')
