@@ -39,12 +39,8 @@ OPTIONAL = ("wandb", "peft", "trl", "deepspeed", "matplotlib", "transformers")
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    with small_data(folder) as paths:
-        faulty = {"empty": "", "bad": 'not json\n{"txt": 1}\n{"text": 5}\n'}
-        for name, content in faulty.items():
-            (folder / f"{name}.jsonl").write_text(content)
-        yield paths | {name: folder / f"{name}.jsonl" for name in faulty}
+    with small_data(tmp_path_factory.mktemp("data")) as paths:
+        yield paths
 
 
 @pytest.fixture(scope="module")
