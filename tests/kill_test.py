@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 
+from model import checkpoint
 from tests.processes import Script, assert_same, files_in, small_data, small_weights
 
 TINY = "--max_seq_len 32 --batch_size 2 --dtype fp32 --device cpu --log_interval 2 --accumulation_steps 2"
@@ -46,11 +47,11 @@ def is_half_written(path: Path) -> bool:
     return path.name.startswith(".") and path.suffix == ".tmp"
 
 
-def kill_somewhere(running: Script, out: Path, generator: random.Random, aim: str | None) -> str | None:
-    """SIGKILL the process after a random time, or from then on while a file of the aim is written, the final weights
-    at any time; where it was, None if it ended."""
+def kill_somewhere(running: Script, out: Path, seconds: float, generator: random.Random, aim: str | None) -> str | None:
+    """SIGKILL the process at a random time of the `seconds` that it trains, or from then on while a file of the aim is
+    written, the final weights at any time; where it was, None if it ended."""
     start, began, after = time.monotonic(), time.time(), None
-    wait = 0 if aim == ".pth." else generator.uniform(0, 0.9)
+    wait = 0 if aim == ".pth." else generator.uniform(0, seconds)
     while running.alive():
         found = files_in(out)
         writing = [path.name for path in found if is_half_written(path)]
@@ -79,11 +80,12 @@ def check_stage(job: list[str], whole: Path, kills: int, folder: Path, generator
     folder `whole`."""
     moments: Counter = Counter()
     hits = ends = 0
-    parts = folder / "parts"
+    parts, [finished] = folder / "parts", whole.rglob("*.pth")
+    seconds = checkpoint.load_meta(finished)["seconds"]
     resume = [*job, "--out_dir", parts, "--from_resume", 1]
     while hits < kills:
         running = Script(folder, resume)
-        moment = kill_somewhere(running, parts, generator, aim := AIMS[hits % len(AIMS)])
+        moment = kill_somewhere(running, parts, seconds, generator, aim := AIMS[hits % len(AIMS)])
         if moment:
             moments[moment] += 1
             hits += aim is None or moment.startswith("inside")  # one that came too late is aimed again

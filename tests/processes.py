@@ -193,8 +193,8 @@ def one_error(done: Done, code: int, *parts: object) -> None:
 
 @contextmanager
 def small_data(folder: Path) -> Iterator[dict[str, Path]]:
-    """Files of each kind, in which hardly two lines are alike or have as many tokens; their token caches are removed
-    afterwards."""
+    """Files of each kind, in which hardly two lines are alike or have as many tokens, and two faulty ones; their token
+    caches are removed afterwards."""
     generator, words = random.Random(0), "the cat sat on a mat 小猫 看 雨 and 3 + 4 = 7 in old house 今天 天气".split()
 
     def text(n: int) -> str:
@@ -211,9 +211,11 @@ def small_data(folder: Path) -> Iterator[dict[str, Path]]:
         "pairs": [{"chosen": one, "rejected": [one[0], chat(4)[1]]} for one in map(chat, [2, 3, 5] * 20)],
     }
     mark = f"small{os.getpid()}"
-    paths = {name: folder / f"{mark}-{name}.jsonl" for name in rows}
-    for name, lines in rows.items():
-        paths[name].write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    texts = {name: "".join(json.dumps(line) + "\n" for line in lines) for name, lines in rows.items()}
+    texts |= {"empty": "", "bad": 'not json\n{"txt": 1}\n{"text": 5}\n'}
+    paths = {name: folder / f"{mark}-{name}.jsonl" for name in texts}
+    for name, text_of in texts.items():
+        paths[name].write_text(text_of, encoding="utf-8")
     try:
         yield paths
     finally:

@@ -290,42 +290,27 @@ def test_machines_must_see_the_same_files(tmp_path, data, base, by_torch):
 # ------------------------------------------------------------------------------------------------ resume
 
 
-def kill_after_a_save(group: Script, folder: Path) -> None:
-    """kill -9 of all processes once a resume state is there."""
-    group.wait_for_state(folder)
-    assert -signal.SIGKILL in group.kill().codes(), group.err()
+ZERO_RESUMED = pytest.param(["zero1-adamw", "zero3-adamw"], marks=[pytest.mark.slow, needs_deepspeed])
 
 
-def resume_job(data: dict, base: dict, engine: str, optimizer: str) -> list:
-    flags = ["train_full_sft.py", *TINY, "--data_path", data["chat"], "--from_weight", base["dense"]]
-    return [*flags, *ENGINES[engine], "--optimizer", optimizer, "--steps", 16, "--out_dir"]
-
-
-def test_killed_and_resumed(tmp_path, data, base):
-    """kill -9 of all processes: the end is that of an uninterrupted run, bit for bit. Their clocks go apart, and still
-    they save after the same steps."""
-    job, whole, parts = resume_job(data, base, "fsdp", "muon"), tmp_path / "whole", tmp_path / "parts"
-    kill_after_a_save(Script(tmp_path, [*job, parts], count=2, clocks_apart=True), parts)
-    # The whole run after the rest of the other, by the same two processes: their start is what takes the time.
-    Script(tmp_path, [*job, parts, "--from_resume", 1], [*job, whole], count=2, clocks_apart=True).succeed()
-    assert_same(result(whole, "full_sft"), result(parts, "full_sft"))
-
-
-@pytest.mark.slow
-@needs_deepspeed
-def test_resumed_under_deepspeed(tmp_path, data, base):
-    """From a copy of the folder, made while the whole run went on: what it would have left if it had been killed."""
-    jobs, engines = [], ("zero1", "zero3")
-    for engine in engines:
-        job = resume_job(data, base, engine, "adamw")
-        jobs += [[*job, tmp_path / engine], [*job, tmp_path / f"copy of {engine}", "--from_resume", 1]]
+@pytest.mark.parametrize("names", [["fsdp-muon"], ZERO_RESUMED], ids=["torch", "deepspeed"])
+def test_resumed(tmp_path, data, base, names):
+    """From a copy of the folder, made while the run went on: what it would have left if it had been killed. The end is
+    that of the whole run, bit for bit. The clocks of the processes go apart, and still they save after the same
+    steps."""
+    jobs = []
+    for name in names:
+        engine, optimizer = name.split("-")
+        job = ["train_full_sft.py", *TINY, "--data_path", data["chat"], "--from_weight", base["dense"], "--steps", 14]
+        job += [*ENGINES[engine], "--optimizer", optimizer, "--out_dir"]
+        jobs += [[*job, tmp_path / name], [*job, tmp_path / f"copy of {name}", "--from_resume", 1]]
     group = Script(tmp_path, *jobs, count=2, clocks_apart=True)
-    for engine in engines:
-        group.wait_for_state(tmp_path / engine)
-        shutil.copytree(tmp_path / engine, tmp_path / f"copy of {engine}", ignore=shutil.ignore_patterns(".*"))
+    for name in names:
+        group.wait_for_state(tmp_path / name)
+        shutil.copytree(tmp_path / name, tmp_path / f"copy of {name}", ignore=shutil.ignore_patterns(".*"))
     group.succeed()
-    for engine in engines:
-        assert_same(result(tmp_path / engine, "full_sft"), result(tmp_path / f"copy of {engine}", "full_sft"))
+    for name in names:
+        assert_same(result(tmp_path / name, "full_sft"), result(tmp_path / f"copy of {name}", "full_sft"))
 
 
 @pytest.mark.slow
@@ -334,7 +319,9 @@ def test_other_number_of_processes(tmp_path, data, base):
     those of the order, none twice, none missing (the log counts their labels), and so are the lines of the log."""
     flags = ["train_full_sft.py", *TINY, "--data_path", data["chat"], "--from_weight", base["dense"]]
     flags += ["--epochs", 5, "--save_interval", 1, "--out_dir", tmp_path / "out"]
-    kill_after_a_save(Script(tmp_path, [*flags, "--fsdp"], count=2), tmp_path / "out")
+    killed = Script(tmp_path, [*flags, "--fsdp"], count=2)
+    killed.wait_for_state(tmp_path / "out")
+    assert killed.kill().codes() == [-signal.SIGKILL] * 2, killed.err()
     before = checkpoint.load_resume(tmp_path / "out" / "full_sft_64_resume")["progress"]
     after = Script(tmp_path, [*flags, "--from_resume", 1]).succeed()
     assert "note: " in after.err()
