@@ -101,6 +101,8 @@ def test_an_installed_model_trains_like_the_plain_one(tiny, experts):
         if fast:
             install(model, torch.bfloat16, CPU)
             assert model.model.layers[0].self_attn.attend is blocked_attention
+            if experts and hasattr(F, "grouped_mm"):
+                assert model.model.layers[0].mlp.experts.compute is grouped_experts
         with torch.autocast("cpu", torch.bfloat16):
             loss = next_token_loss(model, ids, shifted(ids), segment_ids=segments)
         loss.backward()
@@ -117,6 +119,16 @@ def test_nothing_is_installed_for_fp32_and_no_kernel_passes_an_adapter_by(tiny):
     add_lora(model, "mine", LoRAConfig(rank=2))
     install(model, torch.bfloat16, CPU)
     assert model.model.layers[0].mlp.experts.compute is each_expert
+
+
+def test_a_torch_without_grouped_mm_trains_all_the_same(tiny, monkeypatch):
+    monkeypatch.delattr(F, "grouped_mm", raising=False)
+    model, ids = tiny(num_experts=4).train(), tokens(2, 60)
+    install(model, torch.bfloat16, CPU)
+    assert model.model.layers[0].mlp.experts.compute is each_expert
+    with torch.autocast("cpu", torch.bfloat16):
+        next_token_loss(model, ids, shifted(ids)).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
 @pytest.mark.slow
