@@ -5,8 +5,9 @@
 
 Each stage is trained once without interruption. Then it is started, killed and resumed until it has taken its share of
 the kills, and finished; no file may ever be half written, and weights, figures and metrics log (but for what a clock
-measures) must be equal. Of three kills one falls anywhere, one waits for the temporary file of whatever is saved next,
-and one for that of the final weights. The last line is one JSON object; the exit status is 1 if anything differed.
+measures) must be equal. Of three kills one falls after any step, one waits for the temporary file of whatever is saved
+next, and one for that of the final weights. The last line is one JSON object; the exit status is 1 if anything
+differed.
 """
 
 import argparse
@@ -20,8 +21,7 @@ from pathlib import Path
 
 import torch
 
-from model import checkpoint
-from tests.processes import Script, assert_same, files_in, small_data, small_weights
+from tests.processes import Script, assert_same, files_in, small_data, small_weights, state_step
 
 TINY = "--max_seq_len 32 --batch_size 2 --dtype fp32 --device cpu --log_interval 2 --accumulation_steps 2"
 TINY = f"{TINY} --compile 0 --save_interval 1 --val_interval 5"
@@ -47,19 +47,18 @@ def is_half_written(path: Path) -> bool:
     return path.name.startswith(".") and path.suffix == ".tmp"
 
 
-def kill_somewhere(running: Script, out: Path, seconds: float, generator: random.Random, aim: str | None) -> str | None:
-    """SIGKILL the process at a random time of the `seconds` that it trains, or from then on while a file of the aim is
-    written, the final weights at any time; where it was, None if it ended."""
-    start, began, after = time.monotonic(), time.time(), None
-    wait = 0 if aim == ".pth." else generator.uniform(0, seconds)
+def kill_somewhere(running: Script, out: Path, step: int, generator: random.Random, aim: str | None) -> str | None:
+    """SIGKILL the process soon after it has saved this step, or from then on while a file of the aim is written, the
+    final weights at any time; where it was, None if it ended. By steps and not by the clock, for most of so short a
+    run goes by before its first step."""
+    start, began = time.monotonic(), time.time()
     while running.alive():
         found = files_in(out)
         writing = [path.name for path in found if is_half_written(path)]
         begun = any(path.suffix == ".jsonl" and _modified(path) > began for path in found)  # each start writes it
-        after = after or (time.monotonic() if begun else None)
-        if after and time.monotonic() - after >= wait and (aim is None or any(aim in name for name in writing)):
-            if aim:
-                time.sleep(generator.uniform(0, 0.004))  # not always at the first byte
+        due = begun and (aim == ".pth." or max(map(state_step, found)) >= step)
+        if due and (aim is None or any(aim in name for name in writing)):
+            time.sleep(generator.uniform(0, 0.004 if aim else 0.03))  # not always at the first byte
             running.kill()
             left = [path.name for path in files_in(out) if is_half_written(path)]
             kinds = [kind for kind, part in KINDS.items() if any(part in name for name in left)]
@@ -75,17 +74,16 @@ def _modified(path: Path) -> float:
     return path.stat().st_mtime if path.exists() else 0.0
 
 
-def check_stage(job: list[str], whole: Path, kills: int, folder: Path, generator: random.Random) -> Counter:
+def check_stage(job: list[str], whole: Path, kills: int, steps: int, folder: Path, generator: random.Random) -> Counter:
     """Kill one stage this many times; how often at which kind of moment. AssertionError if it does not end as in the
     folder `whole`."""
     moments: Counter = Counter()
     hits = ends = 0
-    parts, [finished] = folder / "parts", whole.rglob("*.pth")
-    seconds = checkpoint.load_meta(finished)["seconds"]
+    parts = folder / "parts"
     resume = [*job, "--out_dir", parts, "--from_resume", 1]
     while hits < kills:
-        running = Script(folder, resume)
-        moment = kill_somewhere(running, parts, seconds, generator, aim := AIMS[hits % len(AIMS)])
+        running, aim = Script(folder, resume), AIMS[hits % len(AIMS)]
+        moment = kill_somewhere(running, parts, generator.randrange(1, steps), generator, aim)
         if moment:
             moments[moment] += 1
             hits += aim is None or moment.startswith("inside")  # one that came too late is aimed again
@@ -124,7 +122,7 @@ def kill_stages(stages: list[str], kills: int, seed: int, steps: int = 16) -> di
             share = kills // len(stages) + (i < kills % len(stages))
             start, generator = time.monotonic(), random.Random(f"{seed} {stage}")
             (folder / stage).mkdir()
-            moments[stage] = check_stage(job, folder / "whole" / stage, share, folder / stage, generator)
+            moments[stage] = check_stage(job, folder / "whole" / stage, share, steps, folder / stage, generator)
             found = ", ".join(f"{n} {moment}" for moment, n in sorted(moments[stage].items()))
             print(f"{stage}: {share} kills ({found}): equal; {time.monotonic() - start:.0f} s", flush=True)
     return moments
