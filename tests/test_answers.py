@@ -3,10 +3,10 @@
 import json
 
 import pytest
-from spelled import encode, ids_of, message_of, pieces_of
 
 from dataset.chat import END_THINK_ID, EOS_ID, MARKER_IDS, THINK_ID, load_tokenizer, render_chat
 from model.inference.answers import AnswerParser, MessageBuilder, to_message
+from tests.spelled import encode, ids_of, message_of, pieces_of
 
 CALL = {"name": "calculator", "arguments": {"expression": "1 + 1"}}
 GOOD = f"<tool_call>\n{json.dumps(CALL)}\n</tool_call>"

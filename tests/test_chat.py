@@ -3,7 +3,6 @@
 import json
 
 import pytest
-from samples import assistant, dumps, real_chats, system, tool, user
 
 from dataset.chat import (
     BOS_ID,
@@ -15,6 +14,7 @@ from dataset.chat import (
     render_chat,
 )
 from dataset.checks import validate_messages
+from tests.samples import assistant, dumps, real_chats, system, tool, user
 
 WEATHER = {
     "type": "function",

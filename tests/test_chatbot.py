@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from spelled import encode
 
 from dataset.chat import END_THINK_ID, EOS_ID, THINK_ID, TOKENIZER_DIR, load_tokenizer
 from model import checkpoint
@@ -14,6 +13,7 @@ from model.inference import chatbot as chatbot_module
 from model.inference.answers import to_message
 from model.inference.chatbot import AnswerSettings, Chatbot, TransformersChatbot, load_chatbot
 from model.inference.tools import SCHEMAS
+from tests.spelled import encode
 
 CALL = {"name": "calculator", "arguments": {"expression": "1 + 1"}}
 ROUND = [

@@ -8,7 +8,8 @@ import urllib.error
 import urllib.request
 
 import pytest
-from processes import ROOT, Script, free_port, one_error, small_data
+
+from tests.processes import ROOT, Script, free_port, one_error, small_data
 
 TINY = "--max_seq_len 32 --batch_size 2 --steps 2 --compile 0 --dtype fp32 --device cpu".split()
 STAGES = {  # script: data, further flags

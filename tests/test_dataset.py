@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from samples import messy_chats, messy_text
 
 from dataset import packing
 from dataset.chat import load_tokenizer, render_chat
@@ -27,6 +26,7 @@ from dataset.lm_dataset import (
     summary,
     validation_batches,
 )
+from tests.samples import messy_chats, messy_text
 
 ROOT = Path(__file__).resolve().parent.parent
 WORDS = "the cat 小猫 sat on 山 and 3 + 4 = 7 😀 river 读书 quickly 今天天气很好。 élan\n".split(" ")

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import next_token_loss, shifted
 
 import train_dpo
 from dataset.chat import load_tokenizer
@@ -18,6 +17,7 @@ from model import checkpoint
 from model.inference.engine import generate
 from model.inference.sampling import SamplingParams
 from model.model import LoRAConfig, add_lora
+from tests.helpers import next_token_loss, shifted
 from trainer.arguments import arguments
 from trainer.optimizer import build_optimizers
 from trainer.run import Run

@@ -3,11 +3,11 @@
 import json
 
 import pytest
-from spelled import message_of
 
 from dataset.jsonl import DataError
 from evaluation.scoreboard import Question, read_heldout
 from model.inference.tools import SCHEMAS
+from tests.spelled import message_of
 
 
 @pytest.mark.parametrize(

@@ -8,11 +8,11 @@ import time
 from pathlib import Path
 
 import pytest
-from samples import assistant, dumps, messy_chats, messy_text, real_chats, real_texts
 
 from dataset.chat import load_tokenizer
 from dataset.cleaning import Duplicates, text_warnings
 from scripts.inspect_data import Report, visible
+from tests.samples import assistant, dumps, messy_chats, messy_text, real_chats, real_texts
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -5,7 +5,6 @@ import re
 
 import pytest
 import torch
-from helpers import next_token_loss
 from torch import nn
 
 from model import checkpoint
@@ -23,6 +22,7 @@ from model.model import (
     set_adapter,
     unmerge_lora,
 )
+from tests.helpers import next_token_loss
 from trainer.optimizer import build_optimizers
 from trainer.speed import compile_blocks, install
 

@@ -4,10 +4,10 @@ import json
 import random
 
 import pytest
-from samples import assistant, dumps, messy_chats, system, tool, user
 
 from dataset.chat import load_tokenizer, parse_tool_calls, render_chat
 from dataset.checks import validate_messages
+from tests.samples import assistant, dumps, messy_chats, system, tool, user
 
 WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {}}}
 CLOCK = {"type": "function", "function": {"name": "clock", "parameters": {}}}

@@ -5,7 +5,6 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import next_token_loss, shifted
 from torch import nn
 
 from model import checkpoint
@@ -20,6 +19,7 @@ from model.model import (
     add_lora,
     lora_layers,
 )
+from tests.helpers import next_token_loss, shifted
 from trainer.speed import grouped_experts
 
 

@@ -5,10 +5,10 @@ from functools import partial
 
 import pytest
 import torch
-from helpers import next_token_loss
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from model.model import MiniMindConfig, MiniMindLM
+from tests.helpers import next_token_loss
 from trainer.optimizer import Muon, build_optimizers, learning_rate_scale, orthogonalize, set_learning_rate
 
 

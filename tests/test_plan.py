@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import next_token_loss
 
 from model.model import PRESETS, MiniMindConfig, MiniMindLM
 from scripts.plan import MODES, activation_bytes, block_bytes, largest_batch, sizes_of, state_memory
+from tests.helpers import next_token_loss
 
 ROOT = Path(__file__).resolve().parent.parent
 

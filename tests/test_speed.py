@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import next_token_loss, shifted
 
 from model.model import LoRAConfig, MiniMindConfig, MoEFeedForward, add_lora, attention, each_expert
+from tests.helpers import next_token_loss, shifted
 from trainer import speed
 from trainer.speed import blocked_attention, compile_blocks, cross_entropy, grouped_experts, install
 

@@ -12,8 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import next_token_loss
-from spelled import pieces_of
 
 import cli
 import eval_model
@@ -22,6 +20,8 @@ from dataset.checks import validate_messages
 from model import checkpoint
 from model.inference.tools import SCHEMAS
 from model.model import MiniMindConfig, MiniMindLM
+from tests.helpers import next_token_loss
+from tests.spelled import pieces_of
 
 ROOT = Path(__file__).resolve().parent.parent
 ARGS = argparse.Namespace(tools=True, system="Be brief.", stream=True, ask=None, seed=3, history_cnt=8, model_mode=1)
