@@ -32,10 +32,10 @@ def distillation_loss(student, teacher, temperature, kl):
 def distill_loss(model, batch, teacher, args):
     """alpha * cross-entropy with the labels + (1 - alpha) * distillation, over the tokens of the answers."""
     labels = batch["labels"]  # (B, T)
-    trained = labels != IGNORE
-    inputs = {"input_ids": batch["input_ids"], "segment_ids": batch["segment_ids"], "logits_at": trained}
+    has_label = labels != IGNORE
+    inputs = {"input_ids": batch["input_ids"], "segment_ids": batch["segment_ids"], "logits_at": has_label}
     out = model(**inputs)  # logits (N, vocab)
-    of_labels = cross_entropy(out.logits, labels[trained])
+    of_labels = cross_entropy(out.logits, labels[has_label])
     loss, metrics = args.alpha * of_labels, out.metrics | {"cross_entropy": of_labels.detach()}
     if args.alpha < 1:
         with torch.no_grad():

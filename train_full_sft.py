@@ -16,9 +16,9 @@ def sft_loss(model, batch):
 
     A row packs several conversations; segment_ids keep each from attending to the others."""
     labels = batch["labels"]  # (B, T), -100 for all that the assistant did not write
-    trained = labels != IGNORE
-    out = model(batch["input_ids"], segment_ids=batch["segment_ids"], logits_at=trained)  # logits (N, vocab)
-    loss = cross_entropy(out.logits, labels[trained])
+    has_label = labels != IGNORE
+    out = model(batch["input_ids"], segment_ids=batch["segment_ids"], logits_at=has_label)  # logits (N, vocab)
+    loss = cross_entropy(out.logits, labels[has_label])
     return loss + out.aux_loss, out.metrics
 
 

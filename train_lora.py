@@ -25,9 +25,9 @@ from trainer.speed import cross_entropy
 def lora_loss(model, batch):
     """Mean of -log p(next token) over the assistant's tokens, as in SFT; the gradient reaches the adapter alone."""
     labels = batch["labels"]  # (B, T), -100 for all that the assistant did not write
-    trained = labels != IGNORE
-    out = model(batch["input_ids"], segment_ids=batch["segment_ids"], logits_at=trained)  # logits (N, vocab)
-    loss = cross_entropy(out.logits, labels[trained])
+    has_label = labels != IGNORE
+    out = model(batch["input_ids"], segment_ids=batch["segment_ids"], logits_at=has_label)  # logits (N, vocab)
+    loss = cross_entropy(out.logits, labels[has_label])
     return loss + out.aux_loss, out.metrics
 
 

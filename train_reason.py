@@ -25,9 +25,9 @@ def reason_loss(model, batch, marker_weight):
     The sum is divided by the number of tokens, not of weights: the rest is learnt as in plain SFT, and only the format
     harder. A thinking block that never closes costs the whole answer, and its marker is one token in a hundred."""
     labels = batch["labels"]  # (B, T)
-    trained = labels != IGNORE
-    labels = labels[trained]  # (N,)
-    out = model(batch["input_ids"], segment_ids=batch["segment_ids"], logits_at=trained)  # logits (N, vocab)
+    has_label = labels != IGNORE
+    labels = labels[has_label]  # (N,)
+    out = model(batch["input_ids"], segment_ids=batch["segment_ids"], logits_at=has_label)  # logits (N, vocab)
     losses = F.cross_entropy(out.logits.float(), labels, reduction="none")  # (N,)
     is_marker = torch.isin(labels, torch.tensor(WEIGHTED, device=labels.device))
     count = max(len(labels), 1)
@@ -41,7 +41,7 @@ def main():
     args = parser.parse_args()
     if not args.marker_weight > 0:
         raise cli.UsageError(f"--marker_weight {args.marker_weight}: must be above 0")
-    run = Run("reason", args, minutes=2.25, rate=0.5)
+    run = Run("reason", args, minutes=2.25, learning_rate_factor=0.5)
     train_rows, val_rows = run.rows(reason_dataset, "reason")
     loss_fn = partial(reason_loss, marker_weight=args.marker_weight)
 

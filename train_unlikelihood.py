@@ -34,12 +34,12 @@ def unlikelihood_loss(model, batch, n, alpha):
     the text's and would repeat an n-gram: the paper's token-level loss, of its candidates those that greedy decoding
     would say."""
     labels = batch["labels"]  # (B, T)
-    trained = labels != IGNORE
+    has_label = labels != IGNORE
     out = model(batch["input_ids"])  # logits (B, T, vocab)
-    likelihood = cross_entropy(out.logits[trained], labels[trained])
+    likelihood = cross_entropy(out.logits[has_label], labels[has_label])
     log_p, said = out.logits.float().log_softmax(-1).max(-1)  # (B, T) both
-    wrong = repeats(batch["input_ids"], said, n) & trained & (said != labels)
-    count = trained.sum().clamp(min=1)
+    wrong = repeats(batch["input_ids"], said, n) & has_label & (said != labels)
+    count = has_label.sum().clamp(min=1)
     unlikelihood = -(-log_p[wrong].exp().clamp(max=1 - 1e-5)).log1p().sum() / count
     metrics = {"cross_entropy": likelihood.detach(), "repeats": wrong.sum() / count}
     return likelihood + alpha * unlikelihood + out.aux_loss, out.metrics | metrics
@@ -52,7 +52,7 @@ def main():
     args = parser.parse_args()
     if args.ngram < 2 or args.alpha < 0:
         raise cli.UsageError("--ngram must be at least 2, --alpha at least 0")
-    run = Run("unlikelihood", args, minutes=1.0, rate=0.1)
+    run = Run("unlikelihood", args, minutes=1.0, learning_rate_factor=0.1)
     train_rows, val_rows = run.rows(pretrain_dataset, "pretrain")
     loss_fn = partial(unlikelihood_loss, n=args.ngram, alpha=args.alpha)
 

@@ -273,7 +273,9 @@ def describe(path: Path, figures: dict, cached: bool) -> str:
     """The figures of a packed dataset in one line."""
     count = figures["lines"] - figures["used"]
     text = f"{path.name}: {figures['lines']:,} lines, {figures['used']:,} used, {count:,} skipped"
-    text += f" [{reasons(figures['skipped'])}]" if count else ""
+    if count:
+        line = next(iter(figures["skipped"].values()))["lines"][0]
+        text += f" [{reasons(figures['skipped'])}; see python scripts/inspect_data.py {path} --row {line}]"
     if figures["continued"]:
         text += f"; {figures['continued']:,} longer than a row, continued in {figures['windows']:,} windows"
     text += f"; {figures['tokens']:,} tokens"

@@ -169,7 +169,7 @@ class LayerCache(Protocol):
 
 
 class Cache(Protocol):
-    """What a forward of T new tokens needs to know of those before: see inference/engine.py."""
+    """What a forward of T new tokens needs to know of those before: see inference/kv_cache.py."""
 
     positions: Tensor  # (B, T) of the new tokens
     mask: Tensor | None  # (B, 1, T, S) bool, as attention() takes it
@@ -282,8 +282,8 @@ class MoEFeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Routing]:
         """(B, T, hidden) -> the same."""
-        B, T, H = x.shape
-        x = x.reshape(B * T, H)
+        B, T, hidden = x.shape
+        x = x.reshape(B * T, hidden)
         probs = self.gate(x).float().softmax(-1)  # (N, E)
         weights, chosen = probs.topk(self.k, dim=-1)  # (N, k)
         if self.norm_topk_prob:
@@ -297,14 +297,14 @@ class MoEFeedForward(nn.Module):
         counts = F.one_hot(chosen.reshape(-1), self.num_experts).sum(0)  # (E,)
         ends = counts.cumsum(0).to(torch.int32)
         routed = self.experts(x.index_select(0, order // self.k), ends)  # (N*k, hidden)
-        routed = routed[order.argsort()].view(B * T, self.k, H)
+        routed = routed[order.argsort()].view(B * T, self.k, hidden)
         y = (routed * weights.unsqueeze(-1).to(routed.dtype)).sum(1)
         for expert in self.shared_experts:
             y = y + expert(x)
 
         load = counts / counts.sum()
         aux_loss = self.num_experts * (load.detach() * probs.mean(0)).sum()
-        return y.view(B, T, H), Routing(aux_loss, load)
+        return y.view(B, T, hidden), Routing(aux_loss, load)
 
 
 class Block(nn.Module):
@@ -330,7 +330,7 @@ class Block(nn.Module):
         return x + self.mlp(h), None
 
 
-def causal_mask(segment_ids: Tensor) -> Tensor:
+def packed_causal_mask(segment_ids: Tensor) -> Tensor:
     """The causal mask of packed rows: a position sees itself and what came before it in its own segment.
     segment_ids (B, T) -> (B, 1, T, T) bool, True = may look."""
     T = segment_ids.shape[1]
@@ -412,19 +412,20 @@ class MiniMindLM(nn.Module):
         cache: what was computed before, which then says the positions.
         """
         B, T = input_ids.shape
+        # Positions run on over the segments of a row: RoPE sees differences alone.
         positions = torch.arange(T, device=input_ids.device)[None]  # (1, T)
         mask = None  # plain causal
         if cache is not None:
             positions, mask = cache.positions, cache.mask
         elif segment_ids is not None:
-            mask = causal_mask(segment_ids)
+            mask = packed_causal_mask(segment_ids)
         angles = positions[..., None, None].float() * self.inv_freq  # (B or 1, T, 1, D/2)
         cos, sin = angles.cos() * self.rope_factor, angles.sin() * self.rope_factor
 
         x = self.model.embed_tokens(input_ids)  # (B, T, hidden)
         routings = []
         for i, block in enumerate(self.model.layers):
-            if self.activation_checkpointing and torch.is_grad_enabled():
+            if self.activation_checkpointing and torch.is_grad_enabled() and cache is None:
                 x, routing = checkpoint(block, x, cos, sin, mask, use_reentrant=False)
             else:
                 x, routing = block(x, cos, sin, mask, None if cache is None else cache.layer(i))

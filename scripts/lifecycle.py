@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from _path import ROOT
+from _report import append_markdown
 
 import cli
 from cli import ArgumentParser, find_device
@@ -138,15 +139,22 @@ def table(lines: list[Line]) -> str:
 def main() -> None:
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("--out_dir", type=Path, default=ROOT / "out", help="with the weights of the quickstart")
-    out = parser.parse_args().out_dir
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="append the table to this file")
+    args = parser.parse_args()
+    out = args.out_dir
     if len(list(out.glob("full_sft_*.pth"))) != 1:
         raise cli.UsageError(f"--out_dir {out}: needs one full_sft_*.pth, which bash scripts/quickstart.sh makes")
     begin, life = time.monotonic(), Life(out.resolve())
     lines = lora(life, "lora_identity", "who it is: a new name and maker", "--steps", "300")
     lines += lora(life, "lora_medical", "first aid, in unseen wordings")
     lines += dpo(life) + distill(life) + reason(life) + tools(life)
-    print(f"\n{table(lines)}\n\n{(time.monotonic() - begin) / 60:.1f} minutes in all; the curves of the two students: "
-          f"{out / 'distill.png'}")  # fmt: skip
+    minutes = (time.monotonic() - begin) / 60
+    print(f"\n{table(lines)}\n\n{minutes:.1f} minutes in all; the curves of the two students: {out / 'distill.png'}")
+    if args.markdown:
+        figures = {
+            f"{line.stage}: {line.changes}".removeprefix(": "): f"{line.before} → {line.after}" for line in lines
+        }
+        append_markdown(args.markdown, "The stages after SFT", figures | {"minutes": round(minutes, 1)})
 
 
 if __name__ == "__main__":

@@ -298,7 +298,7 @@ def bytes_of_token(tokenizer, i: int) -> bytes:
 
 
 def validate(run, rows) -> tuple[float, float]:
-    figures = run.figures(loss_fn, rows)
+    figures = run.evaluate(loss_fn, rows)
     return figures["val_loss"], figures["val_bpb"]
 
 

@@ -46,7 +46,11 @@ def arguments(stage: str, description: str, **defaults) -> argparse.ArgumentPars
     add("--accumulation_steps", type=int, default=1, help="batches whose gradients make one step")
     add("--optimizer", choices=list(LEARNING_RATES), default="muon")
     rates = ", ".join(f"{rate:g} for {name}" for name, rate in LEARNING_RATES.items())
-    add("--learning_rate", type=float, help=f"default: 256 / hidden_size times {rates}, less after the SFT")
+    add(
+        "--learning_rate",
+        type=float,
+        help=f"default: 256 / hidden_size times {rates}; less for DPO, reasoning and unlikelihood",
+    )
     add("--weight_decay", type=float, default=0.1)
     add("--warmup", type=float, default=0.02, help="share of the budget in which the learning rate rises")
     add("--decay", type=float, default=0.8, help="share of the budget, at its end, in which it falls to zero")

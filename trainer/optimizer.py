@@ -35,7 +35,7 @@ class Muon(torch.optim.Optimizer):
     def step(self) -> None:
         for group in self.param_groups:
             for p in group["params"]:
-                if p.grad is None:  # an expert that no token chose
+                if p.grad is None:
                     continue
                 state = self.state[p]
                 if not state:

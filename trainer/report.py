@@ -37,7 +37,8 @@ class ModelSizes(NamedTuple):
 
 
 class Reporter:
-    """Speaks on the main process only. Figures are means since the last line of the log."""
+    """Speaks on the main process only. In the log, the loss is the mean since the line before; the learning rate, the
+    gradient's norm and the metrics are those of the last step, the metrics of its last batch."""
 
     def __init__(self, name: str, weights: Path, processes: Processes, log_interval: int):
         self.name, self.weights, self.processes, self.log_interval = name, weights, processes, log_interval

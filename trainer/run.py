@@ -57,15 +57,15 @@ SaveFn = Callable[[Path, MiniMindLM, dict], None]
 class Run:
     """`model` is the one that a loss calls: plain until steps() begins, then whatever shares it among the processes.
 
-    minutes: the budget on the starter corpus when no flag gives one. rate: the stage's share of the learning rate of a
-    training from nothing."""
+    minutes: the budget on the starter corpus when no flag gives one. learning_rate_factor: times the learning rate of
+    a training from random weights. Ends the process where --from_resume 1 finds that the run is complete."""
 
-    def __init__(self, stage: str, args: argparse.Namespace, *, minutes: float, rate: float = 1.0):
+    def __init__(self, stage: str, args: argparse.Namespace, *, minutes: float, learning_rate_factor: float = 1.0):
         check(args)
         self.stage, self.args = args.save_weight or stage, args
         self.budget = budget_of(args, minutes)
         self.zero = self._zero_config()
-        self.processes = self._meet()
+        self.processes = self._find_processes()
         self.device = self.processes.device
         self.dtype = training_dtype(self.device, args.dtype)
         if self.device.type == "cuda" and self.dtype != torch.float32:
@@ -73,12 +73,15 @@ class Run:
         torch.manual_seed(args.seed)
         self.model: nn.Module = starting_model(args)
         if args.learning_rate is None:  # wide matrices want smaller steps (Yang et al. 2022, arXiv:2203.03466)
-            args.learning_rate = rate * LEARNING_RATES[args.optimizer] * 256 / self.model.config.hidden_size
+            args.learning_rate = (
+                learning_rate_factor * LEARNING_RATES[args.optimizer] * 256 / self.model.config.hidden_size
+            )
         self.config = self.model.config
         self.tokenizer = load_tokenizer()
         self._make_folder()
         self.resume = self._find_resume() if args.from_resume else None
         self.model.to(self.device)
+        install(self.model, self.dtype, self.device)
         self.model.activation_checkpointing = bool(args.activation_checkpointing)
         if self.processes.rank:  # the weights are equal by now, what is dropped out must not be
             torch.manual_seed(args.seed + self.processes.rank)
@@ -120,18 +123,20 @@ class Run:
             if self._stop:
                 self._end_early()
 
-    def accumulate(self, batches: list[dict]) -> Iterator[dict]:
+    def accumulate(self, micro_batches: list[dict]) -> Iterator[dict]:
         """Begin an update on these batches: each of them on the device, while its loss is computed and given to
         backward(). A batch has `weight`, the number of items whose mean its loss is, and `tokens`, those it trains."""
-        self._weight = self.processes.total(sum(batch["weight"] for batch in batches))
-        self._tokens = int(self.processes.total(sum(batch["tokens"] for batch in batches)))
+        self._weight = self.processes.total(sum(batch["weight"] for batch in micro_batches))
+        self._tokens = int(self.processes.total(sum(batch["tokens"] for batch in micro_batches)))
         self._loss = torch.zeros((), device=self.device)
-        self.progress.positions += sum(batch["input_ids"].numel() for batch in batches) * self.processes.count
-        return self._one_after_the_other(batches)
+        self.progress.positions += sum(batch["input_ids"].numel() for batch in micro_batches) * self.processes.count
+        return self._in_autocast(micro_batches)
 
-    def _one_after_the_other(self, batches: list[dict]) -> Iterator[dict]:
-        for i, batch in enumerate(batches):
-            self._last = i == len(batches) - 1
+    def _in_autocast(self, micro_batches: list[dict]) -> Iterator[dict]:
+        """Each batch in turn: what the caller computes until it asks for the next one is under autocast, and after the
+        last one the processes exchange gradients."""
+        for i, batch in enumerate(micro_batches):
+            self._last = i == len(micro_batches) - 1
             # One autocast for each batch: it keeps the weights that it has rounded, and update() changes them.
             with self.parallel.accumulating(self._last), self.autocast():
                 yield self._to_device(batch)
@@ -175,8 +180,8 @@ class Run:
         return self.share + 1e-9 >= self.progress.next_validation
 
     def validate(self, loss_fn: LossFn, rows) -> None:
-        """Log figures() of the rows; without rows, nothing."""
-        self.log_validation({} if rows is None else self.figures(loss_fn, rows))
+        """Log what evaluate() finds; without rows, nothing."""
+        self.log_validation({} if rows is None else self.evaluate(loss_fn, rows))
 
     def log_validation(self, figures: dict[str, float]) -> None:
         """Log figures named val_..., and count this validation as done."""
@@ -216,7 +221,7 @@ class Run:
             args.compile = "0"
         return config
 
-    def _meet(self) -> parallel.Processes:
+    def _find_processes(self) -> parallel.Processes:
         args = self.args
         flag = "--fsdp" if args.fsdp else f"--deepspeed {args.deepspeed}" if args.deepspeed else None
         processes = parallel.find_processes(find_device(args.device), flag)
@@ -262,12 +267,12 @@ class Run:
         processes.require_same(f"rows of --data_path {args.data_path}", len(rows))
         self._rows = len(rows)
         if self.resume is None:
-            self._share_out()
+            self._distribute()
         else:
             self.load_state_dict(self.resume)
             self.resume = None  # half a gigabyte that is no longer needed
         model, peak = self.parallel.model, matmul_peak(self.device, self.dtype)
-        install(model, self.dtype, self.device)
+        install(model, self.dtype, self.device)  # again: an adapter may have come since
         expected, _ = processes.agree(self._expected_seconds(peak))
         wish = args.compile if self.compiled is None else str(int(self.compiled))
         self.compiled = compile_if_worth(model, wish, self.device, expected, self.reporter.say)
@@ -283,7 +288,7 @@ class Run:
             world_size=processes.count, num_workers=args.num_workers,
         )  # fmt: skip
 
-    def _share_out(self) -> None:
+    def _distribute(self) -> None:
         """From here on `model` is what the processes share."""
         args = self.args
         self._sizes = ModelSizes.of(self.model)  # of the whole, however it is shared out
@@ -303,14 +308,14 @@ class Run:
         """How long the run will take at a guess, only to decide about compiling."""
         args, budget = self.args, self.budget
         expected = (budget.minutes or math.inf) * 60
-        if budget.steps or budget.epochs:
-            positions = args.batch_size * args.accumulation_steps * self.processes.count * args.max_seq_len
-            if budget.steps:
-                positions *= budget.steps
-            else:
-                positions = budget.epochs * self._rows * args.max_seq_len
-            share_of_peak = 0.25
-            expected = min(expected, positions * 6 * self._sizes.active / (peak * share_of_peak))
+        rows = None
+        if budget.steps:
+            rows = budget.steps * args.batch_size * args.accumulation_steps * self.processes.count
+        elif budget.epochs:
+            rows = budget.epochs * self._rows
+        if rows is not None:
+            flops_per_second = 0.25 * peak * self.processes.count
+            expected = min(expected, 6 * self._sizes.active * rows * args.max_seq_len / flops_per_second)
         return expected
 
     # -------------------------------------------------------------------------------------------- while it runs
@@ -336,7 +341,7 @@ class Run:
         self.reporter.say(f"step {self.progress.step}: no token in the batch is to be learnt from; skipped")
 
     @torch.no_grad()
-    def figures(self, loss_fn: LossFn, rows) -> dict[str, float]:
+    def evaluate(self, loss_fn: LossFn, rows) -> dict[str, float]:
         """val_loss, val_bpb (bits per byte, if the loss is a mean over tokens) and val_<name> of each scalar metric,
         over the first rows, up to --val_tokens in all. Bits per byte are those of the metric `cross_entropy` if there
         is one, else of the loss."""
@@ -353,8 +358,8 @@ class Run:
                 with self.autocast():
                     loss, metrics = loss_fn(model, batch)
                 # How well a MoE balances its experts is no part of how well it knows the text.
-                scalars = {"loss": loss - metrics.pop("aux_loss", 0.0)}
-                scalars |= {name: value for name, value in metrics.items() if torch.as_tensor(value).ndim == 0}
+                scalars = {name: v for name, v in metrics.items() if torch.as_tensor(v).ndim == 0}
+                scalars["loss"] = loss - scalars.pop("aux_loss", 0.0)
                 for name, value in scalars.items():
                     sums[name] = sums.get(name, 0.0) + float(value) * batch["weight"]
                 weight, tokens = weight + batch["weight"], tokens + batch["tokens"]
@@ -362,7 +367,8 @@ class Run:
                 n_bytes += bytes_of[labels[labels >= 0]].sum().item()
         model.train()
         means = {f"val_{name}": value / max(weight, 1) for name, value in sums.items()}
-        if weight == tokens:
+        loss_is_per_token = weight == tokens
+        if loss_is_per_token:
             means["val_bpb"] = sums.get("cross_entropy", sums["loss"]) / math.log(2) / max(n_bytes, 1)
         return means
 
@@ -391,7 +397,7 @@ class Run:
                 "anew"
             )
         self.model.load_state_dict(state["model"])
-        self._share_out()
+        self._distribute()
         self.parallel.load_state_dict(state)
         self.progress, self.compiled = Progress(**state["progress"]), state["compiled"]
         self.processes.restore_random_states(state["rng"])  # last: sharing out draws random numbers

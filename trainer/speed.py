@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cli import UsageError
-from model.model import Attention, Experts, MiniMindLM, lora_layers
+from model.model import Attention, Experts, MiniMindLM, attention, each_expert, lora_layers
 
 WORTH_COMPILING = 75  # seconds of training that win back the 5 to 25 that compiling takes
 
@@ -76,15 +76,15 @@ def _grouped_linear(x: Tensor, layers: list[nn.Linear], ends: Tensor) -> Tensor:
 
 
 def install(model: MiniMindLM, dtype: torch.dtype, device: torch.device) -> None:
-    """Give the model the forms that train faster in this precision on this device, where torch has what they need."""
-    if dtype != torch.bfloat16:
-        return
-    adapted = bool(lora_layers(model))  # the kernel over all experts sees their weights alone
+    """Give the model the forms that train fastest in this precision on this device, of those that torch has."""
+    bf16, adapted = dtype == torch.bfloat16, bool(lora_layers(model))
     for layer in model.modules():
-        if isinstance(layer, Attention) and device.type == "cpu":
-            layer.attend = blocked_attention
-        elif isinstance(layer, Experts) and hasattr(F, "grouped_mm") and not adapted:
-            layer.compute = grouped_experts
+        if isinstance(layer, Attention):
+            layer.attend = blocked_attention if bf16 and device.type == "cpu" else attention
+        elif isinstance(layer, Experts):
+            # The kernel over all experts sees their weights alone, without an adapter.
+            grouped = bf16 and hasattr(F, "grouped_mm") and not adapted
+            layer.compute = grouped_experts if grouped else each_expert
 
 
 # ------------------------------------------------------------------------------------------------ compiling
