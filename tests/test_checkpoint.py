@@ -413,6 +413,7 @@ for line in sys.stdin:  # fork a saver for each line, so that torch is imported 
 """
 
 
+@pytest.mark.slow
 def test_kill_at_any_moment_leaves_a_complete_newest_state(tmp_path, capsys):
     """kill -9 of a process that does nothing but save: what it last reported as saved, or something newer, can be read
     afterwards, without a complaint."""

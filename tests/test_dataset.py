@@ -288,6 +288,7 @@ def start_build(path: Path, cache: Path, num_proc: int = 1) -> subprocess.Popen:
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
+@pytest.mark.slow
 def test_two_processes_at_once_build_once(tmp_path):
     path = write_jsonl(tmp_path / "text.jsonl", documents(3000, most=100))
     outputs = [process.communicate() for process in [start_build(path, tmp_path / "cache") for _ in range(2)]]
@@ -295,6 +296,7 @@ def test_two_processes_at_once_build_once(tmp_path):
     assert sorted("cached" in err for _, err in outputs) == [False, True]
 
 
+@pytest.mark.slow
 def test_killed_build_leaves_nothing_in_the_way(tmp_path, tokenizer):
     path = write_jsonl(tmp_path / "text.jsonl", documents(8000, most=400))
     process = start_build(path, tmp_path / "cache", num_proc=2)

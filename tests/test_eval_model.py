@@ -284,7 +284,10 @@ class Terminal:
         raise AssertionError("did not end")
 
 
-@pytest.mark.parametrize("leave", ["/exit\r", "\x04", "\x03"], ids=["exit", "ctrl-d", "ctrl-c"])
+SLOW = [pytest.param(key, marks=pytest.mark.slow) for key in ("\x04", "\x03")]
+
+
+@pytest.mark.parametrize("leave", ["/exit\r", *SLOW], ids=["exit", "ctrl-d", "ctrl-c"])
 def test_manual_input_in_a_terminal(weights, leave):
     terminal = Terminal("--out_dir", str(weights / "parrot"))
     terminal.wait_for("manual input")
@@ -300,6 +303,7 @@ def test_manual_input_in_a_terminal(weights, leave):
     assert "Traceback" not in terminal.seen
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_the_answer_but_not_the_conversation(weights):
     terminal = Terminal("--out_dir", str(weights / "endless"), "--max_seq_len", "30000", "--max_new_tokens", "15000")
     terminal.wait_for("manual input")
@@ -315,6 +319,7 @@ def test_ctrl_c_ends_the_answer_but_not_the_conversation(weights):
     assert terminal.exit_code() == 0
 
 
+@pytest.mark.slow
 def test_thinking_is_dim_in_a_terminal(weights):
     terminal = Terminal("--out_dir", str(weights), "--model_mode", "3", *GREEDY)
     terminal.wait_for("manual input")
@@ -424,6 +429,7 @@ def test_bad_flags_are_usage_errors(args, monkeypatch, capsys):
     assert args[0].strip("-") in error
 
 
+@pytest.mark.slow
 def test_help_is_quick_and_a_closed_pipe_is_quiet(weights):
     begin = time.time()
     assert "--model_mode" in run_program("--help").out

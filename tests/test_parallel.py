@@ -293,7 +293,10 @@ def test_machines_must_see_the_same_files(tmp_path, data, base, by_torch):
 ZERO_RESUMED = pytest.param(["zero1-adamw", "zero3-adamw"], marks=[pytest.mark.slow, needs_deepspeed])
 
 
-@pytest.mark.parametrize("names", [["fsdp-muon"], ZERO_RESUMED], ids=["torch", "deepspeed"])
+TORCH_RESUMED = pytest.param(["fsdp-muon"], marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("names", [TORCH_RESUMED, ZERO_RESUMED], ids=["torch", "deepspeed"])
 def test_resumed(tmp_path, data, base, names):
     """From a copy of the folder, made while the run went on: what it would have left if it had been killed. The end is
     that of the whole run, bit for bit. The clocks of the processes go apart, and still they save after the same

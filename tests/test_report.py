@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import _report
+import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -29,6 +30,7 @@ def test_the_commit_is_unknown_outside_a_checkout(tmp_path, monkeypatch):
     assert _report.commit() == "unknown"
 
 
+@pytest.mark.slow
 def test_a_benchmark_writes_its_figures(tmp_path):
     command = [sys.executable, "scripts/benchmark.py", "decode", "--compile", "0", "--new_tokens", "4", "--repeat", "1"]
     done = subprocess.run([*command, "--markdown", tmp_path / "a.md"], cwd=ROOT, capture_output=True, text=True)

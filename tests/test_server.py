@@ -571,6 +571,7 @@ def test_clients_that_go_away_free_their_slots(server):
         assert server.metric("cancelled_requests_total") == before
 
 
+@pytest.mark.slow
 def test_a_thousand_connections_and_slow_readers_do_not_hold_up_others(server):
     def ask() -> float:
         begin = time.monotonic()

@@ -146,6 +146,7 @@ ROWS = [
 ]
 
 
+@pytest.mark.slow
 def test_training_through_the_command_line(tmp_path):
     data = write_rows(tmp_path / "data.jsonl", [*ROWS * 150, "not json", '{"other": 1}', ""])
     first = run("--data_path", data, "--vocab_size", "400", "--out_dir", "tok", cwd=tmp_path)

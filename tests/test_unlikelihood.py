@@ -84,6 +84,7 @@ def test_otherwise_it_is_plain_cross_entropy(text, said):
 # ------------------------------------------------------------------------------------------------ what comes with a run
 
 
+@pytest.mark.slow
 def test_two_processes_are_one(tmp_path):
     """Copies (DDP) and shares (FSDP2); log and curve are there."""
     with small_data(tmp_path) as data:
@@ -107,6 +108,7 @@ def test_two_processes_are_one(tmp_path):
         assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_killed_and_resumed():
     moments = kill_stages(["unlikelihood"], kills=1, seed=0, steps=8)
     assert moments["unlikelihood"].total() >= 1
