@@ -22,19 +22,19 @@ def tokens(rows: int, length: int, vocab: int = 320, seed: int = 1) -> torch.Ten
 # ------------------------------------------------------------------------------------------------ cross-entropy
 
 
-@pytest.mark.parametrize("stance", ["force_eager", pytest.param("default", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_cross_entropy_is_torchs_in_fp32(stance, dtype):
+def test_cross_entropy_is_torchs_in_fp32(compiled, dtype, monkeypatch):
+    monkeypatch.setattr(speed, "is_compiled", compiled)
     torch.manual_seed(0)
-    with torch.compiler.set_stance(stance):
-        for n in (7, 64, 33):  # compiled once for all
-            logits = (5 * torch.randn(n, 6400)).to(dtype).requires_grad_()
-            labels = torch.randint(0, 6400, (n,))
-            loss, expected = cross_entropy(logits, labels), F.cross_entropy(logits.float(), labels)
-            assert loss.dtype == torch.float32
-            torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
-            (ours,), (theirs,) = torch.autograd.grad(loss, logits), torch.autograd.grad(expected, logits)
-            torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-6)
+    for n in (7, 64, 33):  # compiled once for all
+        logits = (5 * torch.randn(n, 6400)).to(dtype).requires_grad_()
+        labels = torch.randint(0, 6400, (n,))
+        loss, expected = cross_entropy(logits, labels), F.cross_entropy(logits.float(), labels)
+        assert loss.dtype == torch.float32
+        torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+        (ours,), (theirs,) = torch.autograd.grad(loss, logits), torch.autograd.grad(expected, logits)
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-6)
 
 
 def test_a_batch_without_labels_has_loss_zero_not_nan(tiny):
@@ -142,12 +142,11 @@ def test_compiled_blocks_equal_eager(tiny, moe):
     ids = tokens(2, 150)
     few = shifted(ids).masked_fill(torch.rand(ids.shape) < 0.6, -100)  # logits are computed for the labels only
     losses = []
-    with torch.compiler.set_stance("default"):
-        for model in (eager, compiled):
-            for labels in (shifted(ids), few):
-                loss = next_token_loss(model, ids, labels)
-                loss.backward()
-                losses.append(loss.item())
+    for model in (eager, compiled):
+        for labels in (shifted(ids), few):
+            loss = next_token_loss(model, ids, labels)
+            loss.backward()
+            losses.append(loss.item())
     assert losses[:2] == pytest.approx(losses[2:], abs=1e-5)
     for (name, a), b in zip(eager.named_parameters(), compiled.parameters(), strict=True):
         assert (a.grad - b.grad).abs().max() < 1e-4 * a.grad.abs().max() + 1e-6, name
@@ -160,8 +159,7 @@ def test_activation_checkpointing_of_compiled_blocks(tiny):
         model = tiny(qk_norm=True).train()
         model.activation_checkpointing = on
         compile_blocks(model)
-        with torch.compiler.set_stance("default"):
-            next_token_loss(model, ids, shifted(ids)).backward()
+        next_token_loss(model, ids, shifted(ids)).backward()
         grads.append([p.grad for p in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 

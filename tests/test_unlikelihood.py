@@ -14,13 +14,6 @@ from train_unlikelihood import repeats, unlikelihood_loss
 A, B, C, D, E = range(5)  # tokens
 
 
-@pytest.fixture(autouse=True)
-def not_compiled():
-    """Compiling the cross-entropy takes longer than all there is to compute here."""
-    with torch.compiler.set_stance("force_eager"):
-        yield
-
-
 def repeats_by_hand(row: list[int], said: list[int], n: int) -> list[bool]:
     found = []
     for t in range(len(row)):

@@ -17,6 +17,7 @@ from cli import UsageError
 from model.model import Attention, Experts, MiniMindLM, attention, each_expert, lora_layers
 
 WORTH_COMPILING = 75  # seconds of training that win back the 5 to 25 that compiling takes
+is_compiled = False  # whether the run of this process is: compile_if_worth() says so
 
 
 # ------------------------------------------------------------------------------------------------ kernels
@@ -25,15 +26,17 @@ WORTH_COMPILING = 75  # seconds of training that win back the 5 to 25 that compi
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """F.cross_entropy(logits, labels): the mean of -log softmax(logits)[label] in nats, fp32; logits (N, vocab), labels
     (N,). It is 0, not 0 / 0, where there is no label. Compiled where the run is."""
-    return _compiled_cross_entropy()(logits, labels) / max(len(labels), 1)
+    total = _compiled_total() if is_compiled else _total
+    return total(logits, labels) / max(len(labels), 1)
+
+
+def _total(logits: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(logits.float(), labels, reduction="sum")
 
 
 @cache
-def _compiled_cross_entropy() -> Callable[[Tensor, Tensor], Tensor]:
-    def total(logits: Tensor, labels: Tensor) -> Tensor:
-        return F.cross_entropy(logits.float(), labels, reduction="sum")
-
-    return torch.compile(total, dynamic=True)
+def _compiled_total() -> Callable[[Tensor, Tensor], Tensor]:
+    return torch.compile(_total, dynamic=True)  # the number of labels is another in each batch
 
 
 def blocked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, block: int = 128) -> Tensor:
@@ -105,9 +108,9 @@ def compile_if_worth(
 ) -> bool:
     """Compile the model and cross_entropy() if `wish` is "1", or, on "auto", if the run is long enough to win back
     what it costs and the machine has what it takes; "0": everything runs as it is written. Returns what was done."""
-    compiled = wish == "1" or (wish == "auto" and expected_seconds >= WORTH_COMPILING and device.type != "mps")
-    if compiled:
-        torch.compiler.set_stance("default")
+    global is_compiled
+    is_compiled = wish == "1" or (wish == "auto" and expected_seconds >= WORTH_COMPILING and device.type != "mps")
+    if is_compiled:
         try:
             torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
         except Exception as error:  # whatever a missing or broken C++ compiler raises, training goes on without it
@@ -115,11 +118,10 @@ def compile_if_worth(
             if wish == "1":
                 raise UsageError(f"--compile 1: torch.compile does not work here: {reason}") from None
             say(f"torch.compile does not work here, training goes on without: {reason}")
-            compiled = False
-    if compiled:
+            is_compiled = False
+    if is_compiled:
         compile_blocks(model)
-    torch.compiler.set_stance("default" if compiled else "force_eager")
-    return compiled
+    return is_compiled
 
 
 # ------------------------------------------------------------------------------------------------ the machine
