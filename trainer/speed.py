@@ -101,6 +101,7 @@ def compile_blocks(model: MiniMindLM) -> None:
     which sees others first, would round differently."""
     for block in model.model.layers:
         block.compile(dynamic=False)
+    model.model.norm.compile(dynamic=True)  # of as many positions as there are labels
 
 
 def compile_if_worth(
