@@ -270,7 +270,7 @@ class Run:
             self._distribute()
         else:
             self.load_state_dict(self.resume)
-            self.resume = None  # half a gigabyte that is no longer needed
+            self.resume = None  # frees half a gigabyte
         model, peak = self.parallel.model, matmul_peak(self.device, self.dtype)
         install(model, self.dtype, self.device)  # again: an adapter may have come since
         expected, _ = processes.agree(self._expected_seconds(peak))
