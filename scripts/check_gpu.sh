@@ -1,24 +1,30 @@
 #!/usr/bin/env bash
 # Ten minutes with one CUDA card: parity with the CPU, training in bf16 and fp16, kill and resume, speed, the quickstart.
-#   bash scripts/check_gpu.sh                 # the report: out/gpu_report.md
+#   bash scripts/check_gpu.sh [DIR]           # the report: out/gpu_report.md
 #   bash scripts/check_gpu.sh wheels DIR      # beforehand, for a machine without a network: what it may lack, for its Python
-# Needs torch >= 2.11 and what a machine with transformers has; missing packages are taken from DIR (default: wheels/).
+# Needs torch >= 2.11 and what a machine with transformers has; missing packages come from DIR (default: wheels/) if it is there.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
 
+# pyarrow 21: later wheels are a third larger.
+packages=(datasets 'pyarrow==21.*' pandas dill multiprocess xxhash pytest pluggy iniconfig)
+
 if [ "${1:-}" = wheels ]; then
     # --no-deps: torch and numpy, which are gigabytes, are there already.
-    exec "$PYTHON" -m pip download --no-deps --only-binary=:all: --python-version "${PYTHON_VERSION:-3.12}" --dest "${2:-wheels}" \
-        datasets 'pyarrow==21.*' pandas dill multiprocess xxhash pytest pluggy iniconfig
+    exec "$PYTHON" -m pip download --no-deps --only-binary=:all: --python-version "${PYTHON_VERSION:-3.12}" --dest "${2:-wheels}" "${packages[@]}"
 fi
 
 report=out/gpu_report.md
+wheels=${1:-wheels}
 mkdir -p out
-for module in datasets pytest; do
-    "$PYTHON" -c "import $module" 2>/dev/null ||
-        "$PYTHON" -m pip install --quiet --no-index --no-deps --find-links "${1:-wheels}" datasets 'pyarrow==21.*' pandas dill multiprocess xxhash pytest pluggy iniconfig
-done
+if ! "$PYTHON" -c "import datasets, pytest" 2>/dev/null; then
+    if [ -d "$wheels" ]; then
+        "$PYTHON" -m pip install --quiet --no-index --no-deps --find-links "$wheels" "${packages[@]}"
+    else
+        "$PYTHON" -m pip install --quiet datasets pytest
+    fi
+fi
 
 began=$SECONDS
 failed=0
