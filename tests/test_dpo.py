@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import train_dpo
+from cli import UsageError
 from dataset.chat import BOS_ID, EOS_ID, load_tokenizer, render_chat
 from dataset.lm_dataset import batches, preference_dataset, summary, validation_batches
 from model.export.huggingface import save_hf
@@ -223,6 +224,21 @@ def test_label_smoothing_is_a_mixture_and_simpo_needs_no_reference():
     assert torch.allclose(rewards, 0.3 * torch.tensor([[-2.0, -3.0], [-1.0, -0.5]]))
     margins = torch.tensor([0.3, -0.15]) - 0.5
     assert torch.allclose(losses, torch.log1p((-margins).exp()))
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--loss ipo --label_smoothing 0.1",
+        "--loss ipo --length_normalize",
+        "--loss simpo --length_normalize",
+        "--simpo_gamma 1",
+    ],
+)
+def test_a_flag_that_a_loss_ignores_is_refused(flags, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["train_dpo.py", *flags.split()])
+    with pytest.raises(UsageError, match=flags.split("--")[-1].split()[0]):
+        train_dpo.parse_arguments()
 
 
 # ------------------------------------------------------------------------------------------------ data
