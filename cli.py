@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     import torch
 
 
+ROOT = Path(__file__).resolve().parent
+
+
 class UsageError(Exception):
     """Arguments that do not fit together; run() prints it and exits with 2."""
 
@@ -81,7 +84,9 @@ def add_model_flags(parser: argparse.ArgumentParser, out_dir: Path) -> None:
     add("--hidden_size", type=int, help="if weights of several sizes are there (default: the newest)")
     add("--use_moe", type=flag, metavar="{0,1}", help="if both kinds are there (default: the newest)")
     add("--load", type=int, choices=(0, 1), default=0, help="1 = the Hugging Face folder --model_path (default: 0)")
-    add("--model_path", metavar="FOLDER", help="the folder of --load 1")
+    add("--model_path", metavar="FOLDER", help="the folder of --load 1 (default: the one that lies here or in out_dir)")
+    add = parser.add_argument_group("its tokenizer").add_argument
+    add("--tokenizer", metavar="FOLDER", help="of weights that do not say theirs (default: the one they carry)")
 
 
 def add_inference_flags(parser: argparse.ArgumentParser) -> None:
@@ -97,8 +102,8 @@ def add_inference_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def check_model_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    if (args.load == 1) != bool(args.model_path):
-        parser.error("--load 1 and --model_path FOLDER belong together")
+    if args.model_path and not args.load:
+        parser.error("--model_path FOLDER is for --load 1; --model takes any path")
     others = ("weight", "load", "hidden_size", "use_moe")
     if args.model and (given := [name for name in others if getattr(args, name) not in (None, 0)]):
         parser.error(f"--model names the model: leave out --{given[0]}")
@@ -112,6 +117,8 @@ def model_path(args: argparse.Namespace) -> Path:
 
     if args.model or args.model_path:
         return Path(args.model or args.model_path)
+    if args.load:
+        return checkpoint.find_folder(dict.fromkeys([Path.cwd(), ROOT, Path(args.out_dir)]))
     mode = MODEL_MODES[args.model_mode]
     try:
         return checkpoint.find_weights(args.out_dir, args.weight or mode.stages, args.hidden_size, args.use_moe)
@@ -173,10 +180,11 @@ def _expected(error: Exception) -> tuple[str, int] | None:
     import torch
 
     from dataset.jsonl import DataError
+    from dataset.tokenizer import TokenizerError
     from model.export.optional import MissingPackage
     from model.formats import CheckpointError
 
-    if isinstance(error, DataError | CheckpointError | MissingPackage):
+    if isinstance(error, DataError | CheckpointError | TokenizerError | MissingPackage):
         return str(error), 1
     if isinstance(error, torch.OutOfMemoryError):
         remedy = "lower --batch_size (and raise --accumulation_steps) or --max_seq_len, or --activation_checkpointing 1"

@@ -108,11 +108,12 @@ def load(args: argparse.Namespace):
     """The chatbot that the flags describe."""
     settings = AnswerSettings(args.max_seq_len, args.max_new_tokens, args.temperature, args.top_p, args.thinking)
     adapter = None
-    if args.lora_name:
+    if args.lora_name and args.lora_name != "None":  # as MiniMind spells that there is none
         adapter = Path(args.lora_name)
         if adapter.suffix != ".pth":
             adapter = Path(args.out_dir) / "lora" / adapter
     options = {"quantized": args.quantize, "compiled": args.compile, "extrapolate": args.inference_rope_scaling}
+    options["tokenizer"] = args.tokenizer
     device, dtype = find_device(args.device), DTYPES.get(args.dtype)
     return load_chatbot(cli.model_path(args), device, dtype, settings, adapter=adapter, **options)
 

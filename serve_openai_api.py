@@ -23,7 +23,7 @@ import cli
 from cli import ArgumentParser, find_device, flag
 from model.checkpoint import CheckpointError
 from model.device import DTYPES
-from model.inference.chatbot import STOP_IDS, AnswerSettings, Chatbot, load_adapters, load_chatbot
+from model.inference.chatbot import AnswerSettings, Chatbot, load_adapters, load_chatbot
 from model.inference.engine import Engine, SamplingParams
 from server.app import Limits, Server, build_app
 from server.runner import Runner
@@ -107,11 +107,12 @@ def allow_many_files() -> None:
 def load(args: argparse.Namespace) -> Chatbot:
     """The chatbot that the flags describe."""
     options = {"quantized": args.quantize, "compiled": args.compile, "extrapolate": args.inference_rope_scaling}
+    options["tokenizer"] = args.tokenizer
     settings = AnswerSettings(max_seq_len=args.max_seq_len, thinking=args.thinking)
     device, dtype = find_device(args.device), DTYPES.get(args.dtype)
     bot = load_chatbot(cli.model_path(args), device, dtype, settings, **options)
     if not isinstance(bot, Chatbot):
-        raise CheckpointError(f"{bot.name} has a tokenizer of another kind: only models with ours can be served")
+        raise CheckpointError(f"{bot.name}: only models that are a Llama, Qwen3 or MiniMind can be served")
     return bot
 
 
@@ -128,7 +129,7 @@ def main() -> None:
     # Without a tokenizer the engine gives token ids: which of them are text depends on the markers among them.
     engine = Engine(bot.model, slots=args.slots, max_len=bot.max_len, compiled=bot.compiled)
     limits = Limits(args.api_key, tuple(args.cors_origin), args.timeout, int(args.max_body_mb * (1 << 20)))
-    app = build_app(service, Runner(engine, STOP_IDS, args.max_queue), limits)
+    app = build_app(service, Runner(engine, tuple(bot.stop_ids), args.max_queue), limits)
     config = uvicorn.Config(
         app, args.host, args.port, log_level="warning", access_log=False, server_header=False,
         http=Connection, timeout_keep_alive=args.idle_timeout, timeout_graceful_shutdown=5, ws="none",

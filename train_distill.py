@@ -11,7 +11,6 @@ from functools import partial
 import torch
 
 import cli
-from dataset.chat import load_tokenizer
 from dataset.lm_dataset import IGNORE, sft_dataset
 from model import checkpoint
 from trainer.arguments import arguments
@@ -45,18 +44,17 @@ def distill_loss(model, batch, teacher, args):
     return loss + out.aux_loss, metrics
 
 
-def load_teacher(out_dir, name, student, device):
+def load_teacher(out_dir, name, run):
     """The teacher, frozen; refused if its tokens are not the student's."""
     path = checkpoint.find_weights(out_dir, name)
-    teacher, _ = checkpoint.load(path, device)
-    same_tokens = teacher.config.vocab_size == student.config.vocab_size
-    if path.is_dir() and (path / "tokenizer.json").exists():
-        same_tokens = same_tokens and load_tokenizer(path).get_vocab() == load_tokenizer().get_vocab()
-    if not same_tokens:
+    teacher, _ = checkpoint.load(path, run.device)
+    if teacher.config.vocab_size != run.config.vocab_size:
         raise checkpoint.CheckpointError(
             f"--teacher {path} has another vocabulary ({teacher.config.vocab_size} tokens; the student has "
-            f"{student.config.vocab_size}): its probabilities cannot be compared; use scripts/ask_teacher.py"
+            f"{run.config.vocab_size}): its probabilities cannot be compared; use scripts/ask_teacher.py"
         )
+    tokenizer = checkpoint.tokenizer_of(path, run.args.tokenizer)
+    tokenizer.require_same(run.tokenizer, f"--teacher {path}", "the student")
     return teacher.requires_grad_(False)
 
 
@@ -78,7 +76,7 @@ def parse_arguments():
 def main():
     args = parse_arguments()
     run = Run("distill", args, minutes=2.0)
-    teacher = load_teacher(args.out_dir, args.teacher, run.model, run.device)
+    teacher = load_teacher(args.out_dir, args.teacher, run)
     train_rows, val_rows = run.rows(sft_dataset, "sft")
     loss_fn = partial(distill_loss, teacher=teacher, args=args)
 

@@ -80,7 +80,11 @@ def main():
             run.backward(loss, batch)
         run.update(metrics)
     run.validate(lora_loss, val_rows)
-    run.finish(save=lambda path, model, meta: save_adapter(path, model, args.lora_name, meta))
+
+    def save(path, model, meta, tokenizer):
+        save_adapter(path, model, args.lora_name, meta, tokenizer)
+
+    run.finish(save)
 
 
 if __name__ == "__main__":

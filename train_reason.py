@@ -11,15 +11,15 @@ import torch
 import torch.nn.functional as F
 
 import cli
-from dataset.chat import END_THINK_ID, END_TOOL_CALL_ID, THINK_ID, TOOL_CALL_ID
 from dataset.lm_dataset import IGNORE, reason_dataset
+from dataset.tokenizer import END_THINK, END_TOOL_CALL, THINK, TOOL_CALL
 from trainer.arguments import arguments
 from trainer.run import Run
 
-WEIGHTED = (THINK_ID, END_THINK_ID, TOOL_CALL_ID, END_TOOL_CALL_ID)
+WEIGHTED = (THINK, END_THINK, TOOL_CALL, END_TOOL_CALL)
 
 
-def reason_loss(model, batch, marker_weight):
+def reason_loss(model, batch, marker_ids, marker_weight):
     """Cross-entropy over the tokens of thinking and answer, in which the four markers count `marker_weight` times.
 
     The sum is divided by the number of tokens, not of weights: the rest is learnt as in plain SFT, and only the format
@@ -29,7 +29,7 @@ def reason_loss(model, batch, marker_weight):
     labels = labels[has_label]  # (N,)
     out = model(batch["input_ids"], segment_ids=batch["segment_ids"], logits_at=has_label)  # logits (N, vocab)
     losses = F.cross_entropy(out.logits.float(), labels, reduction="none")  # (N,)
-    is_marker = torch.isin(labels, torch.tensor(WEIGHTED, device=labels.device))
+    is_marker = torch.isin(labels, torch.tensor(marker_ids, device=labels.device))
     count = max(len(labels), 1)
     loss = (losses * torch.where(is_marker, marker_weight, 1.0)).sum() / count
     return loss + out.aux_loss, out.metrics | {"cross_entropy": losses.detach().sum() / count}
@@ -43,7 +43,8 @@ def main():
         raise cli.UsageError(f"--marker_weight {args.marker_weight}: must be above 0")
     run = Run("reason", args, minutes=2.25, learning_rate_factor=0.5)
     train_rows, val_rows = run.rows(reason_dataset, "reason")
-    loss_fn = partial(reason_loss, marker_weight=args.marker_weight)
+    marker_ids = [run.tokenizer.marker_ids[marker] for marker in WEIGHTED if marker in run.tokenizer.marker_ids]
+    loss_fn = partial(reason_loss, marker_ids=marker_ids, marker_weight=args.marker_weight)
 
     for micro_batches in run.steps(train_rows):
         if run.validation_due:

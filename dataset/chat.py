@@ -1,27 +1,33 @@
-"""Chat messages -> token ids and loss mask, in ChatML.
+"""Chat messages -> token ids and loss mask: ChatML, or the chat template that a tokenizer's folder brings.
 
 Used by the datasets, the generation and the server: `ids, loss_mask = render_chat(load_tokenizer(), messages)`.
-chat_template.jinja is the same rendering for other engines; tests/test_chat.py holds the two together.
+chat_template.jinja is the same ChatML for other engines; tests/test_chat.py holds the two together.
 """
 
 import json
-from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
+from dataset.tokenizer import (
+    BOS,
+    END_THINK,
+    END_TOOL_CALL,
+    END_TOOL_RESPONSE,
+    EOS,
+    MARKERS,
+    PAD,
+    SPECIAL_MARKERS,
+    THINK,
+    TOKENIZER_DIR,
+    TOOL_CALL,
+    TOOL_RESPONSE,
+    ChatTokenizer,
+    load_tokenizer,
+)
 
-TOKENIZER_DIR = Path(__file__).resolve().parent.parent / "model" / "tokenizer"
+__all__ = ["BOS", "EOS", "MARKERS", "PAD", "SPECIAL_MARKERS", "TOKENIZER_DIR", "load_tokenizer", "render_chat"]
 
-PAD, BOS, EOS = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
-THINK, END_THINK = "<think>", "</think>"
-TOOL_CALL, END_TOOL_CALL = "<tool_call>", "</tool_call>"
-TOOL_RESPONSE, END_TOOL_RESPONSE = "<tool_response>", "</tool_response>"
-RESERVED = tuple(f"<|reserved_{i}|>" for i in range(7))
-# A marker's place in this tuple is its token id, 0 to 15.
-MARKERS = (PAD, BOS, EOS, THINK, END_THINK, TOOL_CALL, END_TOOL_CALL, TOOL_RESPONSE, END_TOOL_RESPONSE, *RESERVED)
+# Of the tokenizers that train_tokenizer.py makes.
 MARKER_IDS = {marker: token_id for token_id, marker in enumerate(MARKERS)}
-# The ones a decoder may hide; the think and tool markers are part of an answer and stay visible (as in Qwen3).
-SPECIAL_MARKERS = frozenset((PAD, BOS, EOS, *RESERVED))
 PAD_ID, BOS_ID, EOS_ID = MARKER_IDS[PAD], MARKER_IDS[BOS], MARKER_IDS[EOS]
 THINK_ID, END_THINK_ID = MARKER_IDS[THINK], MARKER_IDS[END_THINK]
 TOOL_CALL_ID, END_TOOL_CALL_ID = MARKER_IDS[TOOL_CALL], MARKER_IDS[END_TOOL_CALL]
@@ -36,28 +42,10 @@ TOOLS_AFTER = (
 )
 
 
-def load_tokenizer(folder: str | Path = TOKENIZER_DIR) -> Tokenizer:
-    """The tokenizer of `folder`, in which text can never become a marker.
-
-    The markers stay in the vocabulary (`token_to_id`, `decode` know them) but are no longer searched for in text, so
-    `encode("<|im_end|>")` gives ordinary pieces. transformers does turn such text into control tokens: whoever renders
-    untrusted text with it must clean the text first.
-    """
-    path = Path(folder) / "tokenizer.json"
-    try:
-        spec = json.loads(path.read_text(encoding="utf-8"))
-        spec["added_tokens"] = []
-        return Tokenizer.from_str(json.dumps(spec))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"no tokenizer at {path}; make one with train_tokenizer.py") from None
-    except Exception as error:  # tokenizers raises bare Exception for a file it cannot read
-        raise ValueError(f"{path} is not a tokenizer: {error}; make one with train_tokenizer.py") from None
-
-
 class _Writer:
     """Collects markers and text; neighbouring text with the same mask is encoded as one piece, as transformers does."""
 
-    def __init__(self, tokenizer: Tokenizer):
+    def __init__(self, tokenizer: ChatTokenizer):
         self.tokenizer, self.ids, self.mask = tokenizer, [], []
         self.text, self.text_mask = "", 0
 
@@ -68,8 +56,12 @@ class _Writer:
         self.text = ""
 
     def marker(self, marker: str, mask: int) -> None:
+        token = self.tokenizer.marker_ids.get(marker)
+        if token is None:  # a tokenizer that knows no thinking or no calls: its models spell the markers out
+            self.write(marker, mask)
+            return
         self.flush()
-        self.ids.append(MARKER_IDS[marker])
+        self.ids.append(token)
         self.mask.append(mask)
 
     def write(self, text: str, mask: int) -> None:
@@ -80,7 +72,7 @@ class _Writer:
 
 
 def render_chat(
-    tokenizer: Tokenizer,
+    tokenizer: ChatTokenizer,
     messages: list[dict],
     tools: list[dict] | str | None = None,
     *,
@@ -90,16 +82,21 @@ def render_chat(
 ) -> tuple[list[int], list[int]]:
     """Token ids of a conversation and its loss mask (1 = train on this token), both of the same length.
 
-    Trained on: an assistant turn's thinking, content, tool calls and its <|im_end|>; nothing else. Markers are written
-    as ids, data as text, so literal markers in a message stay text. `tools` (OpenAI schemas, a list or a JSON string)
+    By the tokenizer's own chat template if it brings one, else in ChatML. Trained on: an assistant turn's thinking,
+    content, tool calls and its <|im_end|>; nothing else. Markers are written as ids, data as text, so literal markers
+    in a message stay text. `tools` (OpenAI schemas, a list or a JSON string)
     goes before the system message's own "tools". With `thinking_off` a last answer without reasoning is written as one
     with thinking switched off: after the empty thinking block that `enable_thinking=False` puts into the prompt.
     Raises ValueError for what cannot be rendered (see checks.validate_messages).
     """
-    out = _Writer(tokenizer)
     has_system = bool(messages) and messages[0]["role"] == "system"
-    system = _content(messages[0]) if has_system else ""
     schemas = parse_tools(tools) or (parse_tools(messages[0].get("tools")) if has_system else [])
+    if tokenizer.has_own_template:
+        return _by_template(tokenizer, messages, schemas, add_generation_prompt, enable_thinking)
+    if BOS not in tokenizer.marker_ids or EOS not in tokenizer.marker_ids:
+        raise ValueError(f"{tokenizer.source} has neither a chat template nor {BOS} and {EOS}: it cannot hold a chat")
+    out = _Writer(tokenizer)
+    system = _content(messages[0]) if has_system else ""
     if schemas:
         lines = "\n".join(json.dumps(schema, ensure_ascii=False) for schema in schemas)
         system += ("\n\n" if system else "") + TOOLS_BEFORE + lines + TOOLS_AFTER
@@ -122,6 +119,33 @@ def render_chat(
             _empty_thinking(out)
     out.flush()
     return out.ids, out.mask
+
+
+def _by_template(
+    tokenizer: ChatTokenizer,
+    messages: list[dict],
+    schemas: list[dict],
+    add_generation_prompt: bool,
+    enable_thinking: bool | None,
+) -> tuple[list[int], list[int]]:
+    from dataset.template import render_template  # Jinja, which ours do without
+
+    if tokenizer.turn_end_id is None:
+        raise ValueError(f"{tokenizer.source}: no marker ends an answer in its chat template, so it cannot be learnt")
+    theirs = [_in_openai_form(message) for message in messages]
+    return render_template(tokenizer, theirs, schemas, add_generation_prompt, enable_thinking, tokenizer.turn_end_id)
+
+
+def _in_openai_form(message: dict) -> dict:
+    """A message as other models' templates expect it: no null fields, calls as {"function": ...}, tools apart."""
+    theirs = {"role": message["role"], "content": _content(message)}
+    if message["role"] == "assistant":
+        theirs["content"] = _without_blank_lines(theirs["content"])
+        if reasoning := message.get("reasoning_content"):
+            theirs["reasoning_content"] = reasoning
+        if calls := parse_tool_calls(message.get("tool_calls")):
+            theirs["tool_calls"] = [{"type": "function", "function": call} for call in calls]
+    return theirs
 
 
 def _plain_turn(out: _Writer, role: str, content: str) -> None:

@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from tokenizers import Tokenizer
 
-from dataset import chat, checks, jsonl, packing
+from dataset import packing
 from dataset.jsonl import DataError, read_jsonl
-from dataset.packing import END_OF_TEXT
+from dataset.packing import PADDING
+from dataset.tokenizer import ChatTokenizer
 
 if TYPE_CHECKING:
     import torch
@@ -32,27 +32,27 @@ __all__ = ["DataError", "batches", "collate", "preference_dataset", "pretrain_da
 __all__ += ["reason_dataset", "sft_dataset", "summary", "bytes_per_token", "validation_batches"]
 
 CACHE_DIR = Path(__file__).resolve().parent.parent / "out" / "cache"
-FIRST_TEXT_ID = 16  # ids below are markers
+RENDERING = ("chat", "template", "checks", "jsonl", "packing")  # the files whose code shapes the rows
 IGNORE = -100  # label that the loss leaves out
 
 
-def pretrain_dataset(path: str | Path, tokenizer: Tokenizer, seq_len: int, **options) -> Dataset:
+def pretrain_dataset(path: str | Path, tokenizer: ChatTokenizer, seq_len: int, **options) -> Dataset:
     """{"text"} lines -> rows of seq_len + 1 tokens (column input_ids). Options: cache_dir, num_proc, quiet."""
     return _packed_dataset("pretrain", Path(path), tokenizer, seq_len, **options)
 
 
-def sft_dataset(path: str | Path, tokenizer: Tokenizer, seq_len: int, **options) -> Dataset:
+def sft_dataset(path: str | Path, tokenizer: ChatTokenizer, seq_len: int, **options) -> Dataset:
     """{"conversations"} lines -> rows of up to seq_len tokens (columns input_ids, loss_mask, segment_lengths).
     Options: cache_dir, num_proc, quiet."""
     return _packed_dataset("sft", Path(path), tokenizer, seq_len, **options)
 
 
-def reason_dataset(path: str | Path, tokenizer: Tokenizer, seq_len: int, **options) -> Dataset:
+def reason_dataset(path: str | Path, tokenizer: ChatTokenizer, seq_len: int, **options) -> Dataset:
     """As sft_dataset; an answer without "reasoning_content" gets the empty thinking block of thinking switched off."""
     return _packed_dataset("reason", Path(path), tokenizer, seq_len, **options)
 
 
-def preference_dataset(path: str | Path, tokenizer: Tokenizer, seq_len: int, **options) -> Dataset:
+def preference_dataset(path: str | Path, tokenizer: ChatTokenizer, seq_len: int, **options) -> Dataset:
     """{"chosen", "rejected"} lines -> rows as sft_dataset's. A pair is two segments of one row, chosen and rejected, so
     odd segments are chosen and even ones rejected; labels are the tokens of the last answer. Pairs that are longer than
     a row are skipped and counted."""
@@ -67,7 +67,7 @@ def summary(dataset: Dataset) -> dict:
 def _packed_dataset(
     kind: str,
     path: Path,
-    tokenizer: Tokenizer,
+    tokenizer: ChatTokenizer,
     seq_len: int,
     cache_dir: str | Path = CACHE_DIR,
     num_proc: int | None = None,
@@ -109,7 +109,7 @@ def _packed_dataset(
     return dataset
 
 
-def _cache_folder(kind: str, path: Path, tokenizer: Tokenizer, seq_len: int, cache_dir: Path) -> Path:
+def _cache_folder(kind: str, path: Path, tokenizer: ChatTokenizer, seq_len: int, cache_dir: Path) -> Path:
     """Where the rows of this very file are kept: its identity and all that shapes the rows are in the name."""
     if not 2 <= seq_len <= 1 << 20:
         raise DataError(f"seq_len {seq_len} is out of range: it must be at least 2 and at most {1 << 20}")
@@ -122,8 +122,8 @@ def _cache_folder(kind: str, path: Path, tokenizer: Tokenizer, seq_len: int, cac
     if stat.st_size == 0:
         raise DataError(f"{path}: the file is empty")
     # The code that renders and packs is part of the key: a changed template must not meet rows of the old one.
-    code = [Path(module.__file__).read_text(encoding="utf-8") for module in (chat, checks, jsonl, packing)]
-    identity = [kind, seq_len, str(path.resolve()), stat.st_size, stat.st_mtime_ns, tokenizer.to_str(), code]
+    code = [Path(__file__).with_name(f"{name}.py").read_text(encoding="utf-8") for name in RENDERING]
+    identity = [kind, seq_len, str(path.resolve()), stat.st_size, stat.st_mtime_ns, tokenizer.chat_hash, code]
     key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
     return cache_dir / f"{kind}-{path.stem[:40]}-{seq_len}-{key}"
 
@@ -157,7 +157,7 @@ def collate(rows: list[dict[str, np.ndarray]], seq_len: int, kind: str) -> dict[
     """
     import torch
 
-    input_ids = np.full((len(rows), seq_len), END_OF_TEXT, np.int64)
+    input_ids = np.full((len(rows), seq_len), PADDING, np.int64)
     labels = np.full((len(rows), seq_len), IGNORE, np.int64)
     segment_ids = np.zeros((len(rows), seq_len), np.int32)
     for b, row in enumerate(rows):
@@ -275,10 +275,11 @@ def _collate_of(dataset: Dataset) -> partial:
     return partial(collate, seq_len=figures["seq_len"], kind=figures["kind"])
 
 
-def bytes_per_token(tokenizer: Tokenizer) -> torch.Tensor:
+def bytes_per_token(tokenizer: ChatTokenizer) -> torch.Tensor:
     """(vocab,) int64: UTF-8 bytes that each token stands for, 0 for markers; what bits per byte divides by."""
     import torch
 
-    # A byte-level token is spelt with one character for each of its bytes.
-    sizes = [len(tokenizer.id_to_token(i) or "") for i in range(tokenizer.get_vocab_size())]
-    return torch.tensor([0] * FIRST_TEXT_ID + sizes[FIRST_TEXT_ID:])
+    sizes = [len(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size)]
+    for token in tokenizer.marker_ids.values():
+        sizes[token] = 0
+    return torch.tensor(sizes)

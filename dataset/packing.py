@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tokenizers import Tokenizer
 
 from dataset.chat import render_chat
 from dataset.checks import Fault, conversation_faults, kind_of, preference_faults, text_fault
 from dataset.jsonl import DataError, parse_line, read_lines
+from dataset.tokenizer import ChatTokenizer
 
-END_OF_TEXT = 0  # id of <|endoftext|>: before each document, and as padding
+PADDING = 0  # the id in what a row does not fill: no label is there, and nothing attends to it
 CHUNK = 1 << 20  # bytes of lines that are tokenised together
 PARALLEL_FROM = 4 << 20  # files above this size are tokenised by several processes
 PACK_BUFFER = 2000  # conversations among which the best-fitting one is looked for
@@ -41,7 +41,7 @@ class Sample:
 
 
 def _encode(
-    kind: str, tokenizer: Tokenizer, seq_len: int, lines: list[tuple[int, bytes]]
+    kind: str, tokenizer: ChatTokenizer, seq_len: int, lines: list[tuple[int, bytes]]
 ) -> tuple[list[Sample], list[tuple[int, str]]]:
     """Lines -> (the rows that can be used, [(line number, why not)] of the others)."""
     dtype = np.uint16 if tokenizer.get_vocab_size() <= 1 << 16 else np.uint32
@@ -66,25 +66,32 @@ def _encode(
             skipped.append((number, error.text))
     if kind == "pretrain":
         encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        pieces = [Sample(np.array([END_OF_TEXT, *encoding.ids], dtype)) for encoding in encodings]
+        pieces = [Sample(np.array([tokenizer.document_id, *encoding.ids], dtype)) for encoding in encodings]
     return pieces, skipped
 
 
-def _pair(tokenizer: Tokenizer, row: dict, seq_len: int, dtype: type) -> Sample:
+def _pair(tokenizer: ChatTokenizer, row: dict, seq_len: int, dtype: type) -> Sample:
     """Both conversations of a preference pair; labels are the last answer alone, not earlier ones in the prompt."""
-    prompt = render_chat(tokenizer, row["chosen"][:-1], add_generation_prompt=True)[0]
     sides = [render_chat(tokenizer, row[side]) for side in ("chosen", "rejected")]
     ids = np.concatenate([np.array(ids, dtype) for ids, _ in sides])
     if len(ids) > seq_len:
         raise ValueError(f"pair longer than a row: {len(ids)} tokens with both answers; raise --max_seq_len")
-    mask = np.concatenate([np.array([0] * len(prompt) + mask[len(prompt) :], bool) for _, mask in sides])
+    mask = np.concatenate([_last_answer(np.array(mask, bool)) for _, mask in sides])
     return Sample(ids, mask, [len(ids) for ids, _ in sides])
 
 
-def _start_worker(kind: str, tokenizer_json: str, seq_len: int) -> None:
+def _last_answer(mask: np.ndarray) -> np.ndarray:
+    """The mask of a conversation without the answers before the last one."""
+    (trained,) = mask.nonzero()
+    gaps = (np.diff(trained) > 1).nonzero()[0]
+    begin = trained[gaps[-1] + 1] if len(gaps) else 0
+    return mask & (np.arange(len(mask)) >= begin)
+
+
+def _start_worker(kind: str, tokenizer: ChatTokenizer, seq_len: int) -> None:
     global _worker
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process per core already
-    _worker = (kind, Tokenizer.from_str(tokenizer_json), seq_len)
+    _worker = (kind, tokenizer, seq_len)
     # A worker must not outlive a killed parent: it was forked with the cache's lock, and would hold it for ever.
     threading.Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
 
@@ -94,14 +101,14 @@ def _encode_in_worker(lines: list[tuple[int, bytes]]) -> tuple[list, list]:
 
 
 def _encode_all(
-    kind: str, tokenizer: Tokenizer, seq_len: int, chunks: Iterable, num_proc: int
+    kind: str, tokenizer: ChatTokenizer, seq_len: int, chunks: Iterable, num_proc: int
 ) -> Iterator[tuple[list, list]]:
     """_encode over all chunks, in order; with several processes only a few chunks are in flight, so RAM stays flat."""
     if num_proc <= 1:
         yield from (_encode(kind, tokenizer, seq_len, chunk) for chunk in chunks)
         return
     context = get_context("fork" if sys.platform == "linux" else "spawn")
-    with ProcessPoolExecutor(num_proc, context, _start_worker, (kind, tokenizer.to_str(), seq_len)) as pool:
+    with ProcessPoolExecutor(num_proc, context, _start_worker, (kind, tokenizer, seq_len)) as pool:
         waiting: deque = deque()
         for chunk in chunks:
             waiting.append(pool.submit(_encode_in_worker, chunk))
@@ -180,7 +187,7 @@ def pack_pieces(pieces: Iterable[Sample], seq_len: int) -> Iterator[dict]:
 
 
 def pack_file(
-    kind: str, path: Path, tokenizer: Tokenizer, seq_len: int, folder: Path, num_proc: int | None, quiet: bool
+    kind: str, path: Path, tokenizer: ChatTokenizer, seq_len: int, folder: Path, num_proc: int | None, quiet: bool
 ) -> None:
     """Streams the file into folder/rows.arrow and folder/summary.json."""
     started = time.perf_counter()

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dataset.tokenizer import ChatTokenizer
 from model.checkpoint import check_plain, checkpoint_path, is_ours, read_file, run_arguments, write_file
 from model.formats import CheckpointError
 from model.model import LoRAConfig, MiniMindConfig, MiniMindLM, add_lora, base_state_dict, lora_layers
@@ -48,9 +49,11 @@ def adapter_matrices(model: MiniMindLM, name: str) -> tuple[LoRAConfig, dict[str
     return config, {key: p.detach().to("cpu", torch.float32).contiguous() for key, p in tensors.items()}
 
 
-def save_adapter(path: str | Path, model: MiniMindLM, name: str, meta: dict | None = None) -> None:
+def save_adapter(
+    path: str | Path, model: MiniMindLM, name: str, meta: dict | None = None, tokenizer: ChatTokenizer | None = None
+) -> None:
     """Write the adapter alone: {"lora": rank, alpha, ..., "base": fingerprint, "config": shape of the base, "model",
-    "meta"}.
+    "meta", "tokenizer": its hash}.
 
     CheckpointError if it fails; what was there before is then untouched. ValueError if there is no such adapter."""
     meta = meta or {}
@@ -58,15 +61,22 @@ def save_adapter(path: str | Path, model: MiniMindLM, name: str, meta: dict | No
     config, tensors = adapter_matrices(model, name)
     lora = asdict(config) | {"targets": list(config.targets)}
     content = {"config": model.config.to_dict(), "lora": lora, "base": fingerprint(model)}
-    content |= {"model": tensors, "meta": meta}
+    content |= {"model": tensors, "meta": meta} | ({"tokenizer": tokenizer.hash} if tokenizer else {})
     write_file(Path(path), lambda file: torch.save(content, file))
 
 
-def load_adapter(path: str | Path, model: MiniMindLM, name: str, base: str | Path = "the model") -> dict:
+def load_adapter(
+    path: str | Path,
+    model: MiniMindLM,
+    name: str,
+    base: str | Path = "the model",
+    tokenizer: ChatTokenizer | None = None,
+) -> dict:
     """Add the adapter of a file of save_adapter() to the model and make it the active one; returns its meta.
 
-    `base` is what messages call the model. CheckpointError if the file is missing, damaged or something else, or was
-    trained on other weights; the model is then as it was."""
+    `base` is what messages call the model; `tokenizer` the one that it is used with. CheckpointError if the file is
+    missing, damaged or something else, or was trained on other weights or with another tokenizer; the model is then as
+    it was."""
     path = Path(path)
     content = read_file(path)
     if not is_ours(content) or not isinstance(content.get("lora"), dict):
@@ -81,6 +91,11 @@ def load_adapter(path: str | Path, model: MiniMindLM, name: str, base: str | Pat
             + (f" ({trained_on})" if trained_on else "")
             + (f" with {', '.join(other)}" if other else "")
             + f" than {base}: give those, or train it again"
+        )
+    if tokenizer and content.get("tokenizer") not in (None, tokenizer.hash):
+        raise CheckpointError(
+            f"{path} was trained with another tokenizer ({content['tokenizer'][:8]}) than {tokenizer.source} "
+            f"({tokenizer.hash[:8]}): give that one, or train it again"
         )
     lora = content["lora"]
     try:

@@ -14,7 +14,7 @@ import os
 import re
 import sys
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -22,8 +22,11 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from dataset.tokenizer import ChatTokenizer, load_tokenizer
 from model.formats import CheckpointError, from_hf, from_minimind
 from model.model import MiniMindConfig, MiniMindLM, base_state_dict
+
+UNKNOWN = "unknown"  # as meta["tokenizer"]: weights of which nobody knows the tokenizer
 
 # ------------------------------------------------------------------------------------------------ paths
 
@@ -61,6 +64,25 @@ def find_weights(
         note = f"note: {listed} in {out_dir}: taking the newest, {found[-1].name}; --hidden_size or a path chooses"
         print(note, file=sys.stderr)
     return found[-1]
+
+
+def find_folder(places: Iterable[Path]) -> Path:
+    """The one folder of weights that lies in these places. CheckpointError, which lists them, if it is not one."""
+    found = {
+        path.resolve(): path
+        for place in places
+        for path in sorted(place.glob("*/"))
+        if (path / "config.json").exists() and (*path.glob("model*.safetensors*"), *path.glob("pytorch_model*"))
+    }
+    if not found:
+        where = " or ".join(str(place) for place in places)
+        raise CheckpointError(f"no folder with a config.json and weights lies in {where}: give its path with --model")
+    if len(found) > 1:
+        listed = ", ".join(map(str, found.values()))
+        raise CheckpointError(f"there are {len(found)} folders of weights: {listed}: give one of them with --model")
+    (folder,) = found.values()
+    print(f"note: taking {folder}", file=sys.stderr)
+    return folder
 
 
 def _missing(path: Path, *others: Path) -> CheckpointError:
@@ -172,14 +194,23 @@ def _looks_like(path: Path, error: Exception) -> str:
 # ------------------------------------------------------------------------------------------------ save and load
 
 
-def save(path: str | Path, model: MiniMindLM, meta: dict | None = None, dtype: torch.dtype | None = None) -> None:
-    """Write {"config", "model", "meta"}, in fp32 or in `dtype`. meta: plain Python values. LoRA adapters are not
-    written (adapters.py does), but for one that is merged: it is part of the weights.
+def save(
+    path: str | Path,
+    model: MiniMindLM,
+    meta: dict | None = None,
+    dtype: torch.dtype | None = None,
+    tokenizer: ChatTokenizer | None = None,
+) -> None:
+    """Write {"config", "model", "meta"}, in fp32 or in `dtype`, and with "tokenizer" the files of the one that the
+    weights belong to. meta: plain Python values. LoRA adapters are not written (adapters.py does), but for one that is
+    merged: it is part of the weights.
 
     CheckpointError if it fails; what was there before is then untouched."""
     meta = meta or {}
     check_plain(meta, "meta")
     content = {"config": model.config.to_dict(), "model": _weights(model, dtype or torch.float32), "meta": meta}
+    if tokenizer:
+        content["tokenizer"] = {"hash": tokenizer.hash, "files": tokenizer.files}
     write_file(Path(path), lambda file: torch.save(content, file))
 
 
@@ -211,8 +242,8 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> tuple[MiniMind
                 config, tensors = from_minimind(content, read_json(beside) if beside.exists() else {})
         model = _build(config, tensors)
     except (CheckpointError, ValueError, TypeError) as error:
-        text = str(error)
-        raise CheckpointError(text if text.startswith(str(path)) else f"{path}: {text}") from None
+        text, kind = str(error), type(error) if isinstance(error, CheckpointError) else CheckpointError
+        raise kind(text if text.startswith(str(path)) else f"{path}: {text}") from None
     return model.eval().to(device), meta
 
 
@@ -223,6 +254,48 @@ def load_meta(path: str | Path) -> dict:
         return {}
     content = read_file(path, mmap=True)
     return content.get("meta", {}) if is_ours(content) else {}
+
+
+def tokenizer_of(path: str | Path, folder: str | Path | None = None) -> ChatTokenizer:
+    """The tokenizer that belongs to weights: the one in the .pth or its folder, or beside a published .pth; `folder`
+    names it where they say nothing, and must be the same where they do.
+
+    CheckpointError if none is known, TokenizerError if `folder` has another one."""
+    path, given = Path(path), load_tokenizer(folder) if folder else None
+    if (path / "config.json").exists():
+        own = given if given and not (path / "tokenizer.json").exists() else load_tokenizer(path)
+    else:
+        own = _tokenizer_in(path) or given
+    if own is None:
+        raise CheckpointError(f"{path} does not say which tokenizer it belongs to: give its folder with --tokenizer")
+    if given:
+        own.require_same(given, str(path), "--tokenizer")
+    return own
+
+
+def _tokenizer_in(path: Path) -> ChatTokenizer | None:
+    """What a .pth carries, or what lies beside one that carries none."""
+    content = read_file(path, mmap=True)
+    if is_ours(content):
+        files = (content.get("tokenizer") or {}).get("files")
+        if files:
+            return ChatTokenizer(files, str(path))
+        meta, size = content.get("meta") or {}, content["config"].get("vocab_size")
+        shipped = load_tokenizer()
+        if meta.get("tokenizer") != UNKNOWN and shipped.vocab_size == size:  # from before such files carried it
+            if not meta and os.environ.get("RANK", "0") == "0":
+                print(f"note: {path} does not say which tokenizer it needs: taking model/tokenizer", file=sys.stderr)
+            return shipped
+    return load_tokenizer(path.parent) if (path.parent / "tokenizer.json").exists() else None
+
+
+def require_fit(tokenizer: ChatTokenizer, config: MiniMindConfig, path: str | Path) -> None:
+    """CheckpointError if the tokenizer has ids for which the weights have no row."""
+    if tokenizer.vocab_size > config.vocab_size:
+        raise CheckpointError(
+            f"{path} has {config.vocab_size} tokens, the tokenizer {tokenizer.source} {tokenizer.vocab_size}: they do "
+            "not belong together; give the folder of its own with --tokenizer"
+        )
 
 
 def run_arguments(meta: dict) -> dict:

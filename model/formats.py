@@ -17,6 +17,10 @@ class CheckpointError(Exception):
     """Weights that cannot be read or written; the text is one line that says why and what to do."""
 
 
+class OtherArchitecture(CheckpointError):
+    """A Hugging Face model that ours cannot compute."""
+
+
 def _first(values: dict, names: tuple[str, ...], default: Any) -> Any:
     return next((values[name] for name in names if values.get(name) is not None), default)
 
@@ -24,7 +28,9 @@ def _first(values: dict, names: tuple[str, ...], default: Any) -> Any:
 def _without_head(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     head, embedding = tensors.get("lm_head.weight"), tensors.get("model.embed_tokens.weight")
     if head is not None and embedding is not None and not torch.equal(head, embedding):
-        raise CheckpointError("its output layer differs from its embedding; only models that tie the two can be loaded")
+        raise OtherArchitecture(
+            "its output layer differs from its embedding; only models that tie the two can be loaded"
+        )
     return {name: w for name, w in tensors.items() if name != "lm_head.weight"}
 
 
@@ -204,14 +210,14 @@ def _architecture(hf: dict) -> str:
     kind = hf.get("model_type")
     architecture = (hf.get("architectures") or [_ARCHITECTURES.get(kind)])[0]
     if architecture not in _ARCHITECTURES.values():
-        raise CheckpointError(
+        raise OtherArchitecture(
             f"it is a {architecture or kind}; only {', '.join(_ARCHITECTURES.values())} can be loaded"
         )
     for name, only in _ONLY.items():
         if hf.get(name) not in (None, only):
-            raise CheckpointError(f"config.json has {name} = {hf[name]!r}; only {only!r} can be loaded")
+            raise OtherArchitecture(f"config.json has {name} = {hf[name]!r}; only {only!r} can be loaded")
     if any(layer != "full_attention" for layer in hf.get("layer_types") or []):
-        raise CheckpointError("config.json has layer_types other than full_attention; only that can be loaded")
+        raise OtherArchitecture("config.json has layer_types other than full_attention; only that can be loaded")
     return architecture
 
 
@@ -222,7 +228,7 @@ def _yarn(rope: dict | None, hf: dict) -> dict | None:
     if kind == "default":
         return None
     if kind != "yarn" or rope.get("truncate") is False or rope.get("mscale") or not rope.get("factor"):
-        raise CheckpointError(f"config.json scales RoPE by {rope}; only plain 'yarn' with a factor can be loaded")
+        raise OtherArchitecture(f"config.json scales RoPE by {rope}; only plain 'yarn' with a factor can be loaded")
     context = ("original_max_position_embeddings", "max_position_embeddings")
     scaling = {"rope_type": "yarn", "factor": float(rope["factor"]), context[0]: _first(hf | rope, context, 2048)}
     names = ("beta_fast", "beta_slow", "attention_factor")

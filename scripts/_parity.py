@@ -1,13 +1,13 @@
 """Compares a model with another, of ours or in other software: logits, and the greedy tokens after some prompts."""
 
 import math
-from pathlib import Path
 
 import _path  # noqa: F401
 import torch
 from torch import Tensor
 
-from dataset.chat import load_tokenizer, render_chat
+from dataset.chat import render_chat
+from dataset.tokenizer import ChatTokenizer
 from model.checkpoint import CheckpointError
 from model.export.llama_cpp import LlamaCpp
 from model.inference.engine import SamplingParams, generate
@@ -30,18 +30,17 @@ TOLERANCE = 1e-3  # of logits, both sides computing in fp32
 LLAMA_CPP_LIMITS = {"f32": (1e-2, 1.0), "f16": (math.inf, 0.98), "bf16": (math.inf, 0.9), "q8_0": (math.inf, 0.9)}
 
 
-def prompts_for(vocab_size: int, tokenizer_folder: Path) -> list[list[int]]:
-    """Texts and questions; or random tokens, if there is no tokenizer of ours that fits."""
-    try:
-        tokenizer = load_tokenizer(tokenizer_folder)
-    except (FileNotFoundError, ValueError):
-        tokenizer = None
-    if tokenizer is None or tokenizer.get_vocab_size() > vocab_size:
+def prompts_for(vocab_size: int, tokenizer: ChatTokenizer | None) -> list[list[int]]:
+    """Texts and questions; or random tokens, if the tokenizer is not known."""
+    if tokenizer is None:
         random = torch.Generator().manual_seed(0)
         return torch.randint(vocab_size, (len(TEXTS), 12), generator=random).tolist()
     questions = [[{"role": "user", "content": question}] for question in QUESTIONS]
-    chats = [render_chat(tokenizer, question, add_generation_prompt=True)[0] for question in questions]
-    return [tokenizer.encode(text).ids for text in TEXTS] + [[i for i in ids if i < vocab_size] for ids in chats]
+    texts = [tokenizer.encode(text).ids for text in TEXTS]
+    try:
+        return texts + [render_chat(tokenizer, question, add_generation_prompt=True)[0] for question in questions]
+    except ValueError:  # it cannot hold a chat
+        return texts
 
 
 class Parity:

@@ -41,6 +41,7 @@ def arguments() -> argparse.Namespace:
     parser = ArgumentParser(description=__doc__)
     add = parser.add_argument
     add("--teacher", required=True, help="a .pth file, a Hugging Face folder, or the address of an endpoint")
+    add("--tokenizer", metavar="FOLDER", help="of a teacher's weights that do not say theirs")
     add("--model", metavar="NAME", help="which model of the endpoint")
     add("--prompts", required=True, type=Path, metavar="FILE", help="JSONL file")
     add("--out", required=True, type=Path, metavar="FILE", help="JSONL file of the answers; what it has stays")
@@ -151,7 +152,8 @@ def load_teacher(args: argparse.Namespace):
             f"--teacher {args.teacher}: no such file or folder, and not the address (http://...) of an endpoint"
         )
     settings = AnswerSettings(args.max_seq_len, args.max_new_tokens, args.temperature, args.top_p, args.thinking)
-    return load_chatbot(args.teacher, find_device(args.device), DTYPES.get(args.dtype), settings)
+    device, dtype = find_device(args.device), DTYPES.get(args.dtype)
+    return load_chatbot(args.teacher, device, dtype, settings, tokenizer=args.tokenizer)
 
 
 # ------------------------------------------------------------------------------------------------ answers

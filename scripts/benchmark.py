@@ -31,9 +31,9 @@ from _report import append_markdown
 
 import cli
 from cli import ArgumentParser, find_device
-from dataset.chat import PAD_ID, TOKENIZER_DIR, load_tokenizer
 from dataset.checks import text_fault
 from dataset.jsonl import DataError, read_jsonl
+from dataset.tokenizer import load_tokenizer
 from model import checkpoint
 from model.device import DTYPES, training_dtype
 from model.export.gguf import save_gguf
@@ -169,7 +169,7 @@ def transformers_speed(model: MiniMindLM, prompts: list[list[int]], args: argpar
     """Tokens per second of transformers' generate on the same weights in fp32, prefill included; the best of two."""
     transformers = need("transformers", "--compare 1")
     with tempfile.TemporaryDirectory() as folder:
-        save_hf(folder, model, TOKENIZER_DIR, torch.float32)
+        save_hf(folder, model, load_tokenizer(), torch.float32)
         theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     ids, times = torch.tensor(prompts), []
     for new in (8, args.new_tokens, args.new_tokens):
@@ -189,7 +189,7 @@ def llama_cpp_speed(model: MiniMindLM, prompts: list[list[int]], args: argparse.
         return None
     request = {"prompt": prompts[0], "n_predict": args.new_tokens, "temperature": 0, "ignore_eos": True}
     with tempfile.TemporaryDirectory() as folder:
-        save_gguf(f"{folder}/model.gguf", model, TOKENIZER_DIR, kind)
+        save_gguf(f"{folder}/model.gguf", model, load_tokenizer(), kind)
         with LlamaCpp(f"{folder}/model.gguf", threads=torch.get_num_threads(), exact=False) as engine:
             answers = [engine.post("/completion", request | {"cache_prompt": False}) for _ in range(args.repeat)]
     return max(answer["timings"]["predicted_per_second"] for answer in answers)
@@ -287,7 +287,7 @@ def read_documents(path: str, most: int) -> tuple[list[list[int]], int]:
             raise DataError(f"{path}, line {number}: {fault.text}")
         if n_bytes >= most:
             break
-        documents.append([PAD_ID, *tokenizer.encode(row["text"], add_special_tokens=False).ids])
+        documents.append([tokenizer.document_id, *tokenizer.encode(row["text"]).ids])
         n_bytes += len(row["text"].encode())
     if not documents:
         raise DataError(f"{path}: the file is empty")

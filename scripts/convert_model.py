@@ -24,7 +24,7 @@ from _path import ROOT
 
 import cli
 from cli import ArgumentParser, UsageError
-from dataset.chat import TOKENIZER_DIR, load_tokenizer
+from dataset.tokenizer import ChatTokenizer, TokenizerError
 from model import checkpoint
 from model.adapters import adapter_path, load_adapter, save_adapter
 from model.checkpoint import CheckpointError
@@ -52,7 +52,7 @@ def arguments() -> argparse.Namespace:
     add("--to", choices=("hf", "pth", "gguf", "peft", "lora"), help="default: by DEST's ending, a folder is hf")
     add("--dtype", choices=list(GGUF_DTYPES), help="default: bf16 for hf and gguf, fp32 for pth; q8_0 is for gguf")
     add("--lora", metavar="ADAPTER", help="a file of train_lora.py, its name in out_dir/lora, or a peft folder")
-    add("--tokenizer", metavar="FOLDER", type=Path, help="default: SOURCE if it has one, else model/tokenizer")
+    add("--tokenizer", metavar="FOLDER", help="of weights that do not say theirs (default: the one SOURCE carries)")
     add("--out_dir", default=str(ROOT / "out"), help="where names are looked up")
     args = parser.parse_args()
     args.to = args.to or {".pth": "pth", ".gguf": "gguf"}.get(args.dest.suffix, "hf")
@@ -74,18 +74,20 @@ def arguments() -> argparse.Namespace:
 
 
 def to_pth(args: argparse.Namespace, staged: Path, model: MiniMindLM, meta: dict, prompts: list) -> None:
-    checkpoint.save(staged, model, meta, DTYPES[args.dtype])
+    meta = meta if args.tokenizer else meta | {"tokenizer": checkpoint.UNKNOWN}
+    checkpoint.save(staged, model, meta, DTYPES[args.dtype], args.tokenizer)
     parity.with_ours("read back, every bit the same", *read_back(args, staged, model, prompts), prompts).require(0.0)
 
 
 def to_hf(args: argparse.Namespace, staged: Path, model: MiniMindLM, meta: dict, prompts: list) -> None:
-    save_hf(staged, model, args.tokenizer, DTYPES[args.dtype])
+    trained_len = checkpoint.run_arguments(meta).get("max_seq_len")
+    save_hf(staged, model, args.tokenizer, DTYPES[args.dtype], trained_len)
     checkpoint.write_bytes(staged / "README.md", model_card(args.dest.name, model, meta).encode())
     reference, _ = read_back(args, staged, model, prompts)
     transformers = need("transformers", "a comparison with transformers")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(staged, dtype=torch.float32).eval()
     parity.with_transformers(f"transformers ({type(theirs).__name__})", reference, theirs, prompts).require()
-    ours, theirs = load_tokenizer(args.tokenizer), transformers.AutoTokenizer.from_pretrained(staged)
+    ours, theirs = args.tokenizer, transformers.AutoTokenizer.from_pretrained(staged)
     if any(ours.encode(t).ids != theirs(t, add_special_tokens=False)["input_ids"] for t in parity.ALL_TEXTS):
         raise CheckpointError("parity does not hold: AutoTokenizer splits text in another way")
 
@@ -111,8 +113,7 @@ def to_gguf(args: argparse.Namespace, staged: Path, model: MiniMindLM, meta: dic
             raise CheckpointError(f"parity does not hold: {name} read back differs by more than {limit:g}")
     with LlamaCpp(staged) as engine:
         parity.with_llama_cpp(stored, engine, prompts).require(*parity.LLAMA_CPP_LIMITS[kind])
-        tokenizer = load_tokenizer(args.tokenizer)
-        if any(engine.tokenize(text) != tokenizer.encode(text).ids for text in parity.ALL_TEXTS):
+        if any(engine.tokenize(text) != args.tokenizer.encode(text).ids for text in parity.ALL_TEXTS):
             raise CheckpointError("parity does not hold: llama.cpp splits text in another way")
 
 
@@ -128,7 +129,7 @@ def to_adapter(args: argparse.Namespace, staged: Path, model: MiniMindLM, meta: 
         save_peft(staged, model, ADAPTER, args.source)
         load_peft(staged, base, ADAPTER)
     else:
-        save_adapter(staged, model, ADAPTER, {"from": str(args.lora)})
+        save_adapter(staged, model, ADAPTER, {"from": str(args.lora)}, args.tokenizer)
         load_adapter(staged, base, ADAPTER)
     parity.with_ours("read back", model, base, prompts).require(0.0)
     peft, transformers = (need(name, "a comparison with peft") for name in ("peft", "transformers"))
@@ -145,19 +146,21 @@ CONVERSIONS = {"pth": to_pth, "hf": to_hf, "gguf": to_gguf, "peft": to_adapter, 
 # ------------------------------------------------------------------------------------------------ the source
 
 
-def choose_tokenizer(args: argparse.Namespace, path: Path, model: MiniMindLM, meta: dict) -> Path:
-    """The folder whose tokenizer belongs to the weights; CheckpointError if they cannot."""
-    folder = args.tokenizer or (path if (path / "tokenizer.json").exists() else TOKENIZER_DIR)
+def choose_tokenizer(args: argparse.Namespace, path: Path, model: MiniMindLM) -> ChatTokenizer | None:
+    """The tokenizer that belongs to the weights; None if none is known and a .pth does without.
+
+    CheckpointError or TokenizerError if there is none, or one that cannot be theirs."""
+    try:
+        tokenizer = checkpoint.tokenizer_of(path, args.tokenizer)
+    except (CheckpointError, TokenizerError) as error:
+        if args.tokenizer or args.to in ("hf", "gguf"):
+            raise
+        print(f"note: {error}; the result will not say it either", file=sys.stderr)
+        return None
     if args.to in ("hf", "gguf"):
-        if args.tokenizer is None and not meta and folder == TOKENIZER_DIR:
-            print(f"note: {path} does not say which tokenizer it needs: taking model/tokenizer", file=sys.stderr)
         hf_config(model.config)  # refuses in a sentence what has no counterpart
-        size = load_tokenizer(folder).get_vocab_size()
-        if size > model.config.vocab_size:
-            raise CheckpointError(
-                f"{path} has {model.config.vocab_size} tokens, {folder} {size}: give its own with --tokenizer"
-            )
-    return folder
+    checkpoint.require_fit(tokenizer, model.config, path)
+    return tokenizer
 
 
 def find_adapter(args: argparse.Namespace, model: MiniMindLM) -> Path:
@@ -174,7 +177,7 @@ def add_adapter(args: argparse.Namespace, model: MiniMindLM) -> None:
     if args.lora.is_dir():
         load_peft(args.lora, model, ADAPTER)
     else:
-        load_adapter(args.lora, model, ADAPTER, base=args.source)
+        load_adapter(args.lora, model, ADAPTER, base=args.source, tokenizer=args.tokenizer)
 
 
 def merged(args: argparse.Namespace, path: Path, model: MiniMindLM, prompts: list) -> MiniMindLM:
@@ -192,7 +195,7 @@ def main() -> None:
     if args.dest.exists() and args.dest.samefile(path):
         raise UsageError("SOURCE and DEST are the same file")
     model, meta = checkpoint.load(path)
-    args.tokenizer = choose_tokenizer(args, path, model, meta)
+    args.tokenizer = choose_tokenizer(args, path, model)
     prompts = parity.prompts_for(model.config.vocab_size, args.tokenizer)
     if args.lora:
         args.lora = find_adapter(args, model)
@@ -215,7 +218,7 @@ def main() -> None:
     finally:
         shutil.rmtree(staged, ignore_errors=True) if staged.is_dir() else staged.unlink(missing_ok=True)
     if args.to == "gguf":
-        text = modelfile(args.dest.name, model.config, may_think(meta))
+        text = modelfile(args.dest.name, model.config, args.tokenizer, may_think(meta))
         checkpoint.write_bytes(args.dest.with_suffix(".Modelfile"), text.encode())
     print(f"{verdict}: wrote {args.dest} ({args.to}, {args.dtype})")
 

@@ -21,10 +21,11 @@ import numpy as np
 
 from cli import ArgumentParser
 from dataset import checks, cleaning, jsonl, packing
-from dataset.chat import TOKENIZER_DIR, load_tokenizer, render_chat
+from dataset.chat import render_chat
 from dataset.checks import Fault
 from dataset.jsonl import DataError
 from dataset.packing import Sample
+from dataset.tokenizer import TOKENIZER_DIR, load_tokenizer
 
 KEYS = {"text": "pretrain", "conversations": "sft", "chosen": "dpo", "rejected": "dpo"}
 PARTS = {"sft": ("conversations",), "dpo": ("chosen", "rejected")}
@@ -151,7 +152,7 @@ class Report:
                     yield Sample(np.array(ids, np.uint32), np.array(mask, bool))
             for encoding in self.tokenizer.encode_batch_fast(texts, add_special_tokens=False):
                 self.tokens.append(len(encoding))
-                yield Sample(np.array([packing.END_OF_TEXT, *encoding.ids]))
+                yield Sample(np.array([self.tokenizer.document_id, *encoding.ids]))
 
     def _check(self, number: int, line: bytes) -> dict | None:
         """Files the faults of a line and counts what it holds; returns the row if training would use it."""
@@ -275,7 +276,7 @@ def show_row(path: Path, kind: str, number: int, tokenizer, seq_len: int) -> Non
         print("  Training skips this row.")
         return
     if kind == "pretrain":
-        ids = [packing.END_OF_TEXT, *tokenizer.encode(row["text"], add_special_tokens=False).ids]
+        ids = [tokenizer.document_id, *tokenizer.encode(row["text"], add_special_tokens=False).ids]
         # The marker ends the document before, so it is a label too, but for the first one of the file.
         show_tokens("text", ids, [int(number > 1), *[1] * (len(ids) - 1)], tokenizer, seq_len)
         return

@@ -10,16 +10,15 @@ import uuid
 from collections.abc import Sequence
 from functools import partial
 
-from tokenizers import Tokenizer
-
-from model.inference.answers import CALL, CONTENT, MARKER_NAMES, REASONING, AnswerParser, MessageBuilder, Piece
+from dataset.tokenizer import ChatTokenizer
+from model.inference.answers import CALL, CONTENT, REASONING, AnswerParser, MessageBuilder, Piece
 from model.inference.text_stream import TextStream
 
 
 class TextAnswer:
     """The continuation of a text, in which markers are text like any other."""
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()):
+    def __init__(self, tokenizer: ChatTokenizer, stop: Sequence[str] = ()):
         self.stream = TextStream(tokenizer, stop)
 
     @property
@@ -45,9 +44,11 @@ class ChatAnswer:
     out and what stands between them is content.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), *, thinking: bool = False, tools: bool = False):
+    def __init__(
+        self, tokenizer: ChatTokenizer, stop: Sequence[str] = (), *, thinking: bool = False, tools: bool = False
+    ):
         options = {"thinking": thinking, "calls": tools, "stop": stop}
-        self.parser = AnswerParser(partial(TextStream, tokenizer), MARKER_NAMES, **options)
+        self.parser = AnswerParser(partial(TextStream, tokenizer), tokenizer.answer_markers, **options)
         self.builder = MessageBuilder()
         self.calls, self.reasoning_tokens = 0, 0
 
@@ -57,7 +58,7 @@ class ChatAnswer:
 
     def shows(self, token: int) -> bool:
         """Whether this token, if it comes next, is one of the content's."""
-        return self.parser.section == CONTENT and token not in MARKER_NAMES
+        return self.parser.section == CONTENT and token not in self.parser.markers
 
     def push(self, token: int) -> list[dict]:
         """What the next token adds: deltas of an assistant message."""

@@ -12,7 +12,8 @@ import torch
 from tokenizers import AddedToken, Tokenizer
 from torch import Tensor
 
-from dataset.chat import END_THINK_ID, END_TOOL_CALL_ID, EOS_ID, MARKERS, TOOL_CALL_ID
+from dataset.chat import END_THINK_ID, END_TOOL_CALL_ID, TOOL_CALL_ID
+from dataset.tokenizer import ChatTokenizer
 from server.errors import ApiError
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ SPACING = {"whitespace_flexible": False, "item_separator": ", ", "key_separator"
 class Grammars:
     """Compiles grammars for one tokenizer."""
 
-    def __init__(self, tokenizer: Tokenizer, vocab_size: int):
+    def __init__(self, tokenizer: ChatTokenizer, vocab_size: int):
         self.tokenizer, self.vocab_size = tokenizer, vocab_size
 
     @cached_property
@@ -33,9 +34,9 @@ class Grammars:
         """The tokenizer with its markers, which no text can match."""
         from llguidance import LLTokenizer
 
-        copy = Tokenizer.from_str(self.tokenizer.to_str())
-        copy.add_special_tokens([AddedToken(marker, special=True) for marker in MARKERS])
-        return LLTokenizer(copy.to_str(), eos_token=EOS_ID)
+        copy = Tokenizer.from_str(self.tokenizer.files["tokenizer.json"])
+        copy.add_special_tokens([AddedToken(marker, special=True) for marker in self.tokenizer.marker_ids])
+        return LLTokenizer(copy.to_str(), eos_token=self.tokenizer.eos_id)
 
     def compile(self, lark: str, param: str) -> "GrammarConstraint":
         """The constraint of a grammar, which belongs to one sequence; its copy() makes more. ApiError 400, which names

@@ -8,9 +8,7 @@ reply.whole(updates)
 import time
 import uuid
 
-from tokenizers import Tokenizer
-
-from model.inference.text_stream import token_bytes
+from dataset.tokenizer import ChatTokenizer
 from server.deltas import ChatAnswer
 from server.runner import Job, Logprob, Update
 from server.schemas import ChatRequest, CompletionRequest
@@ -22,7 +20,7 @@ class Reply:
     prefix: str
     objects: tuple[str, str]  # of the whole answer, and of a chunk
 
-    def __init__(self, request: ChatRequest | CompletionRequest, job: Job, tokenizer: Tokenizer):
+    def __init__(self, request: ChatRequest | CompletionRequest, job: Job, tokenizer: ChatTokenizer):
         self.request, self.job, self.tokenizer = request, job, tokenizer
         self.id, self.created = f"{self.prefix}-{uuid.uuid4().hex[:24]}", int(time.time())
         self.with_usage = bool(request.stream_options and request.stream_options.include_usage)
@@ -48,7 +46,7 @@ class Reply:
         return self.token_bytes(token).decode("utf-8", "replace") or self.tokenizer.id_to_token(token) or ""
 
     def token_bytes(self, token: int) -> bytes:
-        return token_bytes(self.tokenizer.id_to_token(token) or "")
+        return self.tokenizer.token_bytes(token)
 
 
 class ChatReply(Reply):

@@ -7,10 +7,9 @@ request, job = service.prepare_chat(body)       # in any thread; raises ApiError
 import time
 from dataclasses import dataclass
 
-from dataset.chat import EOS_ID, PAD_ID, render_chat
-from model.inference.chatbot import STOP_IDS, Chatbot
+from dataset.chat import render_chat
+from model.inference.chatbot import Chatbot
 from model.inference.engine import SamplingParams
-from model.inference.text_stream import token_bytes
 from server.deltas import ChatAnswer, TextAnswer
 from server.errors import ApiError
 from server.grammars import GrammarConstraint, Grammars, call_grammar, json_grammar
@@ -41,7 +40,7 @@ class Service:
         name = settings.model_name
         self.models: dict[str, str | None] = {name: None} | {f"{name}:{a}": a for a in adapters}  # id -> adapter
         self.created = int(time.time())
-        self.longest_token = max(len(token_bytes(token)) for token in bot.tokenizer.get_vocab())
+        self.longest_token = max(len(bot.tokenizer.token_bytes(i)) for i in range(bot.tokenizer.vocab_size))
 
     def model_cards(self) -> list[dict]:
         return [self.model_card(name) for name in self.models]
@@ -72,14 +71,15 @@ class Service:
             prompt, _ = render_chat(self.tokenizer, messages, tools, **options)
         except RecursionError:
             raise ApiError(400, "the body is nested too deeply") from None
+        opened = self.tokenizer.opens_thinking(prompt)
         limit = self._token_limit(prompt, request, "messages")
         params = self._params(request, limit, top_logprobs=(request.top_logprobs or 0) if request.logprobs else None)
         choices = []
         for i in range(request.n or 1):
-            answer = ChatAnswer(self.tokenizer, request.stop or (), thinking=bool(thinking), tools=bool(tools))
+            answer = ChatAnswer(self.tokenizer, request.stop or (), thinking=opened, tools=bool(tools))
             own = self._seeded(params, i)
             if constraint:
-                own |= {"constraint": constraint.copy(), "stop_token_ids": (EOS_ID,)}
+                own |= {"constraint": constraint.copy(), "stop_token_ids": (self.tokenizer.eos_id,)}
             why = "tools" if request.choice_of_tool not in ("none", "auto") else "response_format"
             choices.append(Choice(prompt, SamplingParams(**own), answer, why))
         return request, Job(choices, adapter)
@@ -122,7 +122,7 @@ class Service:
         if unknown := [i for i in ids if not 0 <= i < self.vocab_size]:
             text = f"prompt: there is no token {unknown[0]}; the vocabulary has {self.vocab_size}"
             raise ApiError(400, text, param="prompt")
-        return ids or [PAD_ID]
+        return ids or [self.tokenizer.document_id]
 
     # ------------------------------------------------------------------------------------------------ both
 
@@ -165,7 +165,7 @@ class Service:
             "logit_bias": bias,
             "seed": request.seed,
             "max_new_tokens": limit,
-            "stop_token_ids": () if request.ignore_eos else STOP_IDS,
+            "stop_token_ids": () if request.ignore_eos else tuple(self.bot.stop_ids),
         }
         return params | more
 

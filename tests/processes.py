@@ -231,7 +231,7 @@ def small_weights(folder: Path) -> dict[str, Path]:
     moe = dict(num_experts=16, num_experts_per_tok=1, qk_norm=True, router_aux_loss_coef=0.0)
     torch.manual_seed(1)
     for name, more in (("dense", {}), ("moe", moe)):
-        checkpoint.save(folder / f"{name}.pth", MiniMindLM(MiniMindConfig(**shape, **more)))
+        checkpoint.save(folder / f"{name}.pth", MiniMindLM(MiniMindConfig(**shape, **more)), {"stage": name})
     return {name: folder / f"{name}.pth" for name in ("dense", "moe")}
 
 

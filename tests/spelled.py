@@ -4,7 +4,7 @@ import re
 from functools import partial
 
 from dataset.chat import END_THINK, END_TOOL_CALL, MARKER_IDS, THINK, TOOL_CALL, load_tokenizer
-from model.inference.answers import MARKER_NAMES, AnswerParser, AssistantMessage, Piece, to_message
+from model.inference.answers import AnswerParser, AssistantMessage, Piece, to_message
 from model.inference.text_stream import TextStream
 
 TOKENIZER = load_tokenizer()
@@ -24,7 +24,7 @@ def encode(text: str) -> list[int]:
 
 def pieces_of(ids: list[int] | str) -> list[Piece]:
     ids = ids_of(ids) if isinstance(ids, str) else ids
-    return AnswerParser(partial(TextStream, TOKENIZER), MARKER_NAMES).parse(ids)
+    return AnswerParser(partial(TextStream, TOKENIZER), TOKENIZER.answer_markers).parse(ids)
 
 
 def message_of(ids: list[int] | str) -> AssistantMessage:

@@ -14,14 +14,13 @@ import pytest
 import torch
 
 import cli
-from dataset.chat import EOS_ID, TOKENIZER_DIR, load_tokenizer, render_chat
+from dataset.chat import EOS_ID, load_tokenizer, render_chat
 from dataset.checks import conversation_faults
 from dataset.lm_dataset import sft_dataset, summary
 from evaluation import endpoint
 from evaluation.endpoint import Endpoint
 from model import checkpoint
 from model.export.huggingface import save_hf
-from model.inference.chatbot import STOP_IDS
 from model.inference.engine import SamplingParams, generate
 from model.inference.tools import SCHEMAS
 from scripts import ask_teacher
@@ -88,7 +87,7 @@ def teacher(tiny, tmp_path):
     with torch.no_grad():
         model.model.embed_tokens.weight[EOS_ID] *= 3
     checkpoint.save(tmp_path / "full_sft_64.pth", model, {"arguments": {"max_seq_len": 128}})
-    save_hf(tmp_path / "hf", model, TOKENIZER_DIR, torch.float32)
+    save_hf(tmp_path / "hf", model, load_tokenizer(), torch.float32)
     return model
 
 
@@ -102,7 +101,7 @@ def test_a_model_of_ours_teaches_what_it_generates(teacher, tmp_path, run):
 
     tokenizer = load_tokenizer()
     ids = [render_chat(tokenizer, [user(text)], add_generation_prompt=True)[0] for text in questions]
-    params = SamplingParams(temperature=0, max_new_tokens=24, stop_token_ids=STOP_IDS)
+    params = SamplingParams(temperature=0, max_new_tokens=24, stop_token_ids=tuple(load_tokenizer().stop_ids))
     results = generate(teacher, ids, params, tokenizer)
     texts = dict(zip(questions, results, strict=True))
     ended = {text: result.text.strip() for text, result in texts.items() if result.finish_reason == "stop"}

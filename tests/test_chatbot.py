@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dataset.chat import END_THINK_ID, EOS_ID, THINK_ID, TOKENIZER_DIR, load_tokenizer
+from dataset.chat import END_THINK_ID, EOS_ID, THINK_ID, load_tokenizer
 from model import checkpoint
 from model.export.huggingface import save_hf
 from model.inference import chatbot as chatbot_module
@@ -44,7 +44,7 @@ def chatbot(tiny, tmp_path):
 def test_prompts_through_transformers_are_the_same(chatbot, tmp_path, messages):
     pytest.importorskip("transformers")
     ours = chatbot()
-    save_hf(tmp_path / "hf", ours.model, TOKENIZER_DIR, torch.float32)
+    save_hf(tmp_path / "hf", ours.model, load_tokenizer(), torch.float32)
     settings = ours.settings
     theirs = TransformersChatbot(tmp_path / "hf", torch.device("cpu"), torch.float32, settings)
     for thinking in (None, True, False):
@@ -55,7 +55,7 @@ def test_prompts_through_transformers_are_the_same(chatbot, tmp_path, messages):
 
 def test_templates_of_other_models_get_tools_and_calls_in_their_form(chatbot, tmp_path):
     pytest.importorskip("transformers")
-    save_hf(tmp_path / "hf", chatbot().model, TOKENIZER_DIR, torch.float32)
+    save_hf(tmp_path / "hf", chatbot().model, load_tokenizer(), torch.float32)
     bot = TransformersChatbot(tmp_path / "hf", torch.device("cpu"), torch.float32, AnswerSettings())
     bot.tokenizer.chat_template = (
         "{% for t in tools or [] %}{{ t.function.name }} {% endfor %}{% for m in messages if m.tool_calls %}"
@@ -97,7 +97,7 @@ def test_thinking_gets_more_room_when_scoring(chatbot, thinking, tokens):
 def test_markers_of_other_tokenizers_are_known_by_name(chatbot, tmp_path):
     """Also where a template has opened the thinking; a marker that the tokenizer lacks is text."""
     pytest.importorskip("transformers")
-    save_hf(tmp_path / "hf", chatbot().model, TOKENIZER_DIR, torch.float32)
+    save_hf(tmp_path / "hf", chatbot().model, load_tokenizer(), torch.float32)
     bot = TransformersChatbot(tmp_path / "hf", torch.device("cpu"), torch.float32, AnswerSettings())
     ids = [THINK_ID, *encode("hm"), END_THINK_ID, *encode("\n\nWrite <think>."), EOS_ID]
     message = to_message(bot.parse(ROUND[:1], bot.encode(ROUND[:1]), ids, cut=False))
@@ -114,7 +114,7 @@ def test_answers_of_many_prompts_end_for_the_same_reason_through_transformers(ch
     ours = chatbot(temperature=0, max_new_tokens=16)
     with torch.no_grad():
         ours.model.model.embed_tokens.weight[EOS_ID] *= 3  # some answers end
-    save_hf(tmp_path / "hf", ours.model, TOKENIZER_DIR, torch.float32)
+    save_hf(tmp_path / "hf", ours.model, load_tokenizer(), torch.float32)
     theirs = TransformersChatbot(tmp_path / "hf", torch.device("cpu"), torch.float32, ours.settings)
     prompts = [[{"role": "user", "content": f"What is {n}?"}] for n in range(8)]
     expected, found = (

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from dataset.tokenizer import load_tokenizer
 from model import checkpoint
 from model.adapters import adapter_path
 from model.checkpoint import CheckpointError
@@ -26,7 +27,7 @@ from trainer.speed import compile_blocks
 
 ROOT = Path(__file__).resolve().parent.parent
 FIXTURES = ROOT / "tests" / "fixtures" / "minimind_weights"
-TOKENIZER = ROOT / "model" / "tokenizer"
+TOKENIZER = load_tokenizer()
 IDS = torch.randint(320, (2, 24), generator=torch.Generator().manual_seed(1))
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 EXPORTABLE = {

@@ -86,7 +86,7 @@ def test_llama_cpp_goes_beyond_the_original_context_with_yarn(saved, tmp_path, k
     yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
     model = saved(**KINDS[kind], rope_scaling=yarn, max_position_embeddings=256)
     prompts = torch.randint(10, 6400, (2, 120), generator=torch.Generator().manual_seed(0)).tolist()
-    gguf_file.save_gguf(tmp_path / "a.gguf", model, TOKENIZER_DIR, "f32")
+    gguf_file.save_gguf(tmp_path / "a.gguf", model, load_tokenizer(), "f32")
     with LlamaCpp(tmp_path / "a.gguf", context=256) as engine:
         _parity.with_llama_cpp(model, engine, prompts).require(1e-2)
         model.config.rope_scaling = None
@@ -99,7 +99,7 @@ def test_llama_cpp_goes_beyond_the_original_context_with_yarn(saved, tmp_path, k
 def test_yarn_that_llama_cpp_would_not_follow_is_refused(saved, tmp_path, beta):
     yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, beta: 2.0}
     with pytest.raises(CheckpointError, match="beta_slow"):
-        gguf_file.save_gguf(tmp_path / "a.gguf", saved(rope_scaling=yarn), TOKENIZER_DIR, "f32")
+        gguf_file.save_gguf(tmp_path / "a.gguf", saved(rope_scaling=yarn), load_tokenizer(), "f32")
     assert not (tmp_path / "a.gguf").exists()
 
 
@@ -107,7 +107,7 @@ def test_llama_cpp_splits_and_renders_the_same(saved, tmp_path):
     pytest.importorskip("xllamacpp")
     from transformers import AutoTokenizer
 
-    gguf_file.save_gguf(tmp_path / "a.gguf", saved(), TOKENIZER_DIR, "f16")
+    gguf_file.save_gguf(tmp_path / "a.gguf", saved(), load_tokenizer(), "f16")
     ours, theirs = load_tokenizer(), AutoTokenizer.from_pretrained(TOKENIZER_DIR)
     with LlamaCpp(tmp_path / "a.gguf") as engine:
         for n in (2, len(CHAT)):
@@ -128,7 +128,7 @@ def test_llama_cpp_splits_and_renders_the_same(saved, tmp_path):
 @pytest.mark.parametrize("thinks", [True, False])
 def test_llama_cpp_opens_a_thought_only_for_models_that_think(saved, tmp_path, thinks):
     pytest.importorskip("xllamacpp")
-    gguf_file.save_gguf(tmp_path / "a.gguf", saved(), TOKENIZER_DIR, "f16", thinks=thinks)
+    gguf_file.save_gguf(tmp_path / "a.gguf", saved(), load_tokenizer(), "f16", thinks=thinks)
     with LlamaCpp(tmp_path / "a.gguf") as engine:
         assert engine.render(CHAT[:2]).endswith("<|im_start|>assistant\n" + "<think>\n" * thinks)
 
@@ -188,7 +188,7 @@ class Evil:
 
 def test_code_in_a_bin_or_an_adapter_is_refused(saved, tiny, tmp_path):
     model, trace = saved(), tmp_path / "was_run"
-    save_hf(tmp_path / "hf", model, TOKENIZER_DIR)
+    save_hf(tmp_path / "hf", model, load_tokenizer())
     (tmp_path / "hf" / "model.safetensors").unlink()
     torch.save({"model.norm.weight": Evil(trace)}, tmp_path / "hf" / "pytorch_model.bin")
     torch.save({"lora": Evil(trace)}, tmp_path / "x.pth")

@@ -117,7 +117,7 @@ def test_pretraining_rows_are_the_documents_in_one_stream(tmp_path, tokenizer, s
     path = write_jsonl(tmp_path / "text.jsonl", rows)
     dataset = pretrain_dataset(path, tokenizer, seq_len, cache_dir=tmp_path)
     figures = summary(dataset)
-    stream, weight = [packing.END_OF_TEXT], 0
+    stream, weight = [tokenizer.document_id], 0
     for batch in validation_batches(dataset, 4):
         assert batch["input_ids"].shape == batch["labels"].shape == (4, seq_len)
         assert "segment_ids" not in batch and batch["input_ids"].dtype == batch["labels"].dtype == torch.int64
@@ -128,8 +128,8 @@ def test_pretraining_rows_are_the_documents_in_one_stream(tmp_path, tokenizer, s
         weight += batch["weight"]
     assert weight == len(stream) - 1 == figures["labels"]
     texts, ids = [], []
-    for token in [*stream[1:], packing.END_OF_TEXT]:
-        if token == packing.END_OF_TEXT:
+    for token in [*stream[1:], tokenizer.document_id]:
+        if token == tokenizer.document_id:
             texts.append(tokenizer.decode(ids, skip_special_tokens=False))
             ids = []
         else:

@@ -16,6 +16,7 @@ import train_full_sft
 import train_reason
 from dataset.chat import END_THINK_ID, EOS_ID, THINK_ID, load_tokenizer, render_chat
 from dataset.lm_dataset import reason_dataset, sft_dataset, validation_batches
+from dataset.tokenizer import TokenizerError
 from model import checkpoint
 from model.export.huggingface import save_hf
 
@@ -108,19 +109,20 @@ def test_a_moe_teaches_and_a_student_that_equals_its_teacher_has_nothing_to_lear
 
 def test_a_teacher_with_another_vocabulary_is_refused(tiny, tmp_path):
     checkpoint.save(tmp_path / "teacher.pth", tiny(vocab_size=320))
-    student = tiny(vocab_size=6400)
+    run = argparse.Namespace(device="cpu", config=tiny(vocab_size=6400).config, tokenizer=load_tokenizer())
+    run.args = argparse.Namespace(tokenizer=None)
     with pytest.raises(checkpoint.CheckpointError, match="another vocabulary.*320.*6400"):
-        train_distill.load_teacher(tmp_path, str(tmp_path / "teacher.pth"), student, "cpu")
-    save_hf(tmp_path / "folder", tiny(vocab_size=6400), "model/tokenizer")
-    train_distill.load_teacher(tmp_path, str(tmp_path / "folder"), student, "cpu")
+        train_distill.load_teacher(tmp_path, str(tmp_path / "teacher.pth"), run)
+    save_hf(tmp_path / "folder", tiny(vocab_size=6400), load_tokenizer())
+    train_distill.load_teacher(tmp_path, str(tmp_path / "folder"), run)
     path = tmp_path / "folder" / "tokenizer.json"
     spec = json.loads(path.read_text(encoding="utf-8"))
     vocabulary = spec["model"]["vocab"]
     first, second = [name for name, i in vocabulary.items() if i in (300, 301)]
     vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
     path.write_text(json.dumps(spec), encoding="utf-8")
-    with pytest.raises(checkpoint.CheckpointError, match="another vocabulary"):
-        train_distill.load_teacher(tmp_path, str(tmp_path / "folder"), student, "cpu")
+    with pytest.raises(TokenizerError, match="--teacher"):
+        train_distill.load_teacher(tmp_path, str(tmp_path / "folder"), run)
 
 
 # ------------------------------------------------------------------------------------------------ reasoning
@@ -129,9 +131,10 @@ def test_a_teacher_with_another_vocabulary_is_refused(tiny, tmp_path):
 def test_the_four_markers_weigh_more_and_nothing_else_changes(tiny, tmp_path, tokenizer):
     model = tiny(vocab_size=6400, initializer_range=0.05)
     batch = batch_of(tmp_path, tokenizer, reason_dataset)
-    plain, metrics = train_reason.reason_loss(model, batch, 1.0)
+    markers = [tokenizer.marker_ids[marker] for marker in train_reason.WEIGHTED]
+    plain, metrics = train_reason.reason_loss(model, batch, markers, 1.0)
     assert plain.item() == pytest.approx(train_full_sft.sft_loss(model, batch)[0].item(), rel=1e-5)
-    weighted, same = train_reason.reason_loss(model, batch, 10.0)
+    weighted, same = train_reason.reason_loss(model, batch, markers, 10.0)
     assert same["cross_entropy"].item() == pytest.approx(plain.item(), rel=1e-5)  # what bits per byte measure
 
     labels = batch["labels"]

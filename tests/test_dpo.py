@@ -73,7 +73,7 @@ def trl_loss(models, tmp_path, tokenizer):
 
     folders = []
     for name, model in zip(("policy", "reference"), models, strict=True):
-        save_hf(tmp_path / name, model, "model/tokenizer", dtype=torch.float32)
+        save_hf(tmp_path / name, model, tokenizer, dtype=torch.float32)
         folders.append(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype=torch.float32))
     examples = []
     for row in (pair(n, turns=n % 3) for n in range(7)):

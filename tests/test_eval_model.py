@@ -21,7 +21,7 @@ from tokenizers.pre_tokenizers import Whitespace
 
 import cli
 import eval_model
-from dataset.chat import TOKENIZER_DIR, load_tokenizer
+from dataset.chat import load_tokenizer
 from dataset.jsonl import DataError
 from evaluation.scoreboard import read_heldout
 from model import checkpoint
@@ -70,7 +70,7 @@ def weights(tmp_path_factory):
         checkpoint.save(out / f"{stage}_32.pth", model, {"arguments": {"max_seq_len": 96}})
     checkpoint.save(out / "parrot" / "full_sft_64.pth", parrot("我叫MiniMind。"), {"note": "parrot"})
     checkpoint.save(out / "endless" / "full_sft_64.pth", parrot("一二三", ends=False), {"note": "parrot"})
-    save_hf(out / "hf", model, TOKENIZER_DIR, torch.float32)
+    save_hf(out / "hf", model, load_tokenizer(), torch.float32)
     return out
 
 
@@ -134,7 +134,7 @@ def test_seed_and_huggingface_folder_give_the_same_answer(weights, run):
     assert run("--out_dir", weights, "--seed", 6, *options) != raw
 
 
-def test_another_tokenizer_goes_through_transformers(weights, tmp_path, run):
+def test_another_tokenizer_is_used_as_transformers_uses_it(weights, tmp_path, run):
     transformers = pytest.importorskip("transformers")
     folder = tmp_path / "foreign"
     shutil.copytree(weights / "hf", folder)
@@ -145,11 +145,27 @@ def test_another_tokenizer_goes_through_transformers(weights, tmp_path, run):
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>")
     (folder / "chat_template.jinja").unlink(missing_ok=True)
     tokenizer.save_pretrained(folder)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    ids = theirs.generate(**tokenizer("hi there", return_tensors="pt"), do_sample=False, max_new_tokens=12)
     options = ["--load", 1, "--model_path", folder, *GREEDY]
     done = run(*options, "--model_mode", 0, "--ask", "hi there")
-    assert done.code == 0 and len(done.out.split()) == 12 and set(done.out.split()) <= set(words)
-    assert "through transformers" in done.err.splitlines()[0]
-    assert "has no chat template" in run(*options, "--ask", "hi there").err.splitlines()[-1]
+    assert done.code == 0 and done.out.split() == tokenizer.decode(ids[0, 2:], skip_special_tokens=True).split()
+    refused = run(*options, "--ask", "hi there")
+    assert refused.code == 1 and "chat template" in refused.err.splitlines()[-1]
+
+
+def test_another_architecture_goes_through_transformers(weights, tmp_path, run):
+    transformers = pytest.importorskip("transformers")
+    folder = tmp_path / "untied"
+    shutil.copytree(weights / "hf", folder)
+    config = transformers.AutoConfig.from_pretrained(folder, tie_word_embeddings=False)
+    torch.manual_seed(0)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    options = ["--load", 1, "--model_path", folder, *GREEDY]
+    done = run(*options, "--ask", "hi there")
+    assert done.code == 0 and done.out.strip() and "through transformers" in done.err
+    refused = run(*options, "--ask", "hi there", "--quantize", "int8")
+    assert refused.code == 1 and "quantised" in refused.err.splitlines()[-1]
 
 
 def test_reasoning_answers_begin_with_thinking(weights, run):
@@ -415,7 +431,7 @@ def test_weights_that_cannot_be_had(weights, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     "args",
-    [["--load", "1"], ["--model_path", "x"], ["--model", "x", "--weight", "y"], ["--model", "x", "--hidden_size", "64"],
+    [["--model_path", "x"], ["--model", "x", "--weight", "y"], ["--model", "x", "--hidden_size", "64"],
      ["--history_cnt", "3"], ["--temperature", "-1"], ["--top_p", "0"],
      ["--ask", " "], ["--model_mode", "9"], ["--max_seq_len", "0"], ["--max_new_tokens", "0"], ["--show_wrong", "1"],
      ["--stream", "maybe"], ["--thinking", "2"], ["--tools", "1", "--score", "FILE"],

@@ -2,7 +2,7 @@
 
 import pytest
 
-from dataset.chat import TOKENIZER_DIR
+from dataset.chat import load_tokenizer
 from model.export.huggingface import save_hf
 
 
@@ -11,7 +11,7 @@ def folder(tiny, tmp_path):
     import torch
 
     model = tiny(vocab_size=6400, qk_norm=True)
-    save_hf(tmp_path / "hf", model, TOKENIZER_DIR, torch.float32)
+    save_hf(tmp_path / "hf", model, load_tokenizer(), torch.float32)
     return str(tmp_path / "hf")
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from dataset.tokenizer import load_tokenizer
 from model import checkpoint
 from model.adapters import fingerprint, load_adapter, save_adapter
 from model.checkpoint import CheckpointError
@@ -26,7 +27,7 @@ from tests.helpers import next_token_loss
 from trainer.optimizer import build_optimizers
 from trainer.speed import compile_blocks, install
 
-TOKENIZER = checkpoint.Path(checkpoint.__file__).parent / "tokenizer"
+TOKENIZER = load_tokenizer()
 KINDS = {
     "llama": {},
     "qwen3": {"qk_norm": True},

@@ -11,6 +11,7 @@ import pytest
 import train_tokenizer
 from dataset.chat import MARKERS, SPECIAL_MARKERS, TOKENIZER_DIR, load_tokenizer
 from dataset.jsonl import DataError
+from dataset.tokenizer import TokenizerError
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXTS = ROOT / "tests" / "fixtures" / "real_text" / "texts.jsonl"
@@ -210,8 +211,8 @@ def test_a_lossy_tokenizer_is_refused():
 
 
 def test_a_missing_or_broken_folder_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="train_tokenizer.py"):
+    with pytest.raises(TokenizerError, match="train_tokenizer.py"):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(ValueError, match="is not a tokenizer"):
+    with pytest.raises(TokenizerError, match="is not a tokenizer"):
         load_tokenizer(tmp_path)

@@ -8,6 +8,7 @@ import math
 from pathlib import Path
 
 from cli import ArgumentParser, UsageError
+from dataset.tokenizer import TOKENIZER_DIR, ChatTokenizer, load_tokenizer
 from model import checkpoint
 from model.device import DTYPES
 from model.model import PRESETS, MiniMindConfig, MiniMindLM
@@ -26,6 +27,8 @@ def arguments(stage: str, description: str, **defaults) -> argparse.ArgumentPars
     add("--num_hidden_layers", type=int, help="instead of the preset's")
     add("--use_moe", type=int, choices=(0, 1), default=0, help="1 = 4 experts in place of each feed-forward")
     add("--from_weight", default="none", help="weights to start from: a stage such as pretrain, a path, or none")
+    add("--tokenizer", metavar="FOLDER", help="of a new model, or of weights that do not say theirs (default: the one "
+        "that the weights carry, else model/tokenizer)")  # fmt: skip
 
     add = parser.add_argument_group("data").add_argument
     add("--data_path", help="JSONL file (default: the starter corpus)")
@@ -113,12 +116,15 @@ def budget_of(args: argparse.Namespace, minutes: float) -> Budget:
     return Budget(args.steps, args.epochs, args.minutes)
 
 
-def starting_model(args: argparse.Namespace) -> MiniMindLM:
-    """The weights of --from_weight, or a new model of the shape that the flags give."""
+def starting_model(args: argparse.Namespace) -> tuple[MiniMindLM, ChatTokenizer]:
+    """The weights of --from_weight, or a new model of the shape that the flags give; and its tokenizer."""
     if args.from_weight == "none":
-        return MiniMindLM(new_config(args))
+        tokenizer = load_tokenizer(args.tokenizer or TOKENIZER_DIR)
+        return MiniMindLM(new_config(args, tokenizer)), tokenizer
     path = checkpoint.find_weights(args.out_dir, args.from_weight, args.hidden_size, bool(args.use_moe))
     model, _ = checkpoint.load(path)
+    tokenizer = checkpoint.tokenizer_of(path, args.tokenizer)
+    checkpoint.require_fit(tokenizer, model.config, path)
     has = {name: getattr(model.config, name) for name in ("hidden_size", "num_hidden_layers", "num_experts")}
     wanted = {name: getattr(PRESETS[args.preset], name) for name in has} if args.preset else {}
     wanted |= {name: vars(args)[name] for name in ("hidden_size", "num_hidden_layers") if vars(args)[name]}
@@ -127,12 +133,13 @@ def starting_model(args: argparse.Namespace) -> MiniMindLM:
         flags = [f"--{name}" for name in ("preset", "hidden_size", "num_hidden_layers") if vars(args)[name]]
         flags = " and ".join(flags + ["--use_moe"] * args.use_moe)
         raise UsageError(f"{flags} cannot change the shape of {path}, which has {sizes}: leave out {flags}")
-    return model.train()
+    return model.train(), tokenizer
 
 
-def new_config(args: argparse.Namespace) -> MiniMindConfig:
-    """The preset's, with what other flags change. UsageError if the sizes do not fit each other."""
-    values = PRESETS[args.preset or "nano"].to_dict()
+def new_config(args: argparse.Namespace, tokenizer: ChatTokenizer) -> MiniMindConfig:
+    """The preset's, with what the tokenizer and other flags change. UsageError if the sizes do not fit each other."""
+    values = PRESETS[args.preset or "nano"].to_dict() | {"vocab_size": tokenizer.vocab_size}
+    values |= {f"{name}_token_id": getattr(tokenizer, f"{name}_id") for name in ("bos", "eos", "pad")}
     if args.hidden_size and args.hidden_size != values["hidden_size"]:
         # Keep the proportions: the SwiGLU widths are about 8/3 of hidden_size, in multiples of 64.
         values |= {"hidden_size": args.hidden_size, "head_dim": None}

@@ -30,12 +30,10 @@ import torch
 from torch import Tensor, nn
 
 from cli import UsageError, find_device
-from dataset.chat import load_tokenizer
 from dataset.lm_dataset import batches, bytes_per_token, validation_batches
 from model import checkpoint
 from model.checkpoint import CheckpointError
 from model.device import training_dtype
-from model.model import MiniMindLM
 from trainer import parallel
 from trainer.arguments import budget_of, check, identity, starting_model
 from trainer.interrupt import Interrupt
@@ -51,7 +49,7 @@ SAVE_SHARE = 0.01  # or longer, so that they take no more of the time than this
 STATE_VERSION = 2  # of what state_dict() gives
 
 LossFn = Callable[[nn.Module, dict], tuple[Tensor, dict[str, float | Tensor]]]
-SaveFn = Callable[[Path, MiniMindLM, dict], None]
+SaveFn = Callable[..., None]  # of path, model, meta and, by name, tokenizer
 
 
 class Run:
@@ -71,13 +69,13 @@ class Run:
         if self.device.type == "cuda" and self.dtype != torch.float32:
             torch.set_float32_matmul_precision("high")  # what autocast leaves in fp32 may be TF32
         torch.manual_seed(args.seed)
-        self.model: nn.Module = starting_model(args)
+        model, self.tokenizer = starting_model(args)
+        self.model: nn.Module = model
         if args.learning_rate is None:  # wide matrices want smaller steps (Yang et al. 2022, arXiv:2203.03466)
             args.learning_rate = (
                 learning_rate_factor * LEARNING_RATES[args.optimizer] * 256 / self.model.config.hidden_size
             )
         self.config = self.model.config
-        self.tokenizer = load_tokenizer()
         self._make_folder()
         self.resume = self._find_resume() if args.from_resume else None
         self.model.to(self.device)
@@ -190,13 +188,13 @@ class Run:
             self.reporter.validation(self.progress, figures)
 
     def finish(self, save: SaveFn = checkpoint.save) -> None:
-        """Write the weights, by save(path, model, meta), and the curve; remove the resume states."""
+        """Write the weights, by save(path, model, meta, tokenizer=...), and the curve; remove the resume states."""
         model = self.parallel.whole_model()
         if not self.processes.is_main:
             return
         meta = {"stage": self.stage, **self.reporter.figures(self.progress), "arguments": identity(self.args)}
         with self._remedy():
-            save(self.path(".pth"), model, meta)
+            save(self.path(".pth"), model, meta, tokenizer=self.tokenizer)
         self.reporter.finish(self.progress)
         checkpoint.remove_resume(self.path("_resume"))
 
@@ -384,6 +382,7 @@ class Run:
             "progress": vars(self.progress).copy(),
             "arguments": vars(self.args).copy(),
             "identity": identity(self.args),
+            "tokenizer": self.tokenizer.chat_hash,
         }
 
     def load_state_dict(self, state: dict) -> None:

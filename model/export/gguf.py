@@ -1,19 +1,21 @@
 """GGUF files for llama.cpp and Ollama, written through the `gguf` package: weights, tokenizer and chat template.
 
-save_gguf("out/model.gguf", model, TOKENIZER_DIR, "q8_0")
+save_gguf("out/model.gguf", model, tokenizer, "q8_0")
 weights = read_gguf("out/model.gguf", model.config)     # dequantised, by our names
 
 llama.cpp's `llama` rotates adjacent pairs of channels, its `qwen3` and `qwen3moe` the halves, as we do: only for the
 first are the rows of q_proj and k_proj reordered.
 """
 
+import json
 import re
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from model.checkpoint import read_json, write_file
+from dataset.tokenizer import ChatTokenizer
+from model.checkpoint import write_file
 from model.export.optional import need
 from model.formats import CheckpointError, half_rotation, hf_config, hf_state_dict, pair_rotation
 from model.model import MiniMindConfig, MiniMindLM
@@ -21,7 +23,9 @@ from model.model import MiniMindConfig, MiniMindLM
 _QWEN2 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-_SPLITS = {_QWEN2: "qwen2"}  # the regular expressions of tokenizer.json by the names that llama.cpp has for them
+# The splits of tokenizer.json by the names that llama.cpp has for them.
+_SPLITS = {_QWEN2: "qwen2", "ByteLevel": "gpt-2"}
+_NO_CHANGE = (None, {"type": "NFC"}, {"type": "Sequence", "normalizers": []})  # llama.cpp normalises nothing
 _NAMES = [  # ours -> llama.cpp's; the experts of a layer are one tensor there
     (r"^model\.embed_tokens", "token_embd"),
     (r"^model\.norm", "output_norm"),
@@ -81,7 +85,7 @@ def read_gguf(path: str | Path, config: MiniMindConfig) -> dict[str, Tensor]:
 
 
 def save_gguf(
-    path: str | Path, model: MiniMindLM, tokenizer_folder: str | Path, kind: str, name: str = "", thinks: bool = True
+    path: str | Path, model: MiniMindLM, tokenizer: ChatTokenizer, kind: str, name: str = "", thinks: bool = True
 ) -> None:
     """Write a GGUF file, the matrices as `kind` (f32, f16, bf16, q8_0), norms and routers in fp32.
 
@@ -95,7 +99,7 @@ def save_gguf(
     path = Path(path)
 
     def write(file) -> None:  # gguf opens the file once more, by its name
-        _write_gguf(file.name, model, Path(tokenizer_folder), kind, name or path.stem, thinks)
+        _write_gguf(file.name, model, tokenizer, kind, name or path.stem, thinks)
 
     write_file(path, write)
 
@@ -114,14 +118,14 @@ def _refuse_what_is_not_there(c: MiniMindConfig) -> None:
         )
 
 
-def _write_gguf(path: str, model: MiniMindLM, tokenizer_folder: Path, kind: str, name: str, thinks: bool) -> None:
+def _write_gguf(path: str, model: MiniMindLM, tokenizer: ChatTokenizer, kind: str, name: str, thinks: bool) -> None:
     import gguf
 
     writer = gguf.GGUFWriter(path, hf_config(model.config)["model_type"].replace("_", ""))
     _write_shape(writer, model.config)
     writer.add_name(name)
     writer.add_file_type(getattr(gguf.LlamaFileType, "ALL_F32" if kind == "f32" else f"MOSTLY_{kind.upper()}"))
-    _write_tokenizer(writer, tokenizer_folder, model.config, thinks)
+    _write_tokenizer(writer, tokenizer, model.config, thinks)
     for key, w in _tensors(model).items():
         exact = w.ndim == 1 or "ffn_gate_inp" in key
         stored = "f32" if exact else "f16" if kind == "q8_0" and w.shape[-1] % 32 else kind  # q8_0: blocks of 32
@@ -160,13 +164,11 @@ def _write_shape(writer, c: MiniMindConfig) -> None:
         writer.add_rope_scaling_orig_ctx_len(c.rope_scaling["original_max_position_embeddings"])
 
 
-def _write_tokenizer(writer, folder: Path, c: MiniMindConfig, thinks: bool) -> None:
-    if not (folder / "tokenizer.json").exists():
-        raise CheckpointError(f"{folder} has no tokenizer.json: give a tokenizer folder")
-    spec = read_json(folder / "tokenizer.json")
+def _write_tokenizer(writer, tokenizer: ChatTokenizer, c: MiniMindConfig, thinks: bool) -> None:
+    spec = json.loads(tokenizer.files["tokenizer.json"])
     tokens, kinds = _vocabulary(spec, c.vocab_size)
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(_name_of_split(spec, folder))
+    writer.add_tokenizer_pre(_name_of_split(spec, tokenizer.source))
     writer.add_token_list(tokens)
     writer.add_token_types(kinds)
     writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in spec["model"]["merges"]])
@@ -174,21 +176,22 @@ def _write_tokenizer(writer, folder: Path, c: MiniMindConfig, thinks: bool) -> N
     writer.add_eos_token_id(c.eos_token_id)
     writer.add_pad_token_id(c.pad_token_id)
     writer.add_add_bos_token(False)
-    separate = folder / "chat_template.jinja"
-    template = read_json(folder / "tokenizer_config.json").get("chat_template")
-    template = separate.read_text(encoding="utf-8") if separate.exists() else template
-    if template:
+    if template := tokenizer.template_text:
         writer.add_chat_template(template if thinks else "{%- set enable_thinking = none -%}\n" + template)
 
 
-def _name_of_split(spec: dict, folder: Path) -> str:
+def _name_of_split(spec: dict, source: str) -> str:
     """llama.cpp's name for the way in which a tokenizer.json splits text; CheckpointError if it has none."""
-    steps = (spec.get("pre_tokenizer") or {}).get("pretokenizers", [])
-    pattern = next((step["pattern"].get("Regex") for step in steps if step["type"] == "Split"), None)
-    if spec["model"]["type"] != "BPE" or pattern not in _SPLITS or spec.get("normalizer"):
+    steps = spec.get("pre_tokenizer") or {}
+    steps = steps.get("pretokenizers", [steps])
+    kinds = [step.get("type") for step in steps]
+    pattern = next((step["pattern"].get("Regex") for step in steps if step.get("type") == "Split"), None)
+    if kinds == ["ByteLevel"] and steps[0].get("use_regex", True) and not steps[0].get("add_prefix_space"):
+        pattern = "ByteLevel"
+    if spec["model"]["type"] != "BPE" or pattern not in _SPLITS or spec.get("normalizer") not in _NO_CHANGE:
         raise CheckpointError(
-            f"{folder} splits text in a way that is not known here by one of llama.cpp's names: only tokenizers of "
-            "train_tokenizer.py can be written to GGUF; llama.cpp's own convert_hf_to_gguf.py knows others"
+            f"{source} splits text in a way that is not known here by one of llama.cpp's names: convert the Hugging "
+            "Face folder with llama.cpp's own convert_hf_to_gguf.py, which knows others"
         )
     return _SPLITS[pattern]
 

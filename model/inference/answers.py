@@ -1,6 +1,6 @@
 """The one parser of answers: token ids -> thinking, content and tool calls, for chat, server, teacher and evaluation.
 
-parser = AnswerParser(partial(TextStream, tokenizer), MARKER_NAMES, thinking=False)
+parser = AnswerParser(partial(TextStream, tokenizer), tokenizer.answer_markers, thinking=False)
 builder = MessageBuilder()
 for token in tokens:
     for piece in parser.push(token): deltas = builder.add(piece)     # a piece is raw text, or a marker
@@ -14,12 +14,11 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
-from dataset.chat import END_THINK, END_TOOL_CALL, MARKER_IDS, THINK, TOOL_CALL
+from dataset.tokenizer import END_THINK, END_TOOL_CALL, THINK, TOOL_CALL
 from model.inference.tools import parse_call
 
 REASONING, CONTENT, CALL = "reasoning_content", "content", "tool_calls"  # sections, named as in a message
 SECTION_AFTER = {THINK: REASONING, END_THINK: CONTENT, TOOL_CALL: CALL, END_TOOL_CALL: CONTENT}
-MARKER_NAMES = {token: marker for marker, token in MARKER_IDS.items()}  # of our tokenizer
 
 
 class Piece(NamedTuple):

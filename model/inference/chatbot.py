@@ -14,23 +14,14 @@ from pathlib import Path
 
 import torch
 
-from dataset.chat import (
-    BOS_ID,
-    EOS_ID,
-    MARKER_IDS,
-    PAD_ID,
-    THINK,
-    load_tokenizer,
-    parse_tool_calls,
-    parse_tools,
-    render_chat,
-)
+from dataset.chat import parse_tool_calls, parse_tools, render_chat
+from dataset.tokenizer import THINK, ChatTokenizer
 from model import checkpoint
 from model.adapters import load_adapter
 from model.checkpoint import CheckpointError
 from model.device import compute_dtype
+from model.formats import OtherArchitecture
 from model.inference.answers import (
-    MARKER_NAMES,
     REASONING,
     SECTION_AFTER,
     AnswerParser,
@@ -44,8 +35,8 @@ from model.inference.quantization import quantize, quantized_kind
 from model.inference.text_stream import TextStream
 from model.model import lora_layers, merge_lora
 
-STOP_IDS = (PAD_ID, BOS_ID, EOS_ID)  # end of document, beginning of another turn, end of turn
 YARN_FACTOR = 4.0
+UNKNOWN_LEN = 2048  # tokens of context of a model that does not say for how many it was trained, or for more
 OPENED = [Piece(REASONING, "", THINK), Piece(REASONING, "\n")]  # what a prompt ends with that opens the thinking
 SCORE_TOKENS, THINKING_SCORE_TOKENS = 128, 384  # longest answer when scoring
 
@@ -71,46 +62,42 @@ def load_chatbot(
     dtype: torch.dtype | None,
     settings: AnswerSettings,
     *,
+    tokenizer: str | Path | None = None,
     adapter: Path | None = None,
     quantized: str | None = None,
     compiled: bool = False,
     extrapolate: bool = False,
 ) -> "Chatbot | TransformersChatbot":
-    """A Chatbot, or for a Hugging Face folder with another tokenizer a TransformersChatbot.
+    """A Chatbot, or for a Hugging Face folder of another architecture than ours a TransformersChatbot.
 
-    path: what checkpoint.load() takes. dtype None: the best one. adapter: a .pth file, or FOLDER/NAME, which stands
+    path: what checkpoint.load() takes. dtype None: the best one. tokenizer: the folder of one, for weights that do not
+    say theirs. adapter: a .pth file, or FOLDER/NAME, which stands
     for FOLDER/NAME_<hidden>[_moe].pth. quantized: "int8" or "int4". compiled: decode by the compiled step, if this
     machine can. extrapolate: YaRN, for YARN_FACTOR times the context that the model was trained with.
     Raises CheckpointError.
     """
-    path, dtype, tokenizer = Path(path), dtype or compute_dtype(device), load_tokenizer()
-    if (path / "config.json").exists():
-        tokenizer = load_own_tokenizer(path)
-        if tokenizer is None:
-            ours = {"an adapter": adapter, "quantised weights": quantized, "YaRN": extrapolate}
-            for what in (what for what, given in ours.items() if given):
-                raise CheckpointError(f"{path} has a tokenizer of another kind: {what} is for models with ours")
-            print(f"note: {path} has a tokenizer of another kind: answering through transformers", file=sys.stderr)
-            return TransformersChatbot(path, device, dtype, settings)
-    model, meta = checkpoint.load(path, device)
+    path, dtype = Path(path), dtype or compute_dtype(device)
+    try:
+        model, meta = checkpoint.load(path, device)
+    except OtherArchitecture as error:
+        ours = {"an adapter": adapter, "quantised weights": quantized, "YaRN": extrapolate, "--tokenizer": tokenizer}
+        if refused := [what for what, given in ours.items() if given]:
+            raise CheckpointError(f"{error}; so {refused[0]} cannot be used with it") from None
+        print(f"note: {error}: answering through transformers", file=sys.stderr)
+        return TransformersChatbot(path, device, dtype, settings)
+    own = checkpoint.tokenizer_of(path, tokenizer)
+    checkpoint.require_fit(own, model.config, path)
     if adapter:
-        load_adapter(adapter_file(adapter, model.config), model, "chosen", base=path)
+        load_adapter(adapter_file(adapter, model.config), model, "chosen", base=path, tokenizer=own)
         if compiled or quantized:
             merge_lora(model)
-    if model.config.vocab_size < tokenizer.get_vocab_size():
-        raise CheckpointError(
-            f"{path} has {model.config.vocab_size} tokens, the tokenizer {tokenizer.get_vocab_size()}: "
-            "they do not belong together; train again, or give a Hugging Face folder with its own tokenizer"
-        )
-    if not meta and not path.is_dir():
-        print(f"note: {path} does not say which tokenizer it needs: taking model/tokenizer", file=sys.stderr)
-    trained_len = checkpoint.run_arguments(meta).get("max_seq_len", 2048)
+    trained_len = checkpoint.run_arguments(meta).get("max_seq_len") or min(own.max_length or UNKNOWN_LEN, UNKNOWN_LEN)
     if extrapolate:
         trained_len = extend_context(model, trained_len)
     if compiled and device.type == "cpu" and dtype == torch.bfloat16:
         quantized = quantized or "bf16"  # the step computes in fp32 with weights that are bf16 in memory
     model = quantize(model, quantized) if quantized else model.to(dtype)
-    return Chatbot(path, model, tokenizer, trained_len, settings, compiled and can_compile(model))
+    return Chatbot(path, model, own, trained_len, settings, compiled and can_compile(model))
 
 
 def adapter_file(adapter: Path, config) -> Path:
@@ -150,7 +137,7 @@ def load_adapters(bot: "Chatbot", folder: Path) -> list[str]:
         try:
             if not re.fullmatch(r"[\w-]+", name) or name in names:
                 raise CheckpointError(f"{path}: its name is that of another adapter, or has more than letters, - and _")
-            load_adapter(path, bot.model, name, base=bot.name)
+            load_adapter(path, bot.model, name, base=bot.name, tokenizer=bot.tokenizer)
             names.append(name)
         except CheckpointError as error:
             print(f"note: adapter left out: {error}", file=sys.stderr)
@@ -159,24 +146,22 @@ def load_adapters(bot: "Chatbot", folder: Path) -> list[str]:
     return names
 
 
-def load_own_tokenizer(folder: Path):
-    """The tokenizer of a Hugging Face folder if it is one of ours, with the same markers; else None."""
-    try:
-        tokenizer = load_tokenizer(folder)
-    except (FileNotFoundError, ValueError):
-        return None
-    return tokenizer if all(tokenizer.token_to_id(m) == i for m, i in MARKER_IDS.items()) else None
-
-
 class Chatbot:
     """Prompts are texts, which are continued, or lists of messages, which are answered."""
 
     def __init__(
-        self, path: Path, model, tokenizer, trained_len: int, settings: AnswerSettings, compiled: bool = False
+        self,
+        path: Path,
+        model,
+        tokenizer: ChatTokenizer,
+        trained_len: int,
+        settings: AnswerSettings,
+        compiled: bool = False,
     ):
         self.compiled = compiled
         self.model, self.tokenizer, self.settings = model, tokenizer, settings
         self.max_len = min(settings.max_seq_len or trained_len, model.config.max_position_embeddings)
+        self.stop_ids = tokenizer.stop_ids | {model.config.eos_token_id}
         self.tokens = 0  # generated so far
         weight = model.model.norm.weight
         precision = quantized_kind(model) or str(weight.dtype).removeprefix("torch.")
@@ -186,7 +171,7 @@ class Chatbot:
 
     def encode(self, prompt: str | list[dict]) -> list[int]:
         if isinstance(prompt, str):
-            return [PAD_ID, *self.tokenizer.encode(prompt, add_special_tokens=False).ids]
+            return [*self.tokenizer.text_prefix, *self.tokenizer.encode(prompt).ids]
         thinking = self.settings.thinking  # None: as the model likes
         return render_chat(self.tokenizer, prompt, add_generation_prompt=True, enable_thinking=thinking)[0]
 
@@ -197,27 +182,28 @@ class Chatbot:
 
     def params(self, default_tokens: int, **changes) -> SamplingParams:
         new = self.settings.max_new_tokens or default_tokens
-        return SamplingParams(max_new_tokens=new, stop_token_ids=STOP_IDS, **changes)
+        return SamplingParams(max_new_tokens=new, stop_token_ids=tuple(self.stop_ids), **changes)
 
     def stream(self, prompt: str | list[dict], seed: int | None) -> Iterator[Piece]:
         """The answer, piece by piece."""
         sampling = self.params(512, temperature=self.settings.temperature, top_p=self.settings.top_p, seed=seed)
+        ids = self.encode(prompt)
         if isinstance(prompt, str):
             parser, opening = AnswerParser(partial(TextStream, self.tokenizer), {}), []
         else:
-            parser, opening = self._parser()
+            parser, opening = self._parser(ids)
         yield from opening
         options = {"max_len": self.max_len, "compiled": self.compiled}
-        for (event,) in decode(self.model, [self.encode(prompt)], sampling, **options):
+        for (event,) in decode(self.model, [ids], sampling, **options):
             self.tokens += 1
             yield from parser.push(event.token_id)
             if event.finish_reason:
                 yield from parser.close(cut=event.finish_reason == "length")
 
-    def _parser(self) -> tuple[AnswerParser, list[Piece]]:
+    def _parser(self, prompt_ids: list[int]) -> tuple[AnswerParser, list[Piece]]:
         """For an answer, and the pieces of it that the prompt ends with."""
-        thinking = bool(self.settings.thinking)
-        parser = AnswerParser(partial(TextStream, self.tokenizer), MARKER_NAMES, thinking=thinking)
+        thinking = self.tokenizer.opens_thinking(prompt_ids)
+        parser = AnswerParser(partial(TextStream, self.tokenizer), self.tokenizer.answer_markers, thinking=thinking)
         return parser, OPENED if thinking else []
 
     def answer_all(self, prompts: list[list[dict]]) -> Iterator[tuple[int, AssistantMessage]]:
@@ -238,7 +224,7 @@ class Chatbot:
         options = {"batch_size": batch_size, "max_len": self.max_len, "compiled": self.compiled}
         for i, result in generate_each(self.model, ids, sampling, **options):
             self.tokens += len(result.token_ids)
-            parser, opening = self._parser()
+            parser, opening = self._parser(ids[i])
             pieces = [*opening, *parser.parse(result.token_ids, cut=result.finish_reason == "length")]
             yield i, to_message(pieces), result.finish_reason
 

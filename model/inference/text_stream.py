@@ -5,25 +5,9 @@ print(stream.push(token_id), end="")
 """
 
 import codecs
-import re
 from collections.abc import Sequence
-from functools import cache
 
-from tokenizers import Tokenizer
-
-_PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
-# The alphabet of byte-level BPE (GPT-2): printable bytes stand for themselves, the others for U+0100 and on.
-_BYTE_OF = {chr(byte): byte for byte in _PRINTABLE}
-_BYTE_OF |= {chr(256 + n): byte for n, byte in enumerate(sorted(set(range(256)) - set(_PRINTABLE)))}
-_CONTROL = re.compile(r"<\|\w+\|>")  # <|im_end|> and the like are not text; <think> and <tool_call> are
-
-
-@cache
-def token_bytes(token: str) -> bytes:
-    """The bytes that a token of a byte-level vocabulary stands for; none for a control token."""
-    if _CONTROL.fullmatch(token):
-        return b""
-    return b"".join(bytes([_BYTE_OF[c]]) if c in _BYTE_OF else c.encode() for c in token)
+from dataset.tokenizer import ChatTokenizer
 
 
 class TextStream:
@@ -32,14 +16,18 @@ class TextStream:
     Bytes that are not UTF-8 become U+FFFD. After `stopped`, no more text comes.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()):
+    def __init__(self, tokenizer: ChatTokenizer, stop: Sequence[str] = ()):
         self.tokenizer, self.stop, self.stopped = tokenizer, stop, False
         self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self.held = ""
+        self.first = tokenizer.drops_first_space
 
     def push(self, token_id: int) -> str:
         """The text that is certain after this token, possibly none."""
-        return self._release(self.decoder.decode(token_bytes(self.tokenizer.id_to_token(token_id) or "")))
+        new = self.decoder.decode(self.tokenizer.token_bytes(token_id))
+        if self.first and new:
+            new, self.first = new.removeprefix(" "), False
+        return self._release(new)
 
     def close(self, cut: bool = False) -> str:
         """What was held back. `cut`: the answer was cut off, so half a character at its end is dropped."""
