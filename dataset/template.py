@@ -75,24 +75,26 @@ def _to_ids(
     mask: list[int] = []
     trained, waiting = 0, sorted(starts)
 
-    def write(piece: str) -> None:
-        new = tokenizer.encode_piece(piece.replace(breaker, ""), begins=not ids) if piece else []
+    def write(piece: str, after_marker: bool) -> None:
+        text = piece.replace(breaker, "")
+        new = tokenizer.encode_piece(text, not ids, after_marker) if text else []
         ids.extend(new)
         mask.extend([trained] * len(new))
 
-    at = 0
+    at, after_marker = 0, False
     for found in [*markers.finditer(text), None]:
         end = len(text) if found is None else found.start()
         while waiting and waiting[0] <= end:
-            write(text[at : waiting[0]])
-            at, trained = waiting.pop(0), 1
+            write(text[at : waiting[0]], after_marker)
+            start = waiting.pop(0)
+            at, trained, after_marker = start, 1, after_marker and at == start
         before, after = tokenizer.takes_blanks.get(found[0], (False, False)) if found else (False, False)
-        write(text[at:end].rstrip() if before else text[at:end])
+        write(text[at:end].rstrip() if before else text[at:end], after_marker)
         if found is None:
             return ids, mask
         ids.append(tokenizer.marker_ids[found[0]])
         mask.append(trained)
-        at = found.end()
+        at, after_marker = found.end(), True
         if after:
             at = len(text) - len(text[at:].lstrip())
         if ids[-1] == turn_end_id or turn_end_id is None and ids[-1] in tokenizer.hidden_ids:

@@ -80,10 +80,12 @@ class ChatTokenizer:
             self.hidden_ids = {t["id"] for t in added.values() if t.get("special")}  # no text, in an answer
             # (whether it takes the blanks before it, and those behind it) of the markers that do
             self.takes_blanks = {m: b for m in markers if any(b := (added[m].get("lstrip"), added[m].get("rstrip")))}
-            self.plain, self._later = _without_markers(spec, markers)
+            self.plain, self._going_on = _without_markers(spec, markers)
         except Exception as error:  # tokenizers raises bare Exception for what it cannot read
             raise TokenizerError(f"{source}: its tokenizer.json is not a tokenizer: {_first_line(error)}") from None
         self._texts_added = {t["id"]: text for text, t in added.items() if text not in markers}
+        scheme = (spec.get("pre_tokenizer") or {}).get("prepend_scheme")
+        self._prefix_at_beginning_only = scheme == "first"
         decoder = json.dumps(spec.get("decoder"), ensure_ascii=False)
         self._byte_level, self._words = '"ByteLevel"' in decoder, decoder == "null"
         # SentencePiece's decoders take the blank off that begins a text.
@@ -141,9 +143,10 @@ class ChatTokenizer:
 
     # ------------------------------------------------------------------------------------------------ ids and text
 
-    def encode_piece(self, text: str, begins: bool) -> list[int]:
-        """Ids of text between two markers; `begins`: it is the very beginning of all text."""
-        return (self.plain if begins else self._later).encode(text, add_special_tokens=False).ids
+    def encode_piece(self, text: str, begins: bool, after_marker: bool) -> list[int]:
+        """Ids of a part of a longer text: its very beginning, what comes after a marker, or what goes on."""
+        prefixed = begins or after_marker and not self._prefix_at_beginning_only
+        return (self.plain if prefixed else self._going_on).encode(text, add_special_tokens=False).ids
 
     def get_vocab(self) -> dict[str, int]:
         return self.full.get_vocab()
@@ -272,7 +275,7 @@ class ChatTokenizer:
 
 def _without_markers(spec: dict, markers: Iterable[str]) -> tuple[Tokenizer, Tokenizer]:
     """The tokenizer with the markers under names that no text has, so that every id stays what it is; and the same for
-    text that is not at the beginning, where some put a blank before the first word."""
+    text that goes on, without the blank that SentencePiece puts before the first word."""
     secret = secrets.token_hex(16)
     renamed = {marker: f"\ufdd0{secret}-{n}" for n, marker in enumerate(markers)}
     spec, model = dict(spec), dict(spec["model"])
@@ -292,11 +295,15 @@ def _without_markers(spec: dict, markers: Iterable[str]) -> tuple[Tokenizer, Tok
         if not (token["content"] in renamed and token["content"] in known)
     ]
     plain = Tokenizer.from_str(json.dumps(spec))
-    pre_tokenizer = spec.get("pre_tokenizer") or {}
-    if pre_tokenizer.get("prepend_scheme") != "first":
-        return plain, plain
-    later = spec | {"pre_tokenizer": pre_tokenizer | {"prepend_scheme": "never"}}
-    return plain, Tokenizer.from_str(json.dumps(later))
+    going_on = {}
+    pre_tokenizer, normalizer = spec.get("pre_tokenizer") or {}, spec.get("normalizer") or {}
+    if pre_tokenizer.get("prepend_scheme") in ("first", "always"):
+        going_on["pre_tokenizer"] = pre_tokenizer | {"prepend_scheme": "never"}
+    steps = normalizer.get("normalizers", [normalizer] if normalizer else [])
+    if any(step["type"] == "Prepend" for step in steps):
+        rest = [step for step in steps if step["type"] != "Prepend"]
+        going_on["normalizer"] = {"type": "Sequence", "normalizers": rest}
+    return plain, Tokenizer.from_str(json.dumps(spec | going_on)) if going_on else plain
 
 
 def _first_line(error: Exception) -> str:

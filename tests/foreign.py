@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import torch
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from dataset.tokenizer import ChatTokenizer, load_tokenizer
 
@@ -113,3 +113,31 @@ def _with_more_tokens(tensors: dict[str, torch.Tensor], size: int) -> dict[str, 
     new = torch.randn(size - len(table), table.shape[1], generator=random) * table.float().std()
     table = torch.cat([table, new.to(table.dtype)])
     return {name: table if name in tied else w for name, w in tensors.items()}
+
+
+def sentencepiece_tokenizer(scheme: str, folder: Path) -> ChatTokenizer:
+    """As Llama 2's and Mistral's: bytes for what is unknown, blanks as part of words; scheme: where a text gets one
+    more before it, "first", "always" or (older files) "legacy"."""
+    tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    if scheme == "legacy":
+        blanks = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+        tokenizer.normalizer = normalizers.Sequence(blanks)
+    else:
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    tokenizer.decoder = decoders.Sequence(steps)
+    special = ["<unk>", "<s>", "</s>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=500, special_tokens=special + [f"<0x{i:02X}>" for i in range(256)], show_progress=False
+    )
+    tokenizer.train_from_iterator(["Who are you? I am a kind model. And 2 + 2? 4."], trainer)
+    spec = json.loads(tokenizer.to_str())
+    spec["added_tokens"] = [token for token in spec["added_tokens"] if token["content"] in special]
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
+    template = """{{ bos_token }}{% for m in messages %}
+    {%- if m.role == 'user' %}{{ '[INST] ' + m.content + ' [/INST]' }}
+    {%- elif m.role == 'assistant' %}{{ ' ' + m.content + eos_token }}{% endif %}{% endfor %}"""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "tokenizer.json").write_text(json.dumps(spec), encoding="utf-8")
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": template}), encoding="utf-8")
+    return load_tokenizer(folder)

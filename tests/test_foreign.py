@@ -16,7 +16,8 @@ from model import checkpoint
 from model.checkpoint import CheckpointError
 from model.export.huggingface import save_hf
 from model.inference.chatbot import AnswerSettings, load_chatbot
-from tests.foreign import GENERATIONS, minimind_folder, minimind_tokenizer
+from model.inference.text_stream import TextStream
+from tests.foreign import GENERATIONS, minimind_folder, minimind_tokenizer, sentencepiece_tokenizer
 from tests.processes import Script
 
 CPU = torch.device("cpu")
@@ -125,6 +126,20 @@ def test_load_1_finds_the_one_folder(tmp_path, monkeypatch, capsys):
     minimind_folder("v3", "dense", tmp_path / "minimind-3")
     with pytest.raises(CheckpointError, match=r"MiniMind2.*minimind-3"):
         ask()
+
+
+@pytest.mark.parametrize("scheme", ["first", "always", "legacy"])
+def test_sentencepiece_tokenizers_keep_their_blanks(scheme, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    ours = sentencepiece_tokenizer(scheme, tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    ids, mask = render_chat(ours, TALK)
+    assert ids == theirs.apply_chat_template(TALK)["input_ids"]
+    assert [ours.id_to_token(i) for i, own in zip(ids, mask, strict=True) if own].count("</s>") == 2
+    assert "".join(ours.id_to_token(i) for i, own in zip(ids, mask, strict=True) if own)[-7:] == "▁4.</s>"
+    text = "Who are you 你, </s> é?"
+    ids, stream = ours.encode(text).ids, TextStream(ours)
+    assert 2 not in ids and "".join(map(stream.push, ids)) + stream.close() == text == theirs.decode(ids)
 
 
 # ------------------------------------------------------------------------------------------------ what belongs together
