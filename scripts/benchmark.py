@@ -17,7 +17,6 @@ import argparse
 import importlib.util
 import json
 import math
-import resource
 import statistics
 import sys
 import tempfile
@@ -49,6 +48,10 @@ from trainer.speed import compile_if_worth, cross_entropy, install, matmul_peak,
 
 
 def peak_rss_mb() -> float:
+    if sys.platform == "win32":
+        return float("nan")
+    import resource
+
     """The most that this process has held in memory so far."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
