@@ -48,11 +48,11 @@ from trainer.speed import compile_if_worth, cross_entropy, install, matmul_peak,
 
 
 def peak_rss_mb() -> float:
-    if sys.platform == "win32":
+    """The most that this process has held in memory so far; NaN on Windows, where Python does not tell."""
+    try:
+        import resource
+    except ImportError:
         return float("nan")
-    import resource
-
-    """The most that this process has held in memory so far."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
