@@ -38,20 +38,17 @@ def ready(kind: str) -> str:
     python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     if not python.exists():
         if os.environ.get("VIRTUAL_ENV"):
-            sys.exit(
-                f"error: the active virtual environment {folder} has no Python: deactivate it, or unset VIRTUAL_ENV"
-            )
+            sys.exit(f"error: VIRTUAL_ENV={folder}: there is no {python}; deactivate it, or unset the variable")
         _make(folder)
     _install(str(python), folder, kind)
+    os.environ["PATH"] = f"{python.parent}{os.pathsep}{os.environ.get('PATH', '')}"  # for torchrun and its like
     return str(python)
 
 
 def _make(folder: Path) -> None:
     if sys.version_info < OLDEST:
         found, needed = (".".join(map(str, version[:2])) for version in (sys.version_info, OLDEST))
-        sys.exit(
-            f"error: Python {found} is too old, {needed} or newer is needed: install it and use it for this script"
-        )
+        sys.exit(f"error: Python {found} is too old, {needed} or newer is needed: run this script by another")
     print("== making a virtual environment in .venv", flush=True)
     if run([sys.executable, "-m", "venv", str(folder)]):
         shutil.rmtree(folder, ignore_errors=True)  # half of one would be taken for one
@@ -87,8 +84,8 @@ def _pip(python: str, *what: str, **options) -> int:
 
 def _cannot_install(python: str) -> None:
     sys.exit(
-        f"error: {python} -m pip cannot install the packages; its message stands above. PyTorch has packages for the "
-        "newest five versions of Python, on 64-bit Linux, Windows and macOS (Apple silicon)"
+        f"error: {python} -m pip cannot install the packages; its message stands above. PyTorch has none for 32-bit "
+        "systems, for Macs with an Intel processor, and for a Python that is newer than itself"
     )
 
 
