@@ -147,8 +147,17 @@ def find_device(name: str | None = None) -> "torch.device":
     return device
 
 
+def prepare_terminal() -> None:
+    """Print what its encoding lacks as an escape; and Windows' console shows colours once a program has asked."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    if os.name == "nt":
+        os.system("")
+
+
 def run(main: Callable[[], None]) -> None:
     """Call a script's main: an expected error becomes one line, and processes are left cleanly."""
+    prepare_terminal()
     try:
         main()
     except KeyboardInterrupt:  # before the training began; from then on Interrupt takes it

@@ -13,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import get_context, parent_process
 from pathlib import Path
@@ -92,8 +93,21 @@ def _start_worker(kind: str, tokenizer: ChatTokenizer, seq_len: int) -> None:
     global _worker
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process per core already
     _worker = (kind, tokenizer, seq_len)
-    # A worker must not outlive a killed parent: it was forked with the cache's lock, and would hold it for ever.
+    # A worker must not outlive a killed parent: its queue never tells it.
     threading.Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
+
+
+@contextmanager
+def _hidden_script() -> Iterator[None]:
+    """A process that is spawned imports the script that runs, for what it may define: torch and all, three seconds and
+    300 MB for each worker, which needs none of it. It does not where the script's path is not known."""
+    script = vars(sys.modules["__main__"])
+    hidden = {name: script[name] for name in ("__spec__", "__file__") if name in script}
+    script.update(dict.fromkeys(hidden))
+    try:
+        yield
+    finally:
+        script.update(hidden)
 
 
 def _encode_in_worker(lines: list[tuple[int, bytes]]) -> tuple[list, list]:
@@ -107,11 +121,12 @@ def _encode_all(
     if num_proc <= 1:
         yield from (_encode(kind, tokenizer, seq_len, chunk) for chunk in chunks)
         return
-    context = get_context("fork" if sys.platform == "linux" else "spawn")
-    with ProcessPoolExecutor(num_proc, context, _start_worker, (kind, tokenizer, seq_len)) as pool:
+    options = (get_context("spawn"), _start_worker, (kind, tokenizer, seq_len))
+    with ProcessPoolExecutor(num_proc, *options) as pool:
         waiting: deque = deque()
         for chunk in chunks:
-            waiting.append(pool.submit(_encode_in_worker, chunk))
+            with _hidden_script():
+                waiting.append(pool.submit(_encode_in_worker, chunk))
             if len(waiting) > 2 * num_proc:
                 yield waiting.popleft().result()
         while waiting:

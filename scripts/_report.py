@@ -36,7 +36,7 @@ def flat(figures: dict, prefix: str = "") -> dict:
 def machine() -> str:
     """The CPU with the arithmetic it has for low precision, and the GPUs that torch sees."""
     info = Path("/proc/cpuinfo")
-    text = info.read_text() if info.exists() else ""
+    text = info.read_text(encoding="utf-8") if info.exists() else ""
     model = re.search(r"^model name\s*: (.*)", text, re.MULTILINE)
     flags = re.search(r"^flags\s*: (.*)", text, re.MULTILINE)
     has = [flag for flag in ARITHMETIC if flags and flag in flags[1].split()]
@@ -49,7 +49,7 @@ def commit() -> str:
     """The commit of the code, marked where files differ from it; "unknown" outside a git checkout."""
     try:
         done = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--exclude=*"], cwd=ROOT, capture_output=True, text=True
+            ["git", "describe", "--always", "--dirty", "--exclude=*"], cwd=ROOT, capture_output=True, encoding="utf-8"
         )
     except OSError:
         return "unknown"

@@ -17,7 +17,6 @@ import argparse
 import importlib.util
 import json
 import math
-import resource
 import statistics
 import sys
 import tempfile
@@ -49,7 +48,11 @@ from trainer.speed import compile_if_worth, cross_entropy, install, matmul_peak,
 
 
 def peak_rss_mb() -> float:
-    """The most that this process has held in memory so far."""
+    """The most that this process has held in memory so far; NaN on Windows, where Python does not tell."""
+    try:
+        import resource
+    except ImportError:
+        return float("nan")
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 

@@ -45,7 +45,7 @@ class Tally:
 def running_server(options: list[str]) -> Iterator[tuple[subprocess.Popen, int]]:
     """A server of its own, and its port."""
     command = [sys.executable, str(ROOT / "serve_openai_api.py"), "--port", "0", *options]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(command, stderr=subprocess.PIPE, encoding="utf-8") as process:
         try:
             for line in process.stderr:
                 print(line, end="", file=sys.stderr)
@@ -61,7 +61,9 @@ def running_server(options: list[str]) -> Iterator[tuple[subprocess.Popen, int]]
 def rss_mb(process: subprocess.Popen) -> float | None:
     """Memory of a process; None where there is no /proc."""
     status = Path(f"/proc/{process.pid}/status")
-    return int(re.search(r"VmRSS:\s*([0-9]+)", status.read_text())[1]) / 1024 if status.exists() else None
+    return (
+        int(re.search(r"VmRSS:\s*([0-9]+)", status.read_text(encoding="utf-8"))[1]) / 1024 if status.exists() else None
+    )
 
 
 async def stream_chat(port: int, model: str, question: str, max_tokens: int, tally: Tally) -> None:

@@ -12,6 +12,7 @@ The result is made beside DEST, compared with SOURCE in the library that it is f
 """
 
 import argparse
+import gc
 import os
 import shutil
 import sys
@@ -214,6 +215,7 @@ def main() -> None:
             print(f"note: the result is not compared with other software: {missing}", file=sys.stderr)
         if staged.is_dir() and args.dest.is_dir():
             args.dest.rmdir()  # empty
+        gc.collect()  # Windows renames no file that a forgotten model still maps
         os.replace(staged, args.dest)
     finally:
         shutil.rmtree(staged, ignore_errors=True) if staged.is_dir() else staged.unlink(missing_ok=True)

@@ -19,7 +19,7 @@ from pathlib import Path
 import _path  # noqa: F401
 import numpy as np
 
-from cli import ArgumentParser
+from cli import ArgumentParser, prepare_terminal
 from dataset import checks, cleaning, jsonl, packing
 from dataset.chat import render_chat
 from dataset.checks import Fault
@@ -45,7 +45,7 @@ def main() -> None:
         parser.error(f"--seq_len {args.seq_len}: must be at least 2")
     if args.row is not None and args.row < 1:
         parser.error(f"--row {args.row}: lines are counted from 1")
-    sys.stdout.reconfigure(errors="backslashreplace")
+    prepare_terminal()
     try:
         if not args.file.is_file():
             raise DataError(f"{args.file}: {'not a file' if args.file.exists() else 'no such file'}; check the path")

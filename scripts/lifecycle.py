@@ -1,14 +1,14 @@
 """Train each stage after SFT on the starter corpus and print what it changed, in one table.
 
-bash scripts/lifecycle.sh     # or, in an environment that has requirements.txt: python scripts/lifecycle.py
+python scripts/lifecycle.py                 # in the environment of the quickstart; bash scripts/lifecycle.sh finds it
 """
 
-import subprocess
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import environment
 from _path import ROOT
 from _report import append_markdown
 
@@ -45,7 +45,8 @@ class Life:
         """Minutes of training; `name` is that of the weights. What is complete is not trained again."""
         print(f"\n== {script} {' '.join(map(str, flags))}", flush=True)
         command = [script, "--out_dir", self.out, "--from_resume", "1", *flags]
-        subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, check=True)
+        if code := environment.run([sys.executable, *map(str, command)], cwd=ROOT):
+            sys.exit(code)  # its own message stands above
         return checkpoint.load_meta(self.out / f"{name}.pth")["seconds"] / 60
 
     def score(
@@ -143,7 +144,7 @@ def main() -> None:
     args = parser.parse_args()
     out = args.out_dir
     if len(list(out.glob("full_sft_*.pth"))) != 1:
-        raise cli.UsageError(f"--out_dir {out}: needs one full_sft_*.pth, which bash scripts/quickstart.sh makes")
+        raise cli.UsageError(f"--out_dir {out}: needs one full_sft_*.pth, which scripts/quickstart.py makes")
     begin, life = time.monotonic(), Life(out.resolve())
     lines = lora(life, "lora_identity", "who it is: a new name and maker", "--steps", "300")
     lines += lora(life, "lora_medical", "first aid, in unseen wordings")
@@ -158,7 +159,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        cli.run(main)
-    except subprocess.CalledProcessError as error:  # its own message stands above
-        sys.exit(error.returncode)
+    cli.run(main)

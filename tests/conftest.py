@@ -1,9 +1,17 @@
 """Fixtures that several test files share."""
 
+import os
+
 import pytest
 import torch
 
 from model.model import MiniMindConfig, MiniMindLM
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if os.name != "posix" and item.get_closest_marker("posix"):
+            item.add_marker(pytest.mark.skip(reason="needs a POSIX system"))
 
 
 @pytest.fixture

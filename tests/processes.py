@@ -10,7 +10,6 @@ import json
 import multiprocessing
 import os
 import random
-import resource
 import runpy
 import shutil
 import socket
@@ -35,9 +34,10 @@ VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 ENV = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "WANDB_MODE": "offline", "WANDB_SILENT": "true"}
 CLOCK = ("seconds", "tokens_per_second", "mfu")  # what a clock measures, and no two runs have in common
 CONTEXT = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
-CONTEXT.set_forkserver_preload(
-    ["torch", "torch._dynamo", "datasets", "matplotlib.pyplot", "trainer.run", "dataset.lm_dataset", __name__]
-)
+if sys.platform == "linux":
+    CONTEXT.set_forkserver_preload(
+        ["torch", "torch._dynamo", "datasets", "matplotlib.pyplot", "trainer.run", "dataset.lm_dataset", __name__]
+    )
 
 
 # ------------------------------------------------------------------------------------------------ processes
@@ -138,6 +138,8 @@ def _run_jobs(argvs, env, path, file_limit, missing, clock) -> None:
     torch.set_num_threads(1)
     sys.meta_path.insert(0, Absent(missing))
     if file_limit:
+        import resource  # Windows has none
+
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
     part = _replace(clock)
     for argv in argvs:

@@ -459,6 +459,7 @@ except checkpoint.CheckpointError as error:
 """
 
 
+@pytest.mark.posix
 def test_a_full_disk_is_one_line_and_costs_nothing(tmp_path):
     checkpoint.save_resume(tmp_path, {"step": 1}, 1)
     command = [sys.executable, "-c", FULL_DISK, str(tmp_path)]

@@ -3,7 +3,6 @@
 import io
 import json
 import os
-import pty
 import select
 import shutil
 import signal
@@ -258,6 +257,8 @@ class Terminal:
     """eval_model.py in a pseudo-terminal."""
 
     def __init__(self, *args):
+        import pty  # Windows has none
+
         self.pid, self.fd = pty.fork()
         if self.pid == 0:
             signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit it ignored
@@ -278,7 +279,7 @@ class Terminal:
         """Until it sleeps: a Ctrl-C between the prompt and the wait for a key gets lost in Python's readline."""
         stat = Path(f"/proc/{self.pid}/stat")
         deadline = time.time() + 60
-        while stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "S":
+        while stat.exists() and stat.read_text(encoding="utf-8").rpartition(")")[2].split()[0] != "S":
             assert time.time() < deadline, self.seen
 
     def type(self, text: str) -> None:
@@ -303,6 +304,7 @@ class Terminal:
 SLOW = [pytest.param(key, marks=pytest.mark.slow) for key in ("\x04", "\x03")]
 
 
+@pytest.mark.posix
 @pytest.mark.parametrize("leave", ["/exit\r", *SLOW], ids=["exit", "ctrl-d", "ctrl-c"])
 def test_manual_input_in_a_terminal(weights, leave):
     terminal = Terminal("--out_dir", str(weights / "parrot"))

@@ -642,9 +642,9 @@ def test_connections_that_ask_for_nothing_or_read_nothing_are_closed(weights):
         unread.sendall(raw_request({"stream": True, "n": 16, "max_tokens": 2000, "logprobs": True, "top_logprobs": 20}))
         server.wait_for("running_sequences", 16)
         established = rf":{server.port:04X} \S+:{unread.getsockname()[1]:04X} 01 "
-        assert re.search(established, Path("/proc/net/tcp").read_text())
+        assert re.search(established, Path("/proc/net/tcp").read_text(encoding="utf-8"))
         end = time.monotonic() + 20
-        while re.search(established, Path("/proc/net/tcp").read_text()):
+        while re.search(established, Path("/proc/net/tcp").read_text(encoding="utf-8")):
             assert time.monotonic() < end, "nobody reads, and the connection stays"
         server.wait_for("running_sequences", 0)
         assert server.chat().status_code == 200

@@ -304,6 +304,7 @@ def warnings(done: Done) -> list[str]:
     return [line for line in done.err.splitlines() if line.startswith("warning: ")]
 
 
+@pytest.mark.posix
 def test_full_disk(tmp_path, pretrain, base):
     """A limit on the size of files stops the writing of the weights: those of an earlier run are kept."""
     out = tmp_path / "out"
@@ -320,6 +321,7 @@ def test_full_disk(tmp_path, pretrain, base):
     assert path.read_bytes() != base.read_bytes()
 
 
+@pytest.mark.posix
 def test_disk_too_full_for_the_log(tmp_path, pretrain, base):
     """The log is not worth the run, but the reader is told."""
     out = tmp_path / "out"

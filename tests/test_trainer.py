@@ -448,7 +448,7 @@ def several_updates(run, rows, stop_after: int | None = None) -> dict[str, torch
                 run.backward(loss, piece)
             run.update(metrics)
         if run.progress.step == stop_after:
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
     run.finish()
     return weights(run)
 
@@ -490,12 +490,12 @@ def test_a_state_of_another_version_is_refused(tmp_path, text):
 def test_interrupt_once_twice():
     interrupt = Interrupt()
     assert not interrupt.asked
-    os.kill(os.getpid(), signal.SIGINT)
+    signal.raise_signal(signal.SIGINT)
     assert interrupt.asked
-    os.kill(os.getpid(), signal.SIGTERM)  # torchrun repeats the terminal's signal at once
+    signal.raise_signal(signal.SIGTERM)  # torchrun repeats the terminal's signal at once
     interrupt.when -= 2
     with pytest.raises(SystemExit, match="130"):
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
 
 
 # ------------------------------------------------------------------------------------------------ log and picture

@@ -7,7 +7,8 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+
+from trainer.parallel import DTensor, distribute_tensor
 
 LEARNING_RATES = {"muon": 8e-3, "adamw": 2e-3}  # good ones at hidden_size 256
 

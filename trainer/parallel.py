@@ -23,10 +23,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from cli import UsageError
 from model.model import MiniMindLM
+
+if dist.is_available():
+    from torch.distributed.tensor import DTensor, distribute_tensor
+else:  # some builds for Windows
+    DTensor, distribute_tensor = (), None
 
 JOIN_SECONDS = 60  # that a process waits for all others to start
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -142,6 +146,8 @@ def _from_environment() -> tuple[int, int, int]:
 def join(processes: Processes) -> None:
     """Meet the other processes. UsageError if they do not come."""
     rank, count = processes.rank, processes.count
+    if not dist.is_available():
+        raise UsageError("this PyTorch was built without torch.distributed: train in one process, without torchrun")
     try:
         # A minute to meet, but half an hour to wait for one that tokenises a large file.
         store, _, _ = next(iter(dist.rendezvous("env://", timeout=timedelta(seconds=JOIN_SECONDS))))

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import shlex
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -173,9 +174,8 @@ class Reporter:
             launcher += f" --nnodes {machines} --node_rank {os.environ['GROUP_RANK']}"
             launcher += f" --master_addr {os.environ['MASTER_ADDR']} --master_port {os.environ['MASTER_PORT']}"
             where = " on each machine, with its own --node_rank"
-        self.say(
-            f"stopped at step {progress.step}, nothing is lost. Go on{where} with:\n  {launcher} {shlex.join(argv)}"
-        )
+        flags = (subprocess.list2cmdline if os.name == "nt" else shlex.join)(argv)
+        self.say(f"stopped at step {progress.step}, nothing is lost. Go on{where} with:\n  {launcher} {flags}")
 
     def figures(self, progress: Progress) -> dict:
         """What is worth knowing about the weights."""

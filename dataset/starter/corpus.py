@@ -276,7 +276,7 @@ def make_preferences(rng: random.Random, rows: int, held: bool) -> list[dict]:
 
 
 def write_jsonl(path: Path, rows: list[dict]) -> None:
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    path.write_bytes("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
 
 
 def write_starter(out_dir: str | Path = DEFAULT, size: float = 1.0, seed: int = 0) -> dict[str, Counter]:

@@ -121,7 +121,7 @@ def can_compile(model) -> bool:
     """Whether the compiled step works for this model and machine; says why not."""
     try:
         CpuStep(model)
-    except (RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         print(f"note: {error}: answering without it", file=sys.stderr)
         return False
     return True

@@ -71,7 +71,7 @@ def build() -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=folder, suffix=".so", delete=False) as file:
             pass
-        done = subprocess.run([compiler, *flags, str(SOURCE), "-o", file.name], capture_output=True, text=True)
+        done = subprocess.run([compiler, *flags, str(SOURCE), "-o", file.name], capture_output=True, errors="replace")
         if done.returncode:
             os.unlink(file.name)
             reason = done.stderr.strip().partition("\n")[0]

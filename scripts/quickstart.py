@@ -1,0 +1,52 @@
+"""From nothing to a model that chats, in about ten minutes on two CPU cores, with no more than Python installed.
+
+python scripts/quickstart.py                 # or python3, or py, as Python is called; or bash scripts/quickstart.sh
+
+Interrupted and run again, it goes on where it was.
+"""
+
+import argparse
+import os
+import shlex
+import subprocess
+import sys
+import time
+
+import environment
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--out_dir", default=os.environ.get("OUT") or "out", help="where the weights go (default: OUT, or out)")
+    add("--minutes", type=float, help="of training: a third before, the rest after (default: 2.75 and 5.75)")
+    args = parser.parse_args()
+    out = ["--out_dir", args.out_dir]
+    pretrain, sft = ([], []) if args.minutes is None else (["--minutes", f"{args.minutes * k / 3:g}"] for k in (1, 2))
+    began = time.monotonic()
+    python = environment.ready("core")
+    scores = ["--score", "dataset/starter_data/heldout.jsonl"]
+    chat = ["eval_model.py", "--model_mode", "1", *out]
+
+    def stage(title: str, *command: str, answers: str | None = None) -> None:
+        """Its time so far, and what it prints; `answers` is what it reads."""
+        minutes, seconds = divmod(int(time.monotonic() - began), 60)
+        print(f"\n== {title}  ({minutes}:{seconds:02d})", flush=True)
+        if command and (code := environment.run([python, *command], answers)):
+            sys.exit(code)
+
+    stage("1/5 starter corpus: a small bilingual world, written by a program", "-m", "dataset.starter")
+    stage("2/5 pretraining: from random weights to a model of text",
+          "train_pretrain.py", *out, *pretrain, "--from_resume", "1")  # fmt: skip
+    stage("3/5 supervised fine-tuning: the model learns to answer",
+          "train_full_sft.py", *out, *sft, "--from_resume", "1")  # fmt: skip
+    stage("4/5 scoreboard: held-out questions, exact answers", *chat, *scores)
+    stage("5/5 a short conversation", *chat, answers="0\n")
+    stage("done")
+    own = "python" if os.environ.get("VIRTUAL_ENV") else os.path.relpath(python)
+    join = subprocess.list2cmdline if os.name == "nt" else shlex.join
+    print(f"Chat with it:  {join([own, *chat])}")
+
+
+if __name__ == "__main__":
+    main()
