@@ -24,6 +24,11 @@ PARTS += ("functions", "reasoning", "thinking", "thought", "cot", "rationale", "
 PARTS += ("messages", "conversations", "chosen", "rejected", "content")
 
 
+SHAREGPT = "ShareGPT (from, value)"
+OTHER_ROLES = "other names of roles (such as human, gpt)"
+TEXT_PARTS = "contents in lists of one part"
+
+
 class Doubt(ValueError):
     """The row can be read in several ways; the message names them."""
 
@@ -146,9 +151,7 @@ def to_messages(messages: list) -> tuple[list, str]:
             ours, form = _message(message, n)
         out.append(ours)
         forms.add(form)
-    names = [
-        form for form in ("ShareGPT (from, value)", "other names of roles", "lists of text parts") if form in forms
-    ]
+    names = [form for form in (SHAREGPT, OTHER_ROLES, TEXT_PARTS) if form in forms]
     return out, ", ".join(names)
 
 
@@ -162,13 +165,13 @@ def _message(message: dict, n: int) -> tuple[dict, str]:
     role, form = message.get(role_keys[0]) if role_keys else None, ""
     ours = {key: value for key, value in message.items() if key not in ("role", "from", "content", "value")}
     if role_keys == ["from"] or text_keys == ["value"]:
-        form = "ShareGPT (from, value)"
+        form = SHAREGPT
     name = role.strip().lower() if isinstance(role, str) else role
     content = message.get(text_keys[0]) if text_keys else None
     if name == "function_call" and isinstance(content, str):
-        return {**ours, "role": "assistant", "content": "", "tool_calls": content}, form or "other names of roles"
+        return {**ours, "role": "assistant", "content": "", "tool_calls": content}, form or OTHER_ROLES
     if isinstance(name, str) and ROLES_AS.get(name, role) != role:
-        role, form = ROLES_AS[name], form or "other names of roles"
+        role, form = ROLES_AS[name], form or OTHER_ROLES
     if not form:
         return message, ""
     head = {"role": role} if role_keys else {}
@@ -180,7 +183,7 @@ def _one_part(message: dict) -> tuple[dict, str]:
     content = message.get("content")
     if isinstance(content, list) and len(content) == 1 and isinstance(part := content[0], dict):
         if part.get("type") == "text" and isinstance(part.get("text"), str):
-            return {**message, "content": part["text"]}, "lists of text parts"
+            return {**message, "content": part["text"]}, TEXT_PARTS
     return message, ""
 
 

@@ -335,7 +335,9 @@ def describe(path: Path, figures: dict, place: str) -> str:
     kind = f" ({', '.join(figures['file'])})" if figures["file"] else ""
     text = f"{path.name}{kind}: {figures['lines']:,} {unit}s, {figures['used']:,} used, {count:,} skipped"
     forms = sorted(figures["forms"].items(), key=lambda form: -form[1])
-    text += "".join(f"; {number:,} rows read as {printable(form, 200)}" for form, number in forms[:4])
+    text += "".join(
+        f"; {number:,} row{'s' * (number > 1)} read as {printable(form, 200)}" for form, number in forms[:4]
+    )
     if others := sum(number for _, number in forms[4:]):
         text += f"; {others:,} rows read in {len(forms) - 4} other ways"
     if figures["continued"]:

@@ -132,7 +132,7 @@ def messy_text() -> DirtyFile:
     for words, values in _odd_texts(spare).items():
         file.plant("warning", words, *map(text, values))
     file.leave('{"text": "An escaped pair \\ud83d\\ude00 is one character."}')
-    file.leave(dumps({"content": spare[34]}))
+    file.leave(dumps({"content": "A short text of its own under another name: 别的名字。"}))
     file.leave(dumps({"text": spare[30], "source": "book", "page": 3}))
     file.leave(
         text("一家人👨‍👩‍👧‍👦去看🇨🇳比赛，👍🏽都来加油，❤️‍🔥冲鸭！"),
