@@ -62,6 +62,7 @@ class DataFile:
         self.layout = _layout(text, whole=len(head) < HEAD)
         if self.layout == "lines" and (remedy := _not_json(self.path, text)):
             raise DataError(f"{self.path}: {remedy}")
+        self.text_size = self._text_size(len(head))
         self.kind = [self.packed] * bool(self.packed)
         self.kind += [self.encoding.upper()] * (self.encoding != "utf-8")
         if self.layout != "lines":
@@ -71,6 +72,15 @@ class DataFile:
     def _head(self, unpack: bool = True) -> bytes:
         with open(self.path, "rb") as raw:
             return (self._unpacked(raw) if unpack else raw).read(HEAD)
+
+    def _text_size(self, head: int) -> int:
+        """Bytes of the text, about: those of a compressed file are known by its beginning."""
+        size = self.path.stat().st_size
+        if not self.packed or head < HEAD:
+            return head if self.packed else size
+        with open(self.path, "rb") as raw:
+            self._unpacked(raw).read(HEAD)
+            return size * HEAD // max(raw.tell(), 1)
 
     def _unpacked(self, raw: io.BufferedReader) -> io.BufferedIOBase:
         return io.BufferedReader(_opener(self.packed)(raw), BUFFER) if self.packed else raw
