@@ -95,7 +95,7 @@ class DataFile:
         Of an array or of objects over several lines, a row is a line. Memory does not grow with the file."""
         number = 0
         try:
-            with open(self.path, "rb", BUFFER) as self._raw:
+            with open(self.path, "rb") as self._raw:
                 stream = self._unpacked(self._raw)
                 lines = self._lines(stream) if self.layout == "lines" else self._values(stream)
                 for number, line in enumerate(lines, 1):  # noqa: B007
@@ -130,16 +130,16 @@ class DataFile:
         """The values of an array, or one after the other, each as a line. A broken one ends in DataError, for what
         follows it cannot be told apart; one that the file's end cuts off is yielded without a line end."""
         text, scan, before = _Text(self, stream), json.JSONDecoder().raw_decode, 0
-        array = self.layout == "array"
+        array, separated = self.layout == "array", True
         if array:
             text.next()
             text.at += 1
         while True:
             char = text.next()
-            if array and before and char == ",":
-                text.at += 1
+            if not separated and char == ",":
+                text.at, separated = text.at + 1, True
                 char = text.next()
-            elif array and before and char not in ("]", ""):
+            elif not separated and char not in ("]", ""):
                 raise text.broken(before, "no comma before it")
             if char == "":
                 if array:
@@ -162,7 +162,7 @@ class DataFile:
             if end == len(text.text) and text.more(before):
                 continue  # a number may go on
             yield text.text[text.at : end].replace("\n", " ").encode("utf-8", "surrogateescape") + b"\n"
-            before, text.at = before + 1, end
+            before, text.at, separated = before + 1, end, not array
 
 
 class _Text:
@@ -233,7 +233,7 @@ COMMON = set(
     "动面起看定天分还进好小部其些主样理心她本前开但因只从想实日军者意无力它与长把机十民第公此已工使情明性知全三又关点正业外将两高间由问很最重并物手"
     "应战向头文体政美相见被利什二等产或新己制身果加西斯月话合回特代内信表化老给世位次度门任常先海通教儿原东声提立及比员解水名真论处走义各入几口认条"
     "平系气题活尔更别打女变四神总何电数安少报才结反受目太量再感建务做接必场件计管期市直德资命山金指克许统区保至队形社便空决治展马科司五基眼书非则听"
-    "白却界达光放强即像难且权思王象完设式色路记南品住告类求据程北边死张该交规万取拉格望觉术领共确传师观清今切院让识候带导争运，。、？：！“”"
+    "白却界达光放强即像难且权思王象完设式色路记南品住告类求据程北边死张该交规万取拉格望觉术领共确传师观清今切院让识候带导争运"
 )
 THREE_BYTES = re.compile(rb"[\xe1-\xef][\x80-\xbf]{2}")
 
@@ -263,8 +263,9 @@ def _is_gb18030(head: bytes) -> bool:
         text = codecs.getincrementaldecoder("gb18030")().decode(head)
     except UnicodeDecodeError:
         return False
-    written = [char for char in text if char > "\x7f"]
-    return sum(char in COMMON for char in written) >= 0.12 * len(written)
+    chinese = re.findall("[\u3400-\u9fff]", text)
+    kana = len(re.findall("[\u3040-\u30ff]", text))  # Japanese EUC shares their codes with GB18030
+    return sum(char in COMMON for char in chinese) >= max(0.12 * len(chinese), 1) and kana < len(chinese)
 
 
 def _is_utf8(line: bytes) -> bool:

@@ -142,7 +142,7 @@ def _tell_place(cache_dir: Path, folder: Path) -> str:
     """Where the cache is and what it holds, in words, once it is within its limit."""
     total, removed = cache.trim(cache_dir, folder, cache.largest_cache())
     own, total, gone = (f"{size / 1e6:,.1f} MB" for size in (cache.folder_size(folder), total, sum(removed)))
-    text = f"; kept in {cache_dir} ({own} of {total})"
+    text = f"; kept in {cache_dir} ({own}; {total} with all that is there)"
     if removed:
         text += f"; removed {gone} that were used longest ago (more than MINIMIND_CACHE_GB, or 20)"
     if cache_dir == cache.temporary_cache_dir():
