@@ -25,6 +25,7 @@ PARTS += ("messages", "conversations", "chosen", "rejected", "content")
 
 
 SHAREGPT = "ShareGPT (from, value)"
+SHARED = {"from", "value"}  # ShareGPT's keys
 OTHER_ROLES = "other names of roles (such as human, gpt)"
 TEXT_PARTS = "contents in lists of one part"
 
@@ -143,10 +144,10 @@ def to_messages(messages: list) -> tuple[list, str]:
     """Messages with our names of keys and roles; entries that are none stay as they are, for checks.py to tell."""
     out, forms = [], set()
     for n, message in enumerate(messages, 1):
-        if not isinstance(message, dict) or (
-            message.get("role") in ROLES and message.keys().isdisjoint(("from", "value"))
-        ):
-            ours, form = _one_part(message) if isinstance(message, dict) else (message, "")
+        if not isinstance(message, dict):
+            ours, form = message, ""
+        elif message.get("role") in ROLES and (message.get("content") is not None or SHARED.isdisjoint(message)):
+            ours, form = _one_part(message)
         else:
             ours, form = _message(message, n)
         out.append(ours)
