@@ -90,10 +90,13 @@ def _is_ours(row: dict, messages: Any) -> bool:
     """Whether a row with "conversations" is one of ours as far as names go; most rows are, so this is quick."""
     if not isinstance(messages, list) or not row.keys().isdisjoint(OTHERS):
         return False
-    return all(
-        isinstance(message, dict) and message.get("role") in ROLES and isinstance(message.get("content"), str | None)
-        for message in messages
-    )
+    for message in messages:
+        if not isinstance(message, dict) or message.get("role") not in ROLES:
+            return False
+        content = message.get("content")
+        if not isinstance(content, str) and (content is not None or not SHARED.isdisjoint(message)):
+            return False
+    return True
 
 
 OTHERS = {"messages", "tools", *SYSTEMS, *MEDIA}
