@@ -20,10 +20,11 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 import cli
 from cli import ArgumentParser, UsageError
 from dataset.chat import BOS, EOS, MARKERS, PAD, SPECIAL_MARKERS, load_tokenizer
-from dataset.checks import Fault, printable, quoted
+from dataset.checks import Fault, quoted
 from dataset.files import DataError, DataFile
 from dataset.jsonl import parse_line
 from dataset.mapping import as_ours
+from dataset.packing import add_reason, reasons
 
 # Qwen2's split: transformers, vLLM and llama.cpp know it. Digits stand alone, so that arithmetic can be learnt.
 SPLIT = (
@@ -150,13 +151,12 @@ def training_texts(files: list[tuple[Path, float]], held_out: list[str] | None) 
 def stream_texts(files: list[tuple[Path, float]], purpose: str) -> Iterator[str]:
     """Streams the files' texts and says how far it is, and at the end of each file how many lines were no use."""
     for path, weight in files:
-        file, used, bad, first_bad, due = DataFile(path), 0, 0, "", 0.0
+        file, used, faults, due = DataFile(path), 0, {}, 0.0
         size, shown = path.stat().st_size, time.monotonic()
         for number, line in file.lines():
             texts, reason = row_texts(*parse_line(number, line))
             if not texts:
-                bad += 1
-                first_bad = first_bad or f"; the first is {file.unit} {number}: {printable(reason, 400)}"
+                add_reason(faults, number, reason)
                 continue
             used += 1
             due += weight
@@ -166,12 +166,14 @@ def stream_texts(files: list[tuple[Path, float]], purpose: str) -> Iterator[str]
             if time.monotonic() - shown > 5:
                 shown = time.monotonic()
                 print(f"{path.name}: {file.position / size:.0%} read", flush=True)
-        skipped = f", {bad} skipped{first_bad}" if bad else ""
-        times = f", each counted {weight:.3g} times" if weight != 1 else ""
-        kind = f" ({', '.join(file.kind)})" if file.kind else ""
-        print(f"{path.name}{kind}: {used} rows for {purpose}{times}{skipped}", flush=True)
+        why = reasons(faults, file.unit)
         if not used:
-            raise DataError(f"{path}: no usable row{first_bad or '; the file is empty'}")
+            raise DataError(f"{path}: no usable row: {'; '.join(why) or 'the file is empty'}")
+        kind = f" ({', '.join(file.kind)})" if file.kind else ""
+        times = f", each counted {weight:.3g} times" if weight != 1 else ""
+        skipped = f", {sum(fault['count'] for fault in faults.values())} skipped" if faults else ""
+        print(f"{path.name}{kind}: {used} rows for {purpose}{times}{skipped}", flush=True)
+        print("".join(f"  skipped {text}\n" for text in why), end="", flush=True)
 
 
 def row_texts(row: dict | None, fault: Fault | None = None) -> tuple[list[str], str]:

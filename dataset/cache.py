@@ -28,7 +28,7 @@ SETTLED = 10**10  # ns; a file that was changed more recently may change again w
 
 def default_cache_dir(environ: Mapping[str, str] = os.environ, root: Path = ROOT) -> Path:
     """MINIMIND_CACHE if it is set; else the first of these that can be written: out/cache of the repository, minimind
-    in XDG_CACHE_HOME or ~/.cache, a temporary folder. Makes nothing."""
+    in XDG_CACHE_HOME or ~/.cache, a temporary folder. Leaves nothing behind."""
     if given := environ.get("MINIMIND_CACHE"):
         return Path(given)
     places = [root / "out" / "cache"]
@@ -49,11 +49,12 @@ def _can_write(folder: Path) -> bool:
     """Whether the folder is there, or can be made, and files in it too. Its name must be Unicode for Arrow's sake."""
     try:
         str(folder).encode("utf-8")
-    except UnicodeEncodeError:
+        while not folder.exists() and folder != folder.parent:
+            folder = folder.parent
+        with tempfile.TemporaryFile(dir=folder):  # to ask for the permission is not enough on every file system
+            return True
+    except (OSError, UnicodeEncodeError):
         return False
-    while not folder.exists() and folder != folder.parent:
-        folder = folder.parent
-    return folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)
 
 
 def make_cache_dir(folder: Path) -> None:
