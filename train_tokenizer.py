@@ -1,29 +1,42 @@
-"""Train the tokenizer: byte-level BPE on any JSONL of this project (pretrain, conversations, preference pairs).
+"""Train a tokenizer: byte-level BPE on any data of this project (pretrain, conversations, preference pairs).
 
-python train_tokenizer.py                         # on the starter corpus
-python train_tokenizer.py --data_path starter REAL.jsonl --weight 0.3 1 --eval_path REAL_VAL.jsonl  # model/tokenizer
+python train_tokenizer.py                         # on the starter corpus; writes out/tokenizer
+python train_tokenizer.py --data_path starter REAL.jsonl --weight 0.3 1 --eval_path REAL_VAL.jsonl   # the shipped one
 """
 
 import argparse
 import json
+import os
 import re
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 import cli
 from cli import ArgumentParser, UsageError
-from dataset.chat import BOS, EOS, MARKERS, PAD, SPECIAL_MARKERS, TOKENIZER_DIR, load_tokenizer
-from dataset.jsonl import DataError, parse_line, read_lines
+from dataset.chat import BOS, EOS, MARKERS, PAD, SPECIAL_MARKERS, load_tokenizer
+from dataset.checks import Fault, quoted
+from dataset.files import DataError, DataFile
+from dataset.jsonl import parse_line
+from dataset.mapping import as_ours
+from dataset.packing import add_reason, reasons
 
 # Qwen2's split: transformers, vLLM and llama.cpp know it. Digits stand alone, so that arithmetic can be learnt.
 SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+# BPE takes time quadratic in the length of a piece, and learns nothing from one without an end: longer ones are cut.
+LONGEST_PIECE = 256  # characters
+LONG_PIECE = re.compile(  # of one of SPLIT's kinds; it is tried at the beginning of a run only, so that it stays linear
+    "|".join(rf"(?<!{kind}){kind}{{{LONGEST_PIECE + 1},}}" for kind in (r"[^\W\d_]", r"[^\w\s]", "_", r"\s"))
+)
 MIN_VOCAB = len(MARKERS) + 256
+OUT_DIR = Path(__file__).resolve().parent / "out" / "tokenizer"
 HELD_OUT = 100  # one text in so many is kept out of training, to measure on
 HELD_OUT_CHARACTERS = 1_000_000
 STARTER_FILES = ("pretrain", "sft", "lora_medical", "reason", "tools")
@@ -52,15 +65,18 @@ IDENTITY = {
 
 def main() -> None:
     args = parse_args()
+    sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be Unicode
+    check_folder(Path(args.out_dir), args.overwrite)
     files = weighted_files(args.data_path, args.weight, args.sample_mb)
     held_out = list(stream_texts([(Path(args.eval_path), 1.0)], "evaluation")) if args.eval_path else []
-    tokenizer = train_bpe(training_texts(files, None if args.eval_path else held_out), args.vocab_size)
+    texts = training_texts(files, None if args.eval_path else held_out)
+    tokenizer = interruptible(lambda: train_bpe(texts, args.vocab_size))
     check_identity(tokenizer)
     save_tokenizer(tokenizer, Path(args.out_dir))
     check_identity(load_tokenizer(args.out_dir))
     print(f"encode -> decode is the identity on {len(IDENTITY)} kinds of text", flush=True)
     print_compression(tokenizer, held_out)
-    print(f"wrote {args.out_dir}")
+    print(f"wrote {args.out_dir}\nnext: python train_pretrain.py --tokenizer {args.out_dir}")
 
 
 def parse_args() -> argparse.Namespace:
@@ -75,7 +91,9 @@ def parse_args() -> argparse.Namespace:
     add("--vocab_size", type=int, default=6400, help="default: %(default)s")
     sample = "rows are taken evenly from the files up to this much, which bounds the memory: about 50 times as much"
     add("--sample_mb", type=float, default=32, help=f"{sample} (default: %(default)s)")
-    add("--out_dir", default=str(TOKENIZER_DIR), help="default: %(default)s")
+    add("--out_dir", default=os.path.relpath(OUT_DIR), metavar="FOLDER", help="default: %(default)s")
+    overwrite = "1 = replace the tokenizer that lies in --out_dir; weights trained with that one need it still"
+    add("--overwrite", type=cli.flag, default=False, metavar="{0,1}", help=overwrite)
     args = parser.parse_args()
     if args.vocab_size < MIN_VOCAB:
         needed = f"{len(MARKERS)} markers and 256 bytes need {MIN_VOCAB}"
@@ -89,6 +107,19 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
+def check_folder(folder: Path, overwrite: bool) -> None:
+    """Before the work begins: UsageError if there is a tokenizer already, DataError if none can be written."""
+    there = [name for name in ("tokenizer.json", "tokenizer_config.json") if (folder / name).exists()]
+    if there and not overwrite:
+        remedy = "give another --out_dir, or --overwrite 1 to replace it"
+        raise UsageError(f"--out_dir {folder} has a tokenizer already ({there[0]}): {remedy}")
+    place = folder
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        raise DataError(f"--out_dir {folder}: {place} is no folder that can be written; give another one")
+
+
 def weighted_files(names: list[str], weights: list[float], sample_mb: float) -> list[tuple[Path, float]]:
     """(file, how often its rows are taken); all weights shrink together when the whole is over sample_mb."""
     files = []
@@ -100,10 +131,7 @@ def weighted_files(names: list[str], weights: list[float], sample_mb: float) -> 
             files += [(folder / f"{stage}.jsonl", weight) for stage in STARTER_FILES]
         else:
             files.append((Path(name), weight))
-    for path, _ in files:
-        if not path.is_file():
-            raise DataError(f"{path}: no such file; check the path")
-    scale = min(1.0, sample_mb * 1e6 / max(1, sum(path.stat().st_size * weight for path, weight in files)))
+    scale = min(1.0, sample_mb * 1e6 / max(1, sum(DataFile(path).text_size * weight for path, weight in files)))
     if scale < 1:
         print(f"data is over --sample_mb {sample_mb:g}: taking {scale:.1%} of it, evenly", flush=True)
     return [(path, weight * scale) for path, weight in files]
@@ -123,16 +151,12 @@ def training_texts(files: list[tuple[Path, float]], held_out: list[str] | None) 
 def stream_texts(files: list[tuple[Path, float]], purpose: str) -> Iterator[str]:
     """Streams the files' texts and says how far it is, and at the end of each file how many lines were no use."""
     for path, weight in files:
-        size, position, used, bad, first_bad, due = path.stat().st_size, 0, 0, 0, "", 0.0
-        shown = time.monotonic()
-        for number, line in read_lines(path):
-            position += len(line)
-            row, fault = parse_line(number, line)
-            texts = row_texts(row) if row else []
+        file, used, faults, due = DataFile(path), 0, {}, 0.0
+        size, shown = path.stat().st_size, time.monotonic()
+        for number, line in file.lines():
+            texts, reason = row_texts(*parse_line(number, line))
             if not texts:
-                bad += 1
-                reason = fault.text if fault else "no text, conversations or chosen/rejected in it"
-                first_bad = first_bad or f"; the first is line {number}: {reason}"
+                add_reason(faults, number, reason)
                 continue
             used += 1
             due += weight
@@ -141,35 +165,82 @@ def stream_texts(files: list[tuple[Path, float]], purpose: str) -> Iterator[str]
                 due -= 1
             if time.monotonic() - shown > 5:
                 shown = time.monotonic()
-                print(f"{path.name}: {position / size:.0%} read", flush=True)
-        skipped = f", {bad} skipped{first_bad}" if bad else ""
-        times = f", each counted {weight:.3g} times" if weight != 1 else ""
-        print(f"{path.name}: {used} rows for {purpose}{times}{skipped}", flush=True)
+                print(f"{path.name}: {file.position / size:.0%} read", flush=True)
+        why = reasons(faults, file.unit)
         if not used:
-            raise DataError(f"{path}: no usable row{first_bad}; expected JSONL, see --help")
+            raise DataError(f"{path}: no usable row: {'; '.join(why) or 'the file is empty'}")
+        kind = f" ({', '.join(file.kind)})" if file.kind else ""
+        times = f", each counted {weight:.3g} times" if weight != 1 else ""
+        skipped = f", {sum(fault['count'] for fault in faults.values())} skipped" if faults else ""
+        print(f"{path.name}{kind}: {used} rows for {purpose}{times}{skipped}", flush=True)
+        print("".join(f"  skipped {text}\n" for text in why), end="", flush=True)
 
 
-def row_texts(row: dict) -> list[str]:
-    """The pieces the model will see of a row: a text, or what stands between the markers of its messages."""
+def row_texts(row: dict | None, fault: Fault | None = None) -> tuple[list[str], str]:
+    """(the pieces the model will see of a row: a text, or what stands between the markers of its messages; why there is
+    none)."""
+    if row is None:
+        return [], fault.text
     if isinstance(row.get("text"), str):
-        return [row["text"]] if row["text"] else []
-    texts = []
-    for key in ("conversations", "chosen", "rejected"):
-        for message in row[key] if isinstance(row.get(key), list) else []:
-            if not isinstance(message, dict):
-                continue
-            if message.get("content"):
-                texts.append(f"{message.get('role')}\n{message['content']}")
-            for name in ("reasoning_content", "tools", "tool_calls"):
-                if value := message.get(name):
-                    texts.append("\n" + (value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)))
-    return texts
+        return [row["text"]] if row["text"] else [], "empty text"
+    try:
+        row, _ = as_ours("preference" if {"chosen", "rejected"} <= row.keys() else "sft", row)
+        if "conversations" not in row and "chosen" not in row:
+            row, _ = as_ours("pretrain", row)
+    except ValueError as doubt:
+        return [], str(doubt)
+    if isinstance(row.get("text"), str):
+        return [row["text"]] if row["text"] else [], "empty text"
+    texts = [text for key in ("conversations", "chosen", "rejected") for text in message_texts(row.get(key))]
+    keys = ", ".join(map(quoted, list(row)[:5]))
+    return texts, f"no text, no conversation and no chosen/rejected in it: the keys are {keys or 'none'}"
+
+
+def message_texts(messages: Any) -> Iterator[str]:
+    for message in messages if isinstance(messages, list) else []:
+        if not isinstance(message, dict):
+            continue
+        if message.get("content"):
+            yield f"{message.get('role')}\n{message['content']}"
+        for name in ("reasoning_content", "tools", "tool_calls"):
+            if value := message.get(name):
+                yield "\n" + (value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+
+
+def interruptible(work: Callable[[], Tokenizer]) -> Tokenizer:
+    """What work() returns, from a thread of its own: the trainer is no Python, and in the main thread it would hear no
+    Ctrl-C. Says every ten seconds that it goes on."""
+    done: dict[str, Any] = {}
+
+    def run() -> None:
+        try:
+            done["result"] = work()
+        except BaseException as error:  # raised again by the main thread
+            done["error"] = error
+
+    thread, started, shown = threading.Thread(target=run, daemon=True), time.monotonic(), time.monotonic()
+    thread.start()
+    try:
+        while thread.is_alive():
+            thread.join(0.2)
+            if time.monotonic() - shown > 10:
+                shown = time.monotonic()
+                print(f"training: {shown - started:.0f} s", flush=True)
+    except KeyboardInterrupt:
+        print("error: stopped; nothing was written", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(130)  # an orderly exit would wait for the trainer
+    if "error" in done:
+        raise done["error"]
+    return done["result"]
 
 
 def train_bpe(texts: Iterator[str], vocab_size: int) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE())
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(SPLIT), "isolated"), byte_level])
+    split = pre_tokenizers.Split(Regex(SPLIT), "isolated")
+    cut = pre_tokenizers.Split(Regex(rf"[\s\S]{{{LONGEST_PIECE}}}"), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, cut, byte_level])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -179,12 +250,23 @@ def train_bpe(texts: Iterator[str], vocab_size: int) -> Tokenizer:
         show_progress=sys.stderr.isatty(),
     )
     started = time.monotonic()
-    tokenizer.train_from_iterator(texts, trainer)
+    long = 0
+
+    def counted() -> Iterator[str]:
+        nonlocal long
+        for text in texts:
+            long += len(text) > LONGEST_PIECE and sum(1 for _ in LONG_PIECE.finditer(text))
+            yield text
+
+    tokenizer.train_from_iterator(counted(), trainer)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])  # only training is spared the long pieces
     # The trainer marks all of them special; the think and tool markers must stay visible in decoded answers.
     spec = json.loads(tokenizer.to_str())
     for token in spec["added_tokens"]:
         token["special"] = token["content"] in SPECIAL_MARKERS
     print(f"trained {tokenizer.get_vocab_size()} entries in {time.monotonic() - started:.1f} s", flush=True)
+    if long:
+        print(f"note: {long:,} words or runs of over {LONGEST_PIECE} characters were cut for the training")
     if tokenizer.get_vocab_size() < vocab_size:
         print(f"note: this text has no more pairs that occur twice; --vocab_size {vocab_size} needs more of it")
     return Tokenizer.from_str(json.dumps(spec))

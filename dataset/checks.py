@@ -9,6 +9,7 @@ import re
 from typing import Any, NamedTuple
 
 from dataset.chat import MARKERS, ROLES, from_json, json_type, parse_tool_calls, parse_tools
+from dataset.mapping import ROLES_AS
 
 
 class Fault(NamedTuple):
@@ -55,9 +56,48 @@ def preference_faults(row: dict) -> list[Fault]:
 
 def _missing_key(key: str, row: dict) -> Fault:
     if other := next((other for other in row if other.strip().lower() == key), None):
-        return Fault("error", f'key in the wrong case: {json.dumps(other)} instead of "{key}"')
-    keys = ", ".join(json.dumps(other, ensure_ascii=False) for other in itertools.islice(row, 5))
-    return Fault("error", f'no "{key}" key: {"the keys are " + keys if row else "the object is empty"}')
+        return Fault("error", f'key in the wrong case: {quoted(other)} instead of "{key}"; rename it')
+    keys = ", ".join(quoted(other) for other in itertools.islice(row, 5)) + ", ..." * (len(row) > 5)
+    found = f"the keys are {keys}" if row else "the object is empty"
+    return Fault("error", f'no "{key}" key: {found}; {_remedy(key, row)}')
+
+
+def _remedy(key: str, row: dict) -> str:
+    """What to do with a row that has no `key`, nor anything that stands for it."""
+    if {"chosen", "rejected"} <= row.keys() and key not in ("chosen", "rejected"):
+        return "preference pairs are for train_dpo.py"
+    if key == "text" and (row.keys() & {"conversations", "messages"} or {"instruction", "output"} <= row.keys()):
+        return "conversations are for train_full_sft.py"
+    if key == "conversations" and isinstance(row.get("text"), str):
+        return "plain text is for train_pretrain.py"
+    wrapped = [name for name, value in row.items() if isinstance(value, list) and value and isinstance(value[0], dict)]
+    if wrapped and not {"role", "from"} & row[wrapped[0]][0].keys():
+        return f"the rows are a list in it: jq -c '.{json.dumps(wrapped[0])}[]' FILE > NEW.jsonl takes them out"
+    texts = [name for name, value in row.items() if isinstance(value, str)]
+    if key == "text" and texts:
+        longest = json.dumps(max(texts, key=lambda name: len(row[name])), ensure_ascii=False)
+        return f"if {longest} is the text: jq -c '{{text: .{longest}}}' FILE > NEW.jsonl"
+    return EXPECTED[key]
+
+
+EXPECTED = {
+    "text": 'expected is {"text": "..."}',
+    "conversations": 'expected is "conversations" or "messages" (role and content, or from and value), or instruction, '
+    "input and output, or prompt and completion, or question and answer; rename the keys",
+    "chosen": 'expected are "chosen" and "rejected", lists of messages or, with a "prompt", texts; rename the keys',
+}
+EXPECTED["rejected"] = EXPECTED["chosen"]
+
+
+def quoted(value: Any) -> str:
+    """A value as JSON, in one line, shortened."""
+    return printable(json.dumps(value, ensure_ascii=False, default=str), 60)
+
+
+def printable(text: str, most: int) -> str:
+    """The text in one line of at most so many characters, control characters as escapes."""
+    shown = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text[:most])
+    return shown + "..." * (len(text) > most)
 
 
 def kind_of(fault: str) -> str:
@@ -71,7 +111,6 @@ def kind_of(fault: str) -> str:
 
 # ------------------------------------------------------------------------------------------------ messages
 
-ROLE_HINTS = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant", "function": "tool"}
 MARKER_PATTERN = re.compile("|".join(re.escape(marker) for marker in MARKERS))
 CONTROL_PATTERN = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 SURROGATE_PATTERN = re.compile(r"[\ud800-\udfff]")
@@ -107,15 +146,14 @@ def validate_messages(messages: Any, tools: list[dict] | str | None = None) -> l
 def _role_faults(message: dict, where: str) -> list[Fault]:
     role = message.get("role")
     if role is None:
-        hint = "; looks like ShareGPT: rename from/value to role/content" if "from" in message else ""
-        return [Fault("error", f"{where}: role is missing or null{hint}")]
+        keys = ", ".join(map(quoted, itertools.islice(message, 5))) or "none"
+        return [Fault("error", f"{where}: role is missing or null (the keys are {keys}); known are {', '.join(ROLES)}")]
     if not isinstance(role, str):
         return [Fault("error", f"{where}: role is {json_type(role)}, not a string")]
     if role not in ROLES:
-        meant = role.strip().lower()
-        meant = ROLE_HINTS.get(meant, meant)
-        hint = f', did you mean "{meant}"?' if meant in ROLES else "; known are " + ", ".join(ROLES)
-        return [Fault("error", f"{where}: unknown role {json.dumps(role)}{hint}")]
+        meant = ROLES_AS.get(role.strip().lower())
+        hint = f', did you mean "{meant}"?' if meant else "; known are " + ", ".join(ROLES)
+        return [Fault("error", f"{where}: unknown role {quoted(role)}{hint}")]
     return []
 
 
@@ -132,7 +170,8 @@ def _text_faults(message: dict, where: str) -> list[Fault]:
         value = message.get(field)
         if not isinstance(value, str):
             if value is not None and field in ("content", "reasoning_content"):
-                faults.append(Fault("error", f"{where}: {field} is {json_type(value)}, not a string"))
+                hint = _parts_hint(value) if field == "content" else ""
+                faults.append(Fault("error", f"{where}: {field} is {json_type(value)}, not a string{hint}"))
             value = json.dumps(value, ensure_ascii=False, default=str) if isinstance(value, (list, dict)) else ""
         else:
             value += _decoded(value) if field in ("tools", "tool_calls") else ""
@@ -143,6 +182,14 @@ def _text_faults(message: dict, where: str) -> list[Fault]:
         if found := sorted(set(MARKER_PATTERN.findall(value))):
             faults.append(Fault("warning", f"{where}: {field} has literal {', '.join(found)}; kept as plain text"))
     return faults
+
+
+def _parts_hint(content: Any) -> str:
+    """Of a content in OpenAI's list of parts: what it holds that is no single text."""
+    kinds = [part.get("type") for part in content if isinstance(part, dict)] if isinstance(content, list) else []
+    if others := [kind for kind in kinds if kind != "text"]:
+        return f"; it has a part of type {quoted(others[0])}, and only text can be trained on"
+    return "; join its parts into one string" if kinds else ""
 
 
 def _decoded(text: str) -> str:

@@ -3,7 +3,6 @@
 for number, row, fault in read_jsonl("dataset/starter_data/pretrain.jsonl"): ...
 """
 
-import itertools
 import json
 import re
 from collections.abc import Iterator
@@ -12,30 +11,18 @@ from typing import Any
 
 from dataset.chat import json_type
 from dataset.checks import Fault
+from dataset.files import MAX_LINE, DataError, DataFile, runs_out
 
-MAX_LINE = 64 << 20  # bytes; a longer line is not a row, and would have to be held in memory whole
+__all__ = ["DataError", "parse_line", "read_jsonl", "read_lines"]
+
+ICONV = "such as iconv -f GB18030 -t UTF-8 FILE > NEW (Chinese), or -f CP1252 (Western Europe)"
+FETCH = "download or copy the file again"
 SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
-class DataError(Exception):
-    """A data file cannot be used; the message names the file, the fault and the remedy. Scripts print it and exit 1."""
-
-
 def read_lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
-    """Yields (line number from 1, bytes with the line end). Only byte 0x0A ends a line; a line is cut at MAX_LINE."""
-    try:
-        with open(path, "rb") as file:
-            for number in itertools.count(1):
-                line = rest = file.readline(MAX_LINE)
-                while len(rest) == MAX_LINE and not rest.endswith(b"\n"):
-                    rest = file.readline(MAX_LINE)
-                if not line:
-                    return
-                yield number, line
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file; check the path") from None
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+    """Yields (line number from 1, bytes with the line end), as DataFile.lines() does."""
+    yield from DataFile(path).lines()
 
 
 def parse_line(number: int, line: bytes) -> tuple[dict | None, Fault | None]:
@@ -44,6 +31,7 @@ def parse_line(number: int, line: bytes) -> tuple[dict | None, Fault | None]:
         return None, Fault("error", f"line too long: over {MAX_LINE >> 20} MB")
     if number == 1:
         line = line.removeprefix(b"\xef\xbb\xbf")
+    ended = line.endswith(b"\n")
     line = line.removesuffix(b"\n").removesuffix(b"\r")
     try:
         text = line.decode("utf-8")
@@ -53,17 +41,23 @@ def parse_line(number: int, line: bytes) -> tuple[dict | None, Fault | None]:
         if SURROGATE.search(line):
             json.dumps(row, ensure_ascii=False).encode("utf-8")
     except UnicodeDecodeError as error:
-        return None, Fault("error", f"not UTF-8: byte 0x{line[error.start]:02x} at byte {error.start + 1} of the line")
+        if not ended and error.reason == "unexpected end of data":
+            return None, Fault("error", f"cut off: the file ends in the midst of a character; {FETCH}")
+        found = f"byte 0x{line[error.start]:02x} at byte {error.start + 1} of the line"
+        return None, Fault("error", f"not UTF-8: {found}; convert the file from what it is in, {ICONV}")
     except UnicodeEncodeError as error:
         return None, Fault("error", f"lone surrogate: \\u{ord(error.object[error.start]):04x} is half a character")
     except json.JSONDecodeError as error:
-        return None, Fault("error", f"invalid JSON: {error.msg} at column {error.colno}")
+        if not ended and runs_out(error):
+            return None, Fault("error", f"cut off: the file ends in the midst of it, at column {len(text)}; {FETCH}")
+        return None, Fault("error", f"invalid JSON: {error.msg} at column {error.colno}{_json_hint(text, error)}")
     except _DuplicateKey as error:
         return None, Fault("error", f"duplicate JSON key: {error} stands twice in one object")
     except (ValueError, RecursionError) as error:
         return None, Fault("error", f"invalid JSON: {error}")
     if not isinstance(row, dict):
-        return None, Fault("error", f"not an object: the top level is {json_type(row)}")
+        hint = _list_hint(row) if isinstance(row, list) else ""
+        return None, Fault("error", f"not an object: the top level is {json_type(row)}{hint}")
     return row, None
 
 
@@ -71,6 +65,26 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict | None, Fault | Non
     """Yields (line number, object or None, fault or None) for every line; memory does not grow with the file."""
     for number, line in read_lines(path):
         yield number, *parse_line(number, line)
+
+
+def _json_hint(text: str, error: json.JSONDecodeError) -> str:
+    """What the writer of the line may have meant."""
+    start = text.lstrip()
+    if start.startswith(("{'", "[{'")):
+        return "; looks like Python, not JSON: write rows with json.dumps"
+    if error.msg == "Extra data":
+        if text[error.pos :].strip() == ",":
+            return "; a comma ends the line: remove it, or put the rows into brackets [...], as an array"
+        return "; give each object a line of its own"
+    if error.msg.startswith("Invalid control character"):
+        return r"; write a line end or a tab in a string as \n or \t"
+    return ""
+
+
+def _list_hint(row: list) -> str:
+    if row and all(isinstance(entry, dict) and {"role", "from"} & entry.keys() for entry in row):
+        return "; if it is a conversation: jq -c '{conversations: .}' FILE > NEW.jsonl"
+    return "; each row must be an object {...}"
 
 
 class _DuplicateKey(ValueError):

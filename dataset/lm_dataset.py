@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dataset import packing
+from dataset import cache, files, packing
+from dataset.cache import content_hash, default_cache_dir
 from dataset.jsonl import DataError, read_jsonl
 from dataset.packing import PADDING
 from dataset.tokenizer import ChatTokenizer
@@ -29,10 +30,11 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 __all__ = ["DataError", "batches", "collate", "preference_dataset", "pretrain_dataset", "read_jsonl"]
+__all__ += ["content_hash", "default_cache_dir"]
 __all__ += ["reason_dataset", "sft_dataset", "summary", "bytes_per_token", "validation_batches"]
 
-CACHE_DIR = Path(__file__).resolve().parent.parent / "out" / "cache"
-RENDERING = ("chat", "template", "checks", "jsonl", "packing")  # the files whose code shapes the rows
+# The files whose code shapes the rows.
+RENDERING = ("chat", "template", "tokenizer", "checks", "files", "jsonl", "mapping", "packing")
 IGNORE = -100  # label that the loss leaves out
 
 
@@ -69,15 +71,18 @@ def _packed_dataset(
     path: Path,
     tokenizer: ChatTokenizer,
     seq_len: int,
-    cache_dir: str | Path = CACHE_DIR,
+    cache_dir: str | Path | None = None,
     num_proc: int | None = None,
     quiet: bool = False,
 ) -> Dataset:
     from filelock import FileLock, Timeout
 
-    folder = _cache_folder(kind, path, tokenizer, seq_len, Path(cache_dir))
+    _check(path, seq_len)
+    cache_dir = Path(cache_dir or default_cache_dir())
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        cache.make_cache_dir(cache_dir)
+        version, digest = _version(path), content_hash(path, cache_dir, quiet)
+        folder = _cache_folder(kind, digest, tokenizer, seq_len, cache_dir)
         lock = FileLock(f"{folder}.lock")  # ends with its process, however that ends
         try:
             lock.acquire(timeout=0)
@@ -88,44 +93,71 @@ def _packed_dataset(
             dataset = _open(folder)
             cached = dataset is not None
             if not cached:
-                # Built beside its place and renamed: a killed run leaves no half cache.
-                building = Path(f"{folder}.building")
-                shutil.rmtree(building, ignore_errors=True)
-                shutil.rmtree(folder, ignore_errors=True)
-                building.mkdir()
-                try:
-                    packing.pack_file(kind, path, tokenizer, seq_len, building, num_proc, quiet)
-                    os.rename(building, folder)
-                finally:
-                    shutil.rmtree(building, ignore_errors=True)
+                _build(folder, kind, path, tokenizer, seq_len, num_proc, quiet, {"sha256": digest})
+                if _version(path) != version:
+                    shutil.rmtree(folder)
+                    raise DataError(f"{path}: the file was changed while it was read; run again when it is whole")
                 dataset = _open(folder)
+            os.utime(folder)  # used just now: trim() begins with those that were used longest ago
         finally:
             lock.release()
+        place = "" if cached or quiet else _tell_place(cache_dir, folder)
     except OSError as error:
-        raise DataError(f"{cache_dir}: cannot write the token cache: {error.strerror or error}") from None
+        remedy = "set MINIMIND_CACHE to a folder that can be written"
+        raise DataError(f"{cache_dir}: cannot write the token cache: {error.strerror or error}; {remedy}") from None
     except BrokenExecutor:
         raise DataError(f"{path}: a process that tokenised it was killed; is there enough memory?") from None
-    _say(packing.describe(path, summary(dataset), cached), quiet)
+    _say(packing.describe(path, summary(dataset), "; cached" if cached else place), quiet)
     return dataset
 
 
-def _cache_folder(kind: str, path: Path, tokenizer: ChatTokenizer, seq_len: int, cache_dir: Path) -> Path:
-    """Where the rows of this very file are kept: its identity and all that shapes the rows are in the name."""
+def _check(path: Path, seq_len: int) -> None:
+    """DataError if there cannot be rows of this file."""
     if not 2 <= seq_len <= 1 << 20:
         raise DataError(f"seq_len {seq_len} is out of range: it must be at least 2 and at most {1 << 20}")
-    try:
-        stat = path.resolve().stat()
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}; check the path") from None
-    if not path.is_file():
-        raise DataError(f"{path}: not a file; give the path of one JSONL file")
-    if stat.st_size == 0:
+    files.DataFile(path)
+    if path.stat().st_size == 0:
         raise DataError(f"{path}: the file is empty")
+
+
+def _version(path: Path) -> list[int]:
+    """What tells that a file is being changed."""
+    stat = os.stat(path)
+    return [stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
+
+
+def _build(folder: Path, kind: str, path: Path, *options) -> None:
+    """Makes the rows beside their place and renames them: a killed run leaves no half cache."""
+    building = Path(f"{folder}.building")
+    shutil.rmtree(building, ignore_errors=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    building.mkdir()
+    try:
+        packing.pack_file(kind, path, building, *options)
+        os.rename(building, folder)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
+def _tell_place(cache_dir: Path, folder: Path) -> str:
+    """Where the cache is and what it holds, in words, once it is within its limit."""
+    total, removed = cache.trim(cache_dir, folder, cache.largest_cache())
+    own, total, gone = (f"{size / 1e6:,.1f} MB" for size in (cache.folder_size(folder), total, sum(removed)))
+    text = f"; kept in {cache_dir} ({own}; {total} with all that is there)"
+    if removed:
+        text += f"; removed {gone} that were used longest ago (more than MINIMIND_CACHE_GB, or 20)"
+    if cache_dir == cache.temporary_cache_dir():
+        text += ", a temporary folder, for no other can be written: set MINIMIND_CACHE to keep it"
+    return text
+
+
+def _cache_folder(kind: str, digest: str, tokenizer: ChatTokenizer, seq_len: int, cache_dir: Path) -> Path:
+    """Where the rows of a file with this content are kept: all that shapes the rows is in the name."""
     # The code that renders and packs is part of the key: a changed template must not meet rows of the old one.
     code = [Path(__file__).with_name(f"{name}.py").read_text(encoding="utf-8") for name in RENDERING]
-    identity = [kind, seq_len, str(path.resolve()), stat.st_size, stat.st_mtime_ns, tokenizer.chat_hash, code]
+    identity = [kind, seq_len, digest, tokenizer.chat_hash, code]
     key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
-    return cache_dir / f"{kind}-{path.stem[:40]}-{seq_len}-{key}"
+    return cache_dir / f"{kind}-{seq_len}-{key}"
 
 
 def _open(folder: Path) -> Dataset | None:

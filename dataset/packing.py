@@ -10,20 +10,22 @@ import os
 import sys
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import get_context, parent_process
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from dataset.chat import render_chat
-from dataset.checks import Fault, conversation_faults, kind_of, preference_faults, text_fault
-from dataset.jsonl import DataError, parse_line, read_lines
+from dataset.checks import Fault, conversation_faults, kind_of, preference_faults, printable, text_fault
+from dataset.files import DataError, DataFile
+from dataset.jsonl import parse_line
+from dataset.mapping import as_ours
 from dataset.tokenizer import ChatTokenizer
 
 PADDING = 0  # the id in what a row does not fill: no label is there, and nothing attends to it
@@ -41,17 +43,44 @@ class Sample:
     lengths: list[int] | None = None  # of its segments; None: it is one
 
 
-def _encode(
-    kind: str, tokenizer: ChatTokenizer, seq_len: int, lines: list[tuple[int, bytes]]
-) -> tuple[list[Sample], list[tuple[int, str]]]:
-    """Lines -> (the rows that can be used, [(line number, why not)] of the others)."""
+class TooLong(ValueError):
+    """A pair needs a row of `tokens`."""
+
+    def __init__(self, tokens: int, seq_len: int):
+        super().__init__(f"pair longer than a row: {tokens} tokens with both answers, the row has {seq_len}")
+        self.tokens = tokens
+
+
+class Encoded(NamedTuple):
+    """What came of some lines."""
+
+    pieces: list[Sample]  # of the rows that can be used
+    skipped: list[tuple[int, str, int]]  # of the others: line number, why not, tokens of a pair that is too long
+    forms: Counter  # how many rows were read as what, if not as our own
+
+
+def read_row(kind: str, number: int, line: bytes) -> tuple[dict | None, str, list[Fault]]:
+    """A line -> (the row with our keys, None if there is none; what it was read as, "": ours; its faults). This is what
+    training sees of a file, and inspect_data.py shows."""
+    row, fault = parse_line(number, line)
+    if row is None:
+        return None, "", [fault]
+    try:
+        row, form = as_ours(kind, row)
+    except ValueError as doubt:
+        return None, "", [Fault("error", f"{doubt}")]
+    if kind == "pretrain":
+        return row, form, [fault] if (fault := text_fault(row)) else []
+    return row, form, (preference_faults if kind == "preference" else conversation_faults)(row)
+
+
+def _encode(kind: str, tokenizer: ChatTokenizer, seq_len: int, lines: list[tuple[int, bytes]]) -> Encoded:
     dtype = np.uint16 if tokenizer.get_vocab_size() <= 1 << 16 else np.uint32
-    faults_of = {"pretrain": lambda row: [text_fault(row)], "preference": preference_faults}
-    texts, pieces, skipped = [], [], []
+    texts, pieces, skipped, forms = [], [], [], Counter()
     for number, line in lines:
-        row, fault = parse_line(number, line)
-        faults = [fault] if row is None else faults_of.get(kind, conversation_faults)(row)
-        error = next((fault for fault in faults if fault and fault.level == "error"), None)
+        row, form, faults = read_row(kind, number, line)
+        error = next((fault.text for fault in faults if fault.level == "error"), None)
+        tokens = 0
         if error is None and kind == "pretrain":
             texts.append(row["text"])
         elif error is None:
@@ -62,13 +91,15 @@ def _encode(
                     ids, mask = render_chat(tokenizer, row["conversations"], thinking_off=kind == "reason")
                     pieces.append(Sample(np.array(ids, dtype), np.array(mask, bool)))
             except ValueError as refused:
-                error = Fault("error", f"{refused}")
+                error, tokens = f"{refused}", getattr(refused, "tokens", 0)
         if error is not None:
-            skipped.append((number, error.text))
+            skipped.append((number, error, tokens))
+        elif form:
+            forms[form] += 1
     if kind == "pretrain":
         encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         pieces = [Sample(np.array([tokenizer.document_id, *encoding.ids], dtype)) for encoding in encodings]
-    return pieces, skipped
+    return Encoded(pieces, skipped, forms)
 
 
 def _pair(tokenizer: ChatTokenizer, row: dict, seq_len: int, dtype: type) -> Sample:
@@ -76,7 +107,7 @@ def _pair(tokenizer: ChatTokenizer, row: dict, seq_len: int, dtype: type) -> Sam
     sides = [render_chat(tokenizer, row[side]) for side in ("chosen", "rejected")]
     ids = np.concatenate([np.array(ids, dtype) for ids, _ in sides])
     if len(ids) > seq_len:
-        raise ValueError(f"pair longer than a row: {len(ids)} tokens with both answers; raise --max_seq_len")
+        raise TooLong(len(ids), seq_len)
     mask = np.concatenate([_last_answer(np.array(mask, bool)) for _, mask in sides])
     return Sample(ids, mask, [len(ids) for ids, _ in sides])
 
@@ -110,13 +141,13 @@ def _hidden_script() -> Iterator[None]:
         script.update(hidden)
 
 
-def _encode_in_worker(lines: list[tuple[int, bytes]]) -> tuple[list, list]:
+def _encode_in_worker(lines: list[tuple[int, bytes]]) -> Encoded:
     return _encode(*_worker, lines)
 
 
 def _encode_all(
     kind: str, tokenizer: ChatTokenizer, seq_len: int, chunks: Iterable, num_proc: int
-) -> Iterator[tuple[list, list]]:
+) -> Iterator[Encoded]:
     """_encode over all chunks, in order; with several processes only a few chunks are in flight, so RAM stays flat."""
     if num_proc <= 1:
         yield from (_encode(kind, tokenizer, seq_len, chunk) for chunk in chunks)
@@ -202,28 +233,38 @@ def pack_pieces(pieces: Iterable[Sample], seq_len: int) -> Iterator[dict]:
 
 
 def pack_file(
-    kind: str, path: Path, tokenizer: ChatTokenizer, seq_len: int, folder: Path, num_proc: int | None, quiet: bool
+    kind: str,
+    path: Path,
+    folder: Path,
+    tokenizer: ChatTokenizer,
+    seq_len: int,
+    num_proc: int | None,
+    quiet: bool,
+    identity: dict[str, str],
 ) -> None:
-    """Streams the file into folder/rows.arrow and folder/summary.json."""
+    """Streams the file into folder/rows.arrow and folder/summary.json, which has `identity` too."""
     started = time.perf_counter()
     size = path.stat().st_size
     if num_proc is None:
         num_proc = min(os.cpu_count() or 1, 16) if size > PARALLEL_FROM else 1
-    figures: dict[str, Any] = {"kind": kind, "seq_len": seq_len, "lines": 0, "used": 0, "skipped": {}}
+    file = DataFile(path)
+    figures: dict[str, Any] = identity | {"kind": kind, "seq_len": seq_len, "lines": 0, "used": 0, "skipped": {}}
+    figures |= {"file": file.kind, "unit": file.unit, "forms": Counter()}
     figures |= {"tokens": 0, "labels": 0, "continued": 0, "windows": 0, "rows": 0}
     progress = FileProgress(f"tokenising {path.name}", size, quiet)
 
     def lines() -> Iterator[tuple[int, bytes]]:
-        for number, line in read_lines(path):
+        for number, line in file.lines():
             figures["lines"] = number
-            progress.add(len(line))
+            progress.at(file.position)
             yield number, line
 
     def encoded() -> Iterator[Sample]:
-        for rows, skipped in _encode_all(kind, tokenizer, seq_len, chunks_of(lines()), num_proc):
+        for rows, skipped, forms in _encode_all(kind, tokenizer, seq_len, chunks_of(lines()), num_proc):
             figures["used"] += len(rows)
-            for number, why in skipped:
-                add_reason(figures["skipped"], number, why)
+            figures["forms"] += forms
+            for number, why, tokens in skipped:
+                add_reason(figures["skipped"], number, why, tokens)
             yield from rows
 
     def pieces() -> Iterator[Sample]:
@@ -244,7 +285,10 @@ def pack_file(
     if kind == "pretrain":
         figures["labels"] = figures["tokens"] = figures["tokens"] - figures["rows"]  # rows share a token
     if not figures["rows"]:
-        raise DataError(f"{path}: none of its {figures['lines']} lines can be used: {reasons(figures['skipped'])}")
+        if not figures["lines"]:
+            raise DataError(f"{path}: the file is empty")
+        why = "; ".join(reasons(figures["skipped"], file.unit))
+        raise DataError(f"{path}: none of its {figures['lines']:,} {file.unit}s can be used: {why}")
     figures["fill"] = figures["tokens"] / (figures["rows"] * seq_len)
     figures["seconds"] = round(time.perf_counter() - started, 1)
     (folder / "summary.json").write_text(json.dumps(figures, ensure_ascii=False), encoding="utf-8")
@@ -270,40 +314,66 @@ def _write_arrow(path: Path, rows: Iterator[dict[str, np.ndarray]], figures: dic
             writer.close()
 
 
-def add_reason(skipped: dict, number: int, why: str) -> None:
-    """Counts a skipped line under the kind of its fault, with the numbers of the first five."""
-    reason = skipped.setdefault(kind_of(why), {"count": 0, "lines": []})
+def add_reason(skipped: dict, number: int, why: str, tokens: int = 0) -> None:
+    """Counts a skipped line under the kind of its fault, with the numbers of the first five and the first fault in
+    full. tokens: what a pair that is too long needs."""
+    reason = skipped.setdefault(kind_of(why), {"count": 0, "lines": [], "first": why, "needs": {}})
     reason["count"] += 1
     reason["lines"] += [number] if len(reason["lines"]) < 5 else []
+    if tokens:
+        size = str(1 << (tokens - 1).bit_length())  # a power of two that is enough; a string, as JSON's keys are
+        reason["needs"][size] = reason["needs"].get(size, 0) + 1
+        reason["most"] = max(reason.get("most", 0), tokens)
 
 
-def reasons(skipped: dict, most: int = 6) -> str:
-    """What add_reason() counted, in one line, the most frequent first."""
+def reasons(skipped: dict, unit: str = "line", most: int = 12) -> list[str]:
+    """What add_reason() counted, a text for each kind of fault, the most frequent first; of each the first in full."""
+    ranked = sorted(skipped.values(), key=lambda reason: -reason["count"])
+    texts = []
+    for reason in ranked[:most]:
+        count, numbers = reason["count"], ", ".join(map(str, reason["lines"]))
+        more = ", ..." if count > len(reason["lines"]) else ""
+        where = f"{unit} {numbers}" if count == 1 else f"{count:,} {unit}s ({numbers}{more})"
+        text = printable(reason["first"], 400)
+        texts.append(f"{where}: {text}{_row_needed(reason) if reason['needs'] else ''}")
+    if rest := sum(reason["count"] for reason in ranked[most:]):
+        texts.append(f"{rest:,} for other reasons (scripts/inspect_data.py lists all)")
+    return texts
 
-    def lines(reason: dict) -> str:
-        more = ", ..." if reason["count"] > len(reason["lines"]) else ""
-        return ("lines " if reason["count"] > 1 else "line ") + ", ".join(map(str, reason["lines"])) + more
 
-    ranked = sorted(skipped.items(), key=lambda item: -item[1]["count"])
-    parts = [f"{reason['count']:,} {why} ({lines(reason)})" for why, reason in ranked[:most]]
-    if rest := sum(reason["count"] for _, reason in ranked[most:]):
-        parts.append(f"{rest:,} for other reasons (scripts/inspect_data.py lists all)")
-    return "; ".join(parts)
+def _row_needed(reason: dict) -> str:
+    """The row that pairs which are too long need."""
+    text, total = f"; --max_seq_len {reason['most']} is enough for all of them", 0
+    if reason["count"] == 1:
+        return f"; --max_seq_len {reason['most']} is enough"
+    for size, count in sorted((int(size), count) for size, count in reason["needs"].items()):
+        total += count
+        if reason["count"] > total >= reason["count"] / 2:
+            return f"{text}, {size} for {total:,}"
+    return text
 
 
-def describe(path: Path, figures: dict, cached: bool) -> str:
-    """The figures of a packed dataset in one line."""
-    count = figures["lines"] - figures["used"]
-    text = f"{path.name}: {figures['lines']:,} lines, {figures['used']:,} used, {count:,} skipped"
-    if count:
-        line = next(iter(figures["skipped"].values()))["lines"][0]
-        text += f" [{reasons(figures['skipped'])}; see python scripts/inspect_data.py {path} --row {line}]"
+def describe(path: Path, figures: dict, place: str) -> str:
+    """The figures of a packed dataset: one line, which `place` ends, and one more for each kind of fault."""
+    count, unit = figures["lines"] - figures["used"], figures["unit"]
+    kind = f" ({', '.join(figures['file'])})" if figures["file"] else ""
+    text = f"{path.name}{kind}: {figures['lines']:,} {unit}s, {figures['used']:,} used, {count:,} skipped"
+    forms = sorted(figures["forms"].items(), key=lambda form: -form[1])
+    text += "".join(
+        f"; {number:,} row{'s' * (number > 1)} read as {printable(form, 200)}" for form, number in forms[:4]
+    )
+    if others := sum(number for _, number in forms[4:]):
+        text += f"; {others:,} rows read in {len(forms) - 4} other ways"
     if figures["continued"]:
         text += f"; {figures['continued']:,} longer than a row, continued in {figures['windows']:,} windows"
     text += f"; {figures['tokens']:,} tokens"
     text += f" ({figures['labels']:,} trained)" if figures["kind"] != "pretrain" else ""
-    text += f" in {figures['rows']:,} rows of {figures['seq_len']}, {100 * figures['fill']:.1f} % full"
-    return text + ("; cached" if cached else f"; {figures['seconds']} s")
+    text += f" in {figures['rows']:,} rows of {figures['seq_len']}, {100 * figures['fill']:.1f} % full{place}"
+    if not count:
+        return text
+    line = next(iter(figures["skipped"].values()))["lines"][0]
+    see = f"see python scripts/inspect_data.py {path} --row {line}"
+    return "\n".join([text, *(f"  skipped {why}" for why in reasons(figures["skipped"], unit)), f"  {see}"])
 
 
 class FileProgress:
@@ -314,8 +384,8 @@ class FileProgress:
         self.tty = sys.stderr.isatty()
         self.next = time.monotonic() + 2
 
-    def add(self, count: int) -> None:
-        self.done += count
+    def at(self, position: int) -> None:
+        self.done = position
         if not self.quiet and time.monotonic() >= self.next:
             text = f"{self.name}: {100 * self.done / self.total:.0f} % of {self.total / 1e6:.0f} MB"
             print(f"\r{text}" if self.tty else text, file=sys.stderr, end="" if self.tty else "\n", flush=True)

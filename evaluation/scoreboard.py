@@ -15,6 +15,7 @@ from typing import Any
 
 from dataset.checks import validate_messages
 from dataset.jsonl import DataError, read_jsonl
+from dataset.mapping import as_ours
 from model.inference.answers import AssistantMessage
 from model.inference.chatbot import Chatbot
 
@@ -112,7 +113,11 @@ def read_heldout(path: str | Path) -> list[Question]:
     """All questions; DataError names the first line that is not one."""
     questions = []
     for number, row, fault in read_jsonl(path):
-        error = fault.text if fault else _error(row)
+        try:
+            row, _ = as_ours("sft", row or {})
+            error = fault.text if fault else _error(row)
+        except ValueError as doubt:
+            error = str(doubt)
         if error:
             raise DataError(f"{path}, line {number}: {error}")
         lists = [row.get("answers") or [], row.get("must_contain") or []]

@@ -103,12 +103,14 @@ def read_prompts(path: str | Path, limit: int | None = None) -> tuple[dict[bytes
             if len(prompts) == limit:
                 break
     if not prompts:
-        raise DataError(f"{path}: none of its {number} lines is a prompt: {reasons(skipped) or 'the file is empty'}")
+        raise DataError(
+            f"{path}: none of its {number} lines is a prompt: {'; '.join(reasons(skipped)) or 'the file is empty'}"
+        )
     faulty = sum(reason["count"] for reason in skipped.values())
     text = (
         f"{Path(path).name}: {number:,} lines, {len(prompts):,} prompts, {duplicates:,} duplicates, {faulty:,} faulty"
     )
-    return prompts, text + (f" [{reasons(skipped)}]" if skipped else "")
+    return prompts, text + (f" [{'; '.join(reasons(skipped))}]" if skipped else "")
 
 
 def _to_prompt(row: dict) -> tuple[list[dict], str | None]:

@@ -1,4 +1,4 @@
-"""Statistics and faults of a JSONL data file, or one of its rows token by token with its labels.
+"""Statistics and faults of a data file, or one of its rows token by token with its labels, as training reads them.
 
 python scripts/inspect_data.py dataset/starter_data/sft.jsonl
 python scripts/inspect_data.py dataset/starter_data/sft.jsonl --row 3
@@ -20,25 +20,26 @@ import _path  # noqa: F401
 import numpy as np
 
 from cli import ArgumentParser, prepare_terminal
-from dataset import checks, cleaning, jsonl, packing
+from dataset import checks, cleaning, packing
 from dataset.chat import render_chat
-from dataset.checks import Fault
-from dataset.jsonl import DataError
+from dataset.checks import Fault, printable
+from dataset.files import DataError, DataFile
 from dataset.packing import Sample
 from dataset.tokenizer import TOKENIZER_DIR, load_tokenizer
 
-KEYS = {"text": "pretrain", "conversations": "sft", "chosen": "dpo", "rejected": "dpo"}
+STAGES = {"pretrain": "pretrain", "sft": "sft", "dpo": "preference"}  # what packing.py calls the formats
 PARTS = {"sft": ("conversations",), "dpo": ("chosen", "rejected")}
 PAIR = re.compile(r"(?<=: )of line \d+")
 
 
 def main() -> None:
     parser = ArgumentParser(description=__doc__)
-    parser.add_argument("file", type=Path, help="JSONL file: pretraining text, conversations or preference pairs")
+    parser.add_argument("file", type=Path, help="pretraining text, conversations or preference pairs, as JSONL or JSON")
     parser.add_argument("--kind", choices=["auto", "pretrain", "sft", "dpo"], default="auto", help="format of the rows")
-    parser.add_argument("--row", type=int, metavar="N", help="show line N token by token")
+    parser.add_argument("--row", type=int, metavar="N", help="show line N (of an array: row N)")
     parser.add_argument("--tokenizer", type=Path, default=TOKENIZER_DIR, metavar="DIR", help="default: model/tokenizer")
-    parser.add_argument("--seq_len", type=int, default=512, help="tokens in a training row (default 512)")
+    seq_len = "tokens in a training row: what you give to training (default 512)"
+    parser.add_argument("--seq_len", "--max_seq_len", type=int, default=512, help=seq_len)
     parser.add_argument("--all", action="store_true", help="print every line number, also of faults in very many lines")
     args = parser.parse_args()
     if args.seq_len < 2:
@@ -47,16 +48,15 @@ def main() -> None:
         parser.error(f"--row {args.row}: lines are counted from 1")
     prepare_terminal()
     try:
-        if not args.file.is_file():
-            raise DataError(f"{args.file}: {'not a file' if args.file.exists() else 'no such file'}; check the path")
-        if args.file.stat().st_size == 0:
+        file = DataFile(args.file)
+        if not next(file.lines(), None):
             raise DataError(f"{args.file}: the file is empty")
         tokenizer = load_tokenizer(args.tokenizer)
-        kind = guess_kind(args.file) if args.kind == "auto" else args.kind
+        kind = guess_kind(file) if args.kind == "auto" else args.kind
         if args.row is not None:
-            show_row(args.file, kind, args.row, tokenizer, args.seq_len)
+            show_row(file, kind, args.row, tokenizer, args.seq_len)
         else:
-            Report(args.file, kind, tokenizer, args.seq_len).print(args.all)
+            Report(file, kind, tokenizer, args.seq_len).print(args.all)
         sys.stdout.flush()
     except (DataError, OSError, ValueError) as error:
         if isinstance(error, BrokenPipeError):  # `| head` has read enough
@@ -65,15 +65,19 @@ def main() -> None:
         sys.exit(f"error: {error}")
 
 
-def guess_kind(path: Path) -> str:
-    """The format that most of the first rows have."""
+def guess_kind(file: DataFile) -> str:
+    """The format that most of the first rows can be read as."""
     votes: Counter = Counter()
-    for _, row, _ in itertools.islice(jsonl.read_jsonl(path), 200):
-        votes.update({KEYS[key] for key in row or () if key in KEYS})
-    if not votes:
-        keys = ", ".join(f'"{key}"' for key in KEYS)
-        raise DataError(f"{path}: none of the first lines has one of the keys {keys}; name the format with --kind")
-    return votes.most_common(1)[0][0]
+    first = "the file is empty"
+    for number, line in itertools.islice(file.lines(), 200):
+        for kind, key in (("pretrain", "text"), ("sft", "conversations"), ("dpo", "chosen")):
+            row, _, faults = packing.read_row(STAGES[kind], number, line)
+            votes[kind] += row is not None and (key in row or (kind == "dpo" and "rejected" in row))
+        if number == 1 and faults:
+            first = f"{file.unit} 1: {printable(faults[0].text, 300)}"
+    if not votes.total():
+        raise DataError(f"{file.path}: what its rows are cannot be told; name the format with --kind ({first})")
+    return max(votes, key=lambda kind: (votes[kind], list(STAGES).index(kind)))
 
 
 def messages_of(row: dict, kind: str) -> list[dict]:
@@ -83,12 +87,13 @@ def messages_of(row: dict, kind: str) -> list[dict]:
     return [message for part in parts for message in part if isinstance(message, dict)]
 
 
-def row_faults(row: dict, kind: str) -> list[Fault]:
-    """Errors (training skips the row) and warnings (it is kept) of one row by itself."""
+def read_row(kind: str, number: int, line: bytes) -> tuple[dict | None, str, list[Fault]]:
+    """As packing.read_row, with what is odd in the text among the faults."""
+    row, form, found = packing.read_row(STAGES[kind], number, line)
+    if row is None:
+        return row, form, found
     if kind == "pretrain":
-        error = checks.text_fault(row)
-        return [error] if error else cleaning.text_warnings(row["text"])
-    found = checks.conversation_faults(row) if kind == "sft" else checks.preference_faults(row)
+        return row, form, found or cleaning.text_warnings(row["text"])
     messages = messages_of(row, kind)
     for n, message in enumerate(messages, 1):
         for field in ("content", "reasoning_content"):
@@ -97,14 +102,20 @@ def row_faults(row: dict, kind: str) -> list[Fault]:
                     found.append(Fault(level, f"{what}, in {field} of message {n}"))
     if len(messages) > 100:
         found.append(Fault("warning", f"very many messages: {len(messages)}"))
-    return found
+    return row, form, found
+
+
+def too_long(tokens: int, seq_len: int) -> list[Fault]:
+    """The fault of a pair of so many tokens, if it has one: training keeps a pair in one row."""
+    return [Fault("error", f"{packing.TooLong(tokens, seq_len)}")] if tokens > seq_len else []
 
 
 class Report:
     """Reads the file once, in memory that grows by some bytes a row, and prints what it found."""
 
-    def __init__(self, path: Path, kind: str, tokenizer, seq_len: int):
-        self.path, self.kind, self.tokenizer, self.seq_len = path, kind, tokenizer, seq_len
+    def __init__(self, file: DataFile, kind: str, tokenizer, seq_len: int):
+        self.file, self.kind, self.tokenizer, self.seq_len = file, kind, tokenizer, seq_len
+        self.size = file.path.stat().st_size
         self.faults: dict[tuple[str, str], list[tuple[int, str]]] = {}
         self.lines = self.used = self.warned = 0
         self.characters, self.tokens, self.turns = array("I"), array("I"), array("I")
@@ -112,7 +123,8 @@ class Report:
         self.trained = self.continued = self.windows = 0
         self.notes: dict[str, list[int]] = {}
         self.duplicates = cleaning.Duplicates()
-        self.progress = packing.FileProgress(f"reading {path.name}", path.stat().st_size)
+        self.forms, self.needed = Counter(), 0  # needed: tokens of the longest pair
+        self.progress = packing.FileProgress(f"reading {file.path.name}", self.size)
         rows = packed_tokens = 0
         for packed in self._packed():
             rows += 1
@@ -135,27 +147,26 @@ class Report:
 
     def _encoded(self) -> Iterator[Sample]:
         """Checks, counts and tokenises every line."""
-        for chunk in packing.chunks_of(jsonl.read_lines(self.path)):
+        for chunk in packing.chunks_of(self.file.lines()):
             texts = []
             for number, line in chunk:
-                self.progress.add(len(line))
-                row = self._check(number, line)
+                self.progress.at(self.file.position)
+                row, pieces = self._check(number, line)
                 if row is None:
                     continue
                 self.used += 1
                 if self.kind == "pretrain":
                     texts.append(row["text"])
-                    continue
-                for part in PARTS[self.kind]:
-                    ids, mask = render_chat(self.tokenizer, row[part])
+                for ids, mask in pieces:
                     self.tokens.append(len(ids))
                     yield Sample(np.array(ids, np.uint32), np.array(mask, bool))
             for encoding in self.tokenizer.encode_batch_fast(texts, add_special_tokens=False):
                 self.tokens.append(len(encoding))
                 yield Sample(np.array([self.tokenizer.document_id, *encoding.ids]))
 
-    def _check(self, number: int, line: bytes) -> dict | None:
-        """Files the faults of a line and counts what it holds; returns the row if training would use it."""
+    def _check(self, number: int, line: bytes) -> tuple[dict | None, list]:
+        """Files the faults of a line and counts what it holds; returns the row if training would use it, and the
+        tokens and masks of its conversations."""
         self.lines = number
         if number == 1 and line.startswith(b"\xef\xbb\xbf"):
             self.notes.setdefault("byte order mark before the first line", []).append(number)
@@ -163,10 +174,17 @@ class Report:
             self.notes.setdefault("line ends with CR LF", []).append(number)
         if not line.endswith(b"\n"):
             self.notes.setdefault("no newline at the end of the file", []).append(number)
-        row, fault = jsonl.parse_line(number, line)
-        found = [fault] if row is None else row_faults(row, self.kind)
-        usable = not any(fault.level == "error" for fault in found)
+        row, form, found = read_row(self.kind, number, line)
+        usable, pieces = not any(fault.level == "error" for fault in found), []
+        if usable and self.kind != "pretrain":
+            pieces = [render_chat(self.tokenizer, row[part]) for part in PARTS[self.kind]]
+        if usable and self.kind == "dpo":
+            tokens = sum(len(ids) for ids, _ in pieces)
+            self.needed = max(self.needed, tokens)
+            found += too_long(tokens, self.seq_len)
+            usable = tokens <= self.seq_len
         if usable:
+            self.forms[form] += bool(form)
             text, same = row.get("text"), None
             if self.kind != "pretrain":
                 messages = messages_of(row, self.kind)
@@ -182,7 +200,7 @@ class Report:
         for level, text in found:
             kind = checks.kind_of(text)
             self.faults.setdefault((level, kind), []).append((number, text))
-        return row if usable else None
+        return (row, pieces) if usable else (None, [])
 
     def _count_messages(self, messages: list[dict]) -> None:
         self.turns.append(len(messages))
@@ -192,12 +210,18 @@ class Report:
         self.features["reasoning"] += any(message.get("reasoning_content") for message in messages)
 
     def print(self, everything: bool) -> None:
-        size = self.path.stat().st_size
-        print(f"{self.path}: {self.kind}, {size:,} bytes, {self.lines:,} lines")
+        unit = self.file.unit
+        how = "".join(f", {what}" for what in self.file.kind)
+        print(f"{self.file.path}: {self.kind}{how}, {self.size:,} bytes, {self.lines:,} {unit}s")
         print(f"  used by training   {self.used:,} rows, {self.warned:,} of them with warnings")
-        print(f"  skipped            {self.lines - self.used:,} lines with errors")
+        print(f"  skipped            {self.lines - self.used:,} {unit}s with errors")
+        for form, count in self.forms.most_common():
+            if form:
+                print(f"  read as            {printable(form, 200)}: {count:,} rows")
         if self.used:
             self._print_figures()
+        if self.needed:
+            print(f"  row                of {self.seq_len} tokens; the longest pair needs --max_seq_len {self.needed}")
         for note, lines in self.notes.items():
             print(f"  note               {note}: {_numbers([str(line) for line in lines], everything)}")
         for level, title in (
@@ -229,10 +253,7 @@ class Report:
             print("  roles              " + ", ".join(f"{count:,} {role}" for role, count in self.roles.most_common()))
             print("  rows with          " + ", ".join(f"{name} {count:,}" for name, count in self.features.items()))
             print(f"  trained tokens     {self.trained:,} ({self.trained / sum(self.tokens):.1%})")
-        if self.kind == "dpo":
-            long = sum(tokens > self.seq_len for tokens in self.tokens)
-            print(f"  longer than {self.seq_len:<7}{long:,} of {len(self.tokens):,} answers with their prompt")
-        else:
+        if self.kind != "dpo":
             print(f"  packed             {self.rows:,} rows of {self.seq_len} tokens, {self.fill:.1%} full")
         if self.kind == "sft":
             print(f"  continued          {self.continued:,} longer than a row, in {self.windows:,} windows; none cut")
@@ -240,17 +261,13 @@ class Report:
     def _print_group(self, kind: str, entries: list[tuple[int, str]], everything: bool) -> None:
         pairs = {line: PAIR.search(text) for line, text in entries}  # a line once, with the line that it repeats
         numbers = [f"{line} ({pair[0]})" if pair else str(line) for line, pair in pairs.items()]
-        print(f"  {kind}: {len(numbers):,} {'line' if len(numbers) == 1 else 'lines'}")
+        print(f"  {kind}: {len(numbers):,} {self.file.unit}{'' if len(numbers) == 1 else 's'}")
         print(textwrap.indent(_numbers(numbers, everything), "      "))
         if any(pairs.values()):
             return
         line, text = entries[0]
         if text != kind:
-            print(f"      e.g. line {line}: {_printable(text)}")
-
-
-def _printable(text: str) -> str:
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+            print(f"      e.g. {self.file.unit} {line}: {printable(text, 600)}")
 
 
 def _numbers(numbers: list[str], everything: bool, most: int = 200) -> str:
@@ -259,29 +276,35 @@ def _numbers(numbers: list[str], everything: bool, most: int = 200) -> str:
     return textwrap.fill(", ".join(numbers if everything else numbers[:most]) + more, width)
 
 
-def show_row(path: Path, kind: str, number: int, tokenizer, seq_len: int) -> None:
+def show_row(file: DataFile, kind: str, number: int, tokenizer, seq_len: int) -> None:
     """Prints one row: its faults, then every token with its id and whether it is a label (something to learn)."""
     last, line = 0, b""
-    for last, line in jsonl.read_lines(path):  # noqa: B007
+    for last, line in file.lines():  # noqa: B007
         if last == number:
             break
     if last != number:
-        raise DataError(f"{path}: there is no line {number}, the last one is {last}")
-    row, fault = jsonl.parse_line(number, line)
-    found = [fault] if row is None else row_faults(row, kind)
-    print(f"{path}, line {number}: {kind}, {len(line):,} bytes")
+        raise DataError(f"{file.path}: there is no {file.unit} {number}, the last one is {last}")
+    row, form, found = read_row(kind, number, line)
+    print(f"{file.path}, {file.unit} {number}: {kind}, {len(line):,} bytes{f', read as {form}' if form else ''}")
+    parts = []
+    if kind != "pretrain" and not any(level == "error" for level, _ in found):
+        parts = [(part, *render_chat(tokenizer, row[part])) for part in PARTS[kind]]
+        if kind == "dpo":
+            found += too_long(sum(len(ids) for _, ids, _ in parts), seq_len)
     for level, text in found:
-        print(f"  {level}: {_printable(text)}")
+        print(f"  {level}: {printable(text, 600)}")
     if any(level == "error" for level, _ in found):
-        print("  Training skips this row.")
+        needed = sum(len(ids) for _, ids, _ in parts)
+        remedy = f" with --max_seq_len {seq_len}; {needed} is enough" if needed else ""
+        print(f"  Training skips this row{remedy}.")
         return
     if kind == "pretrain":
         ids = [tokenizer.document_id, *tokenizer.encode(row["text"], add_special_tokens=False).ids]
         # The marker ends the document before, so it is a label too, but for the first one of the file.
         show_tokens("text", ids, [int(number > 1), *[1] * (len(ids) - 1)], tokenizer, seq_len)
         return
-    for part in PARTS[kind]:
-        show_tokens(part, *render_chat(tokenizer, row[part]), tokenizer, seq_len)
+    for part, ids, mask in parts:
+        show_tokens(part, ids, mask, tokenizer, seq_len)
 
 
 def show_tokens(name: str, ids: list[int], mask: list[int], tokenizer, seq_len: int) -> None:

@@ -11,7 +11,6 @@ import multiprocessing
 import os
 import random
 import runpy
-import shutil
 import socket
 import sys
 import time
@@ -20,12 +19,12 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 
 from dataset.chat import load_tokenizer
-from dataset.lm_dataset import CACHE_DIR
 from model import checkpoint
 from model.model import MiniMindConfig, MiniMindLM
 
@@ -70,6 +69,7 @@ class Script:
             argvs = [[str(part).replace("{rank}", str(rank)) for part in (ROOT / job[0], *job[1:])] for job in jobs]
             values = (rank, count, rank, "127.0.0.1", port)
             env = dict(zip(VARIABLES, map(str, values), strict=True)) if count > 1 else {}
+            env |= {name: os.environ[name] for name in ("MINIMIND_CACHE",) if name in os.environ}
             clock = 1000**rank if clocks_apart else 1
             args = (argvs, env, path, file_limit, tuple(missing), clock)
             self.processes.append(CONTEXT.Process(target=_run_jobs, args=args))
@@ -195,8 +195,8 @@ def one_error(done: Done, code: int, *parts: object) -> None:
 
 @contextmanager
 def small_data(folder: Path) -> Iterator[dict[str, Path]]:
-    """Files of each kind, in which hardly two lines are alike or have as many tokens, and two faulty ones; their token
-    caches are removed afterwards."""
+    """Files of each kind, in which hardly two lines are alike or have as many tokens, and two faulty ones. Their token
+    caches are beside them."""
     generator, words = random.Random(0), "the cat sat on a mat 小猫 看 雨 and 3 + 4 = 7 in old house 今天 天气".split()
 
     def text(n: int) -> str:
@@ -212,17 +212,13 @@ def small_data(folder: Path) -> Iterator[dict[str, Path]]:
         "chatval": [{"conversations": chat(6)} for _ in range(6)],
         "pairs": [{"chosen": one, "rejected": [one[0], chat(4)[1]]} for one in map(chat, [2, 3, 5] * 20)],
     }
-    mark = f"small{os.getpid()}"
     texts = {name: "".join(json.dumps(line) + "\n" for line in lines) for name, lines in rows.items()}
     texts |= {"empty": "", "bad": 'not json\n{"txt": 1}\n{"text": 5}\n'}
-    paths = {name: folder / f"{mark}-{name}.jsonl" for name in texts}
+    paths = {name: folder / f"{name}.jsonl" for name in texts}
     for name, text_of in texts.items():
         paths[name].write_text(text_of, encoding="utf-8")
-    try:
+    with mock.patch.dict(os.environ, MINIMIND_CACHE=str(folder / "cache")):
         yield paths
-    finally:
-        for path in CACHE_DIR.glob(f"*{mark}-*"):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def small_weights(folder: Path) -> dict[str, Path]:

@@ -124,7 +124,7 @@ def messy_text() -> DirtyFile:
 
     _plant_broken_lines(file)
     file.plant("error", "wrong case", dumps({"Text": spare[0]}))
-    file.plant("error", 'no "text" key', "{}", dumps({"content": spare[1]}))
+    file.plant("error", 'no "text" key', "{}", dumps({"body": spare[1]}))
     values = (None, True, 42, 2.5, {"a": "b"}, [spare[2]])
     file.plant("error", '"text" is not a string', *(dumps({"text": value}) for value in values))
     file.plant("error", "empty text", text(""))
@@ -132,6 +132,7 @@ def messy_text() -> DirtyFile:
     for words, values in _odd_texts(spare).items():
         file.plant("warning", words, *map(text, values))
     file.leave('{"text": "An escaped pair \\ud83d\\ude00 is one character."}')
+    file.leave(dumps({"content": "A short text of its own under another name: 别的名字。"}))
     file.leave(dumps({"text": spare[30], "source": "book", "page": 3}))
     file.leave(
         text("一家人👨‍👩‍👧‍👦去看🇨🇳比赛，👍🏽都来加油，❤️‍🔥冲鸭！"),
@@ -233,6 +234,8 @@ def messy_chats() -> DirtyFile:
     for words, lines in _doubtful_chats(parts).items():
         file.plant("warning", words, *lines)
     file.leave(dumps({"conversations": [user(parts[19], id=3), assistant(parts[20])], "source": "book"}))
+    for line in _other_formats(parts):
+        file.leave(line)
     file.copy("exact duplicate", str)
     file.copy("near duplicate", lambda line: line[: line.rindex('"}')] + ' And so it ended."}]}')
     return file
@@ -257,23 +260,19 @@ def _unusable_chats(parts: list[str]) -> dict[str, list[str]]:
         "invalid JSON": ['{"conversations": [{"role": "us'],
         "empty line": [""],
         "not an object": [dumps([user("a"), assistant("b")])],
-        'no "conversations" key': ["{}", dumps({"messages": [user("a")]}), dumps({"instruction": "a", "output": "b"})],
+        'no "conversations" key': ["{}", dumps({"text": "a"}), dumps({"question": "a", "reply": "b"})],
+        "in doubt": [dumps({"question": "a", "answer": "b", "choices": ["b", "c"]})],
         "conversation is an object": ['{"conversations": {"role": "user"}}'],
         "conversation is a string": ['{"conversations": "[]"}'],
         "conversation is empty": ['{"conversations": []}'],
         "conversation is null": ['{"conversations": null}'],
         "message 2: is null": [row(user("a"), None, assistant("b"))],
         "message 2: is a string": [row(user("a"), "b")],
-        "content is a list": [row(user([{"type": "text", "text": "a"}]), assistant("b"))],
+        "content is a list": [row(user([{"type": "text", "text": "a"}] * 2), assistant("b"))],
         "content is a number": [row(user(42), assistant("b"))],
         "content is missing or null": [row(user("a"), {"role": "assistant"}), row(user(None), assistant("b"))],
         "role is missing or null": [row(user("a"), {"content": "b"}), row(user("a"), {"role": None, "content": "b"})],
-        "ShareGPT": [row({"from": "human", "value": "a"}, {"from": "gpt", "value": "b"})],
         'unknown role "narrator"': [row(user("a"), {"role": "narrator", "content": "b"}, assistant("c"))],
-        'did you mean "user"': [
-            row({"role": "human", "content": "a"}, assistant("b")),
-            row({"role": "User", "content": "a"}, assistant("b")),
-        ],
         "no assistant message": [row(user("a")), row(system("a"))],
         "says nothing": [row(user("a"), assistant("")), row(user("a"), assistant(" ", tool_calls=""))],
         "lone surrogate": ['{"conversations": [{"role": "user", "content": "\\ud83d"}]}'],
@@ -283,6 +282,17 @@ def _unusable_chats(parts: list[str]) -> dict[str, list[str]]:
         'has no "name"': [calling('[{"arguments": {}}]')],
         "which tools does not list": [calling(CALL.replace("read_page", "burn_page")), calling(CALL, tools="[]")],
     }
+
+
+def _other_formats(parts: list[str]) -> list[str]:
+    """Conversations as other projects write them."""
+    return [
+        dumps({"messages": [user(parts[21]), assistant(parts[22])]}),
+        dumps({"instruction": parts[23], "input": "", "output": parts[24]}),
+        dumps({"prompt": parts[25], "completion": parts[26]}),
+        row({"from": "human", "value": parts[27]}, {"from": "gpt", "value": parts[28]}),
+        row({"role": "human", "content": parts[29]}, {"role": "Assistant", "content": parts[30]}),
+    ]
 
 
 def _doubtful_chats(parts: list[str]) -> dict[str, list[str]]:

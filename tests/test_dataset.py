@@ -1,5 +1,6 @@
 """Reading, packing, caching and the order of batches: nothing lost, nothing trained twice, one order everywhere."""
 
+import hashlib
 import itertools
 import json
 import os
@@ -13,13 +14,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from dataset import packing
+from dataset import cache, packing
 from dataset.chat import load_tokenizer, render_chat
 from dataset.lm_dataset import (
     DataError,
     batches,
     bytes_per_token,
     collate,
+    content_hash,
+    default_cache_dir,
     pretrain_dataset,
     read_jsonl,
     sft_dataset,
@@ -235,18 +238,104 @@ def test_file_that_cannot_be_used_is_one_clear_error(tmp_path, tokenizer):
 # The cache
 
 
-def test_cache_is_used_and_noticed_when_stale(tmp_path, tokenizer, capsys):
+def test_the_cache_goes_by_content(tmp_path, tokenizer, capsys):
     path = write_jsonl(tmp_path / "text.jsonl", documents(20))
 
-    def cached(seq_len: int = 32) -> bool:
-        pretrain_dataset(path, tokenizer, seq_len, cache_dir=tmp_path / "cache")
+    def cached(path: Path = path, seq_len: int = 32) -> bool:
+        figures = summary(pretrain_dataset(path, tokenizer, seq_len, cache_dir=tmp_path / "cache"))
+        assert figures["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
         return "cached" in capsys.readouterr().err
 
-    assert [cached(), cached(), cached(33), cached(33), cached()] == [False, True, False, True, True]
+    assert [cached(), cached(), cached(path, 33), cached(path, 33), cached()] == [False, True, False, True, True]
     os.utime(path, ns=(1, 1))
-    assert [cached(), cached()] == [False, True]
+    assert cached()
+    copy = tmp_path / "elsewhere.jsonl"
+    copy.write_bytes(path.read_bytes())
+    assert cached(copy)
     write_jsonl(path, documents(21))
-    assert [cached(), cached()] == [False, True]
+    assert [cached(), cached(), cached(copy)] == [False, True, True]
+
+
+@pytest.mark.parametrize("small", [0, 1 << 30])
+def test_an_edit_that_size_and_time_do_not_show_never_meets_old_rows(tmp_path, tokenizer, monkeypatch, small):
+    """Also with the hash kept, as that of a large file is."""
+    monkeypatch.setattr(cache, "SMALL", small)
+    monkeypatch.setattr(cache, "SETTLED", 0)
+    path = write_jsonl(tmp_path / "text.jsonl", documents(20))
+    before = path.stat()
+    first = pretrain_dataset(path, tokenizer, 32, cache_dir=tmp_path / "cache")
+    assert (tmp_path / "cache" / cache.KNOWN).exists() == (not small)
+    time.sleep(0.02)
+    path.write_bytes(path.read_bytes().replace(b"river", b"ocean"))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    after = path.stat()
+    assert (before.st_size, before.st_mtime_ns, before.st_ino) == (after.st_size, after.st_mtime_ns, after.st_ino)
+    second = pretrain_dataset(path, tokenizer, 32, cache_dir=tmp_path / "cache")
+    assert second.to_dict() != first.to_dict() and summary(second)["sha256"] != summary(first)["sha256"]
+
+
+def test_the_hash_of_a_large_file_is_kept_until_it_is_written_to(tmp_path, monkeypatch):
+    monkeypatch.setattr(cache, "SMALL", 0)
+    monkeypatch.setattr(cache, "SETTLED", 0)
+    path = write_jsonl(tmp_path / "text.jsonl", documents(20))
+    right = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert content_hash(path, tmp_path / "cache") == right
+    monkeypatch.setattr(cache, "_hash", lambda *_: "hashed anew")
+    assert content_hash(path, tmp_path / "cache") == right
+    time.sleep(0.02)
+    os.utime(path)
+    assert content_hash(path, tmp_path / "cache") == "hashed anew"
+
+
+def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path, tokenizer, monkeypatch):
+    path = write_jsonl(tmp_path / "text.jsonl", documents(20))
+    pack = packing.pack_file
+
+    def edit_and_pack(*arguments) -> None:
+        write_jsonl(path, documents(21))
+        pack(*arguments)
+
+    monkeypatch.setattr(packing, "pack_file", edit_and_pack)
+    with pytest.raises(DataError, match="text.jsonl.*changed"):
+        pretrain_dataset(path, tokenizer, 32, cache_dir=tmp_path / "cache")
+    assert not [entry for entry in (tmp_path / "cache").iterdir() if entry.is_dir()]
+
+
+def test_the_place_of_the_cache(tmp_path, monkeypatch):
+    def place(root: Path, **environ: str) -> Path:
+        return default_cache_dir(environ, root)
+
+    free, shut = tmp_path / "free", tmp_path / "shut"
+    free.mkdir()
+    shut.touch()  # a file: nothing can be made in it, whoever asks
+    home, xdg = {"HOME": str(tmp_path / "home")}, {"XDG_CACHE_HOME": str(tmp_path / "xdg")}
+    assert place(free, MINIMIND_CACHE="/any/where", **home) == Path("/any/where")
+    assert place(free, **home, **xdg) == free / "out" / "cache"
+    assert place(shut, **home, **xdg) == tmp_path / "xdg" / "minimind"
+    assert place(shut, **home) == tmp_path / "home" / ".cache" / "minimind"
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
+    assert place(shut, HOME=str(shut)).parent == place(shut).parent == tmp_path / "tmp"
+    assert place(Path(os.fsdecode(bytes(tmp_path) + b"/\xff")), **home) == tmp_path / "home" / ".cache" / "minimind"
+    assert not any(path.exists() for path in (free / "out", tmp_path / "home", tmp_path / "xdg", tmp_path / "tmp"))
+
+
+def test_old_entries_of_the_cache_make_room(tmp_path, tokenizer, capsys, monkeypatch):
+    def built(n: int) -> str:
+        path = write_jsonl(tmp_path / f"{n}.jsonl", [{"text": f"{n} the cat sat. " * 300}])
+        pretrain_dataset(path, tokenizer, 32, cache_dir=tmp_path / "cache")
+        return capsys.readouterr().err
+
+    assert str(tmp_path / "cache") in built(0) and "cached" not in built(1)
+    for age, entry in enumerate(sorted(filter(Path.is_dir, (tmp_path / "cache").iterdir()))):
+        os.utime(entry, (100 + age, 100 + age))
+    assert "cached" in built(0)  # used again, so that 1 is the oldest
+    size = cache.folder_size(tmp_path / "cache") / 2
+    monkeypatch.setenv("MINIMIND_CACHE_GB", str(2.5 * size / 1e9))
+    assert "removed" in built(2)
+    assert ["cached" in built(n) for n in (2, 0, 1)] == [True, True, False]
+    monkeypatch.setenv("MINIMIND_CACHE_GB", "much")
+    with pytest.raises(DataError, match="MINIMIND_CACHE_GB"):
+        built(3)
 
 
 @pytest.mark.parametrize("damage", ["cut", "no summary", "bad summary", "garbage", "left by a killed run"])

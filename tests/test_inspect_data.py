@@ -11,6 +11,7 @@ import pytest
 
 from dataset.chat import load_tokenizer
 from dataset.cleaning import Duplicates, text_warnings
+from dataset.files import DataFile
 from scripts.inspect_data import Report, visible
 from tests.samples import assistant, dumps, messy_chats, messy_text, real_chats, real_texts
 
@@ -24,7 +25,7 @@ def tokenizer():
 
 def report(path: Path, kind: str, tokenizer) -> tuple[Report, dict[int, list[str]]]:
     """The report, and all faults by line, as "level: text"."""
-    found = Report(path, kind, tokenizer, 512)
+    found = Report(DataFile(path), kind, tokenizer, 8192)
     by_line: dict[int, list[str]] = {}
     for (level, _), entries in found.faults.items():
         for line, text in entries:

@@ -7,6 +7,7 @@ import pytest
 
 from dataset.chat import load_tokenizer, parse_tool_calls, render_chat
 from dataset.checks import validate_messages
+from dataset.mapping import to_messages
 from tests.samples import assistant, dumps, messy_chats, system, tool, user
 
 WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {}}}
@@ -207,6 +208,7 @@ def test_every_conversational_fault_of_a_messy_file_is_found():
     for number, line in enumerate(dirty.lines, 1):
         try:
             messages = json.loads(line)["conversations"]
+            messages = to_messages(messages)[0] if isinstance(messages, list) else messages
         except (ValueError, KeyError, TypeError):
             continue
         faults = validate_messages(messages)

@@ -2,8 +2,10 @@
 
 import json
 import random
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -198,6 +200,69 @@ def test_mistakes_get_one_line(tmp_path, args, code, named):
     assert result.returncode == code
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1 and named in result.stderr
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_nothing_is_replaced_unasked(tmp_path):
+    """Not the shipped tokenizer, by default or by its name, and no other one; it is said before the work begins."""
+    assert Path(train_tokenizer.OUT_DIR).relative_to(ROOT) == Path("out") / "tokenizer" != TOKENIZER_DIR
+    data = write_rows(tmp_path / "data.jsonl", ROWS * 50)
+    shipped = (TOKENIZER_DIR / "tokenizer.json").read_bytes()
+    for folder in (TOKENIZER_DIR, tmp_path / "tok"):
+        if folder != TOKENIZER_DIR:
+            done = run("--data_path", data, "--vocab_size", "300", "--out_dir", folder)
+            assert done.returncode == 0 and f"train_pretrain.py --tokenizer {folder}" in done.stdout
+        before = (folder / "tokenizer.json").read_bytes()
+        refused = run("--data_path", data, "--vocab_size", "290", "--out_dir", folder)
+        assert refused.returncode == 2 and "--overwrite 1" in refused.stderr and str(folder) in refused.stderr
+        assert refused.stderr.count("\n") == 1 and not refused.stdout
+        assert (folder / "tokenizer.json").read_bytes() == before
+    asked = run("--data_path", data, "--vocab_size", "290", "--out_dir", tmp_path / "tok", "--overwrite", "1")
+    assert asked.returncode == 0 and load_tokenizer(tmp_path / "tok").get_vocab_size() == 290
+    assert (TOKENIZER_DIR / "tokenizer.json").read_bytes() == shipped
+
+
+@pytest.mark.parametrize("unit", ["ACGT", "的一是不了", "=", "_", " ", "\n"])
+def test_one_endless_word_costs_no_more_than_its_length(unit, capsys):
+    rng = random.Random(0)
+    word = "".join(rng.choices(unit, k=400_000))
+    started = time.process_time()
+    tokenizer = train_tokenizer.train_bpe(iter([f"a{word}b"]), 300)
+    assert time.process_time() - started < 10  # uncut: minutes
+    assert "1 words" in capsys.readouterr().out
+    assert tokenizer.decode(ids_of(tokenizer, word[:1000])) == word[:1000]
+
+
+def test_the_cut_changes_nothing_for_ordinary_text(monkeypatch):
+    texts = [json.loads(line)["text"] for line in TEXTS.read_text(encoding="utf-8").splitlines()]
+    cut = train_tokenizer.train_bpe(iter(texts), 2000).to_str()
+    monkeypatch.setattr(train_tokenizer, "LONGEST_PIECE", 100_000)
+    assert train_tokenizer.train_bpe(iter(texts), 2000).to_str() == cut
+    shipped = json.loads((TOKENIZER_DIR / "tokenizer.json").read_text(encoding="utf-8"))
+    assert json.loads(cut)["pre_tokenizer"] == shipped["pre_tokenizer"]  # what other engines know
+
+
+def test_ctrl_c_is_heard_while_the_trainer_works(tmp_path):
+    rng = random.Random(0)
+    words = ["".join(rng.choices("abcdefghijklmnop", k=rng.randint(4, 200))) for _ in range(30_000)]
+    data = write_rows(tmp_path / "data.jsonl", [{"text": " ".join(words[n : n + 50])} for n in range(0, 30_000, 50)])
+    command = [sys.executable, str(ROOT / "train_tokenizer.py"), "--data_path", data, "--vocab_size", "60000"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen([*command, "--out_dir", tmp_path / "tok"], **pipes)
+    assert "rows for training" in process.stdout.readline()  # from here on the trainer works alone
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    asked = time.monotonic()
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 130 and time.monotonic() - asked < 3, (out, err)
+    assert "Traceback" not in err and err.count("\n") == 1 and not (tmp_path / "tok").exists()
+
+
+def test_faults_are_told_in_full_and_other_forms_are_read(tmp_path):
+    rows = [{"instruction": "q", "output": "a"}, {"q": 1}, {"question": "q", "answer": "a", "choices": [1]}, {"q": 2}]
+    path = write_rows(tmp_path / "data.jsonl", rows)
+    done = run("--data_path", path, "--vocab_size", "300", "--out_dir", tmp_path / "tok")
+    assert "1 rows" in done.stdout and "3 skipped" in done.stdout and "2 lines (2, 4)" in done.stdout
+    assert '"q"' in done.stdout and '"choices"' in done.stdout
 
 
 def test_a_lossy_tokenizer_is_refused():
