@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import sys
+import tempfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import BrokenExecutor
 from functools import partial
@@ -34,6 +35,22 @@ __all__ += ["reason_dataset", "sft_dataset", "summary", "bytes_per_token", "vali
 CACHE_DIR = Path(__file__).resolve().parent.parent / "out" / "cache"
 FIRST_TEXT_ID = 16  # ids below are markers
 IGNORE = -100  # label that the loss leaves out
+
+
+def default_cache_dir() -> Path:
+    """Where tokens are kept: MINIMIND_CACHE, else out/cache if it can be written to, else the user's cache folder, else
+    a temporary one."""
+    if os.environ.get("MINIMIND_CACHE"):
+        return Path(os.environ["MINIMIND_CACHE"]).absolute()
+    user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minimind"
+    for folder in (CACHE_DIR, user):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError:
+            continue
+        if os.access(folder, os.W_OK):
+            return folder
+    return Path(tempfile.gettempdir()) / f"minimind-{os.getuid() if hasattr(os, 'getuid') else os.getlogin()}"
 
 
 def pretrain_dataset(path: str | Path, tokenizer: Tokenizer, seq_len: int, **options) -> Dataset:
