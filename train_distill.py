@@ -8,9 +8,11 @@ Black-box distillation, when only the teacher's answers can be seen: scripts/ask
 
 from functools import partial
 
+import cli  # first: it takes Ctrl-C while the rest is imported
+
+# isort: split
 import torch
 
-import cli
 from dataset.chat import load_tokenizer
 from dataset.lm_dataset import IGNORE, sft_dataset
 from model import checkpoint

@@ -107,10 +107,11 @@ def require_same_inputs(
         if was == content:
             continue
         given = "missing" if content is None else getattr(args, name, None) or "(the starter corpus)"
-        had = f"{what} had none" if was is None else f"it is not what {what} was made with"
+        fault, remedy = f"its contents are not those that {what} was trained with", "give that one again"
+        if was is None:
+            fault, remedy = f"{what} had none", "leave it out"
         raise UsageError(
-            f"--{name} {given}: {had} (contents are compared, not names): give that one again, or start anew with "
-            "another --save_weight"
+            f"--{name} {given}: {fault} (the name does not matter): {remedy}, or start anew with another --save_weight"
         )
 
 
@@ -131,7 +132,7 @@ def note_on(was: dict, args: argparse.Namespace) -> str | None:
     if not names:
         return None
     before, after = (of["batch_size"] * of["accumulation_steps"] for of in (was, vars(args)))
-    how = "by rounding only"
+    how = "by rounding, and by what dropout draws"
     if before != after:
         how = f"for a step is {after} rows now, {before} before"
         if before % args.batch_size == 0:
