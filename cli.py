@@ -26,7 +26,7 @@ MEMORY_REMEDIES = {  # by the flag that a script must have
     "--quantize": "give --quantize int8",
     "--slots": "lower --slots",
     "--max_seq_len": "lower --max_seq_len",
-    "--from_resume": "--from_resume 1 goes on from the last state, if there is one, also with another batch",
+    "--from_resume": "with another batch too, --from_resume 1 goes on from the last state, if there is one",
 }
 at_exit = contextlib.ExitStack()  # what run() puts in order, however the script ends
 known_flags: set[str] = set()  # of the script that runs

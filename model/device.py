@@ -7,6 +7,7 @@ import torch
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 FULL_MEMORY = ("out of memory", "t allocate memory", "not enough memory", "bad_alloc", "alloc_failed")
+FULL_MEMORY += ("failed to map segment",)  # of a package that is loaded late
 
 
 def compute_dtype(device: torch.device | str) -> torch.dtype:
@@ -42,4 +43,4 @@ def is_out_of_memory(error: BaseException) -> bool:
         return True
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
-    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in FULL_MEMORY)
+    return isinstance(error, RuntimeError | ImportError) and any(words in str(error).lower() for words in FULL_MEMORY)
