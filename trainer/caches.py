@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from cli import UsageError
+from cli import UsageError, given_variables
 from dataset.lm_dataset import default_cache_dir
 
 VARIABLES = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}
@@ -25,7 +25,10 @@ def use_cache_dir(given: str | None) -> Path:
     if not writable:
         raise UsageError(f"--cache_dir {folder}: cannot be written to; choose another folder")
     for variable, name in VARIABLES.items():
-        os.environ.setdefault(variable, str(folder / f"compiled-{_machine()}" / name))
+        if variable not in given_variables:  # torch sets it as it is imported
+            os.environ[variable] = str(folder / f"compiled-{_machine()}" / name)
+    if not os.access(os.path.expanduser("~"), os.W_OK):  # where it would keep its list of fonts
+        os.environ.setdefault("MPLCONFIGDIR", str(folder / "matplotlib"))
     return folder
 
 
@@ -38,6 +41,11 @@ def _machine() -> str:
     except OSError:  # not Linux
         pass
     return hashlib.sha256("\n".join(found).encode()).hexdigest()[:12]
+
+
+def describe_compiled() -> str:
+    folder = os.environ.get("TORCHINDUCTOR_CACHE_DIR", "")
+    return f"compiled code is kept in {folder} ({size_of(folder)}; it can be removed, or put elsewhere by --cache_dir)"
 
 
 def size_of(folder: str | Path) -> str:

@@ -40,7 +40,7 @@ from model.model import MiniMindLM
 from trainer import outputs, parallel
 from trainer.advice import advice
 from trainer.arguments import ROOT, budget_of, check, data_paths, starting_model
-from trainer.caches import use_cache_dir
+from trainer.caches import describe_compiled, use_cache_dir
 from trainer.interrupt import Interrupt
 from trainer.optimizer import LEARNING_RATES, build_optimizers, learning_rate_scale, set_learning_rate
 from trainer.parallel import Parallel
@@ -281,6 +281,8 @@ class Run:
         expected, _ = processes.agree(self._expected_seconds(peak))
         wish = args.compile if self.compiled is None else str(int(self.compiled))
         self.compiled = compile_if_worth(model, wish, self.device, expected, self.reporter.say)
+        if self.compiled:
+            self.reporter.say(describe_compiled())
         if args.use_wandb:
             self.reporter.start_wandb(args.wandb_project, vars(args), args.out_dir)
         self.reporter.start(self.progress, self._sizes, self.device, self.dtype, self.compiled, peak)
