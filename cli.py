@@ -6,6 +6,7 @@ if __name__ == "__main__": cli.run(main)
 
 import argparse
 import contextlib
+import io
 import os
 import signal
 import sys
@@ -196,6 +197,8 @@ def run(main: Callable[[], None]) -> None:
     """Call a script's main: an expected error becomes one line, and processes are left cleanly."""
     if signal.getsignal(signal.SIGINT) is _stop_while_importing:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a name that is no Unicode is printed as escapes, as on stderr
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         with at_exit:
             main()

@@ -135,8 +135,10 @@ def read_file(path: Path, mmap: bool = False) -> Any:
     """torch.load of tensors and plain values, nothing else; CheckpointError for any other file."""
     if path.suffix == ".safetensors":
         raise CheckpointError(f"{path} is only the weights: give the folder that holds it and its config.json")
+    is_unicode = not any("\ud800" <= letter <= "\udfff" for letter in str(path))  # which mapping needs
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and zipfile.is_zipfile(path))
+        mmap = mmap and is_unicode and zipfile.is_zipfile(path)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except FileNotFoundError:
         raise _missing(path) from None
     except Exception as error:  # unpickling, zip and memory-map faults raise nearly anything

@@ -64,7 +64,7 @@ def find_earlier(
             raise UsageError(
                 f"--from_resume 1: {weights} is complete, with {_flags(checkpoint.run_arguments(meta), names)}: to "
                 f"train it further, --from_weight {weights} without --from_resume; for another one, another "
-                "--save_weight"
+                "--save_weight or --out_dir"
             )
         return None, meta
     elif processes.is_main:
