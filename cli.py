@@ -29,7 +29,6 @@ MEMORY_REMEDIES = {  # by the flag that a script must have
     "--max_seq_len": "lower --max_seq_len",
     "--from_resume": "with another batch too, --from_resume 1 goes on from the last state, if there is one",
 }
-given_variables = frozenset(os.environ)  # before packages add their own
 at_exit = contextlib.ExitStack()  # what run() puts in order, however the script ends
 known_flags: set[str] = set()  # of the script that runs
 

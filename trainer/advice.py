@@ -58,36 +58,48 @@ STAGES = {
 }
 
 
-def advice(
-    method: str, name: str, out_dir: str, own_data: bool, steps: int, rows: int, batch: int, first: list, last: list
-) -> list[str]:
-    """Lines about a run of `steps` steps on `rows` rows, `batch` of them a step, with the losses of its first and its
-    last steps. name: of the weights or the adapter; out_dir: the flag, if the next command needs it."""
+class Outcome(NamedTuple):
+    """Of a run, for advice()."""
+
+    steps: int
+    rows: int  # of the data, packed
+    batch: int  # rows of a step
+    first: list[float]  # losses of the first ten steps
+    last: list[float]  # and of the last ten
+    own_data: bool
+    validated: bool
+
+
+def advice(method: str, name: str, out_dir: str, outcome: Outcome) -> list[str]:
+    """Lines for the end. name: of the weights or the adapter; out_dir: the flag, if the next command needs it."""
     lines = []
-    fault = _learnt_little(steps, first, last)
+    fault = learnt_little(outcome)
     if fault:
-        lines.append(f"note: {fault}: the model has hardly changed. {_more(rows, batch)}")
+        lines.append(f"note: {fault}: the model has hardly changed. {_more(outcome)}")
     known = STAGES.get(method.partition("/")[0])
-    if known:
-        normal = f"a good sign with data of your own: {known.own}" if own_data else f"normal here: {known.normal}"
-        lines += [normal, f"next: {known.next.format(name=name)}{out_dir}"]
-    return lines
+    if known and outcome.own_data:
+        measure = "" if outcome.validated else "; --val_path FILE, rows kept apart, measures it"
+        lines.append(f"a good sign with data of your own: {known.own}{measure}")
+    elif known:
+        lines.append(f"normal here: {known.normal}")
+    return lines + [f"next: {known.next.format(name=name)}{out_dir}"] if known else lines
 
 
-def _learnt_little(steps: int, first: list[float], last: list[float]) -> str | None:
+def learnt_little(outcome: Outcome) -> str | None:
+    """Why the run cannot have taught much; None if it may have."""
+    steps, first, last = outcome.steps, outcome.first, outcome.last
     if steps < FEW_STEPS:
         return f"only {steps} step{'s' * (steps != 1)}"
-    if not first or not last:
-        return None
-    before, after = sum(first) / len(first), sum(last) / len(last)
+    before, after = (sum(losses) / max(len(losses), 1) for losses in (first, last))
     if after > MOVED * before:
         return f"the loss went from {before:.3f} to {after:.3f} only"
     return None
 
 
-def _more(rows: int, batch: int) -> str:
-    """Flags that give the model ENOUGH_STEPS on so few rows, in place of one step that holds each row many times."""
+def _more(outcome: Outcome) -> str:
+    """Flags that give ENOUGH_STEPS on few rows, in place of a step that holds each row many times."""
+    rows, batch = outcome.rows, outcome.batch
     smaller = min(batch, max(1, rows // 4))
     epochs = max(2, math.ceil(ENOUGH_STEPS * smaller / rows))
-    fewer = f"--batch_size {smaller} --accumulation_steps 1 " if smaller < batch else ""
-    return f"Train longer, for instance {fewer}--epochs {epochs} (with {rows} row{'s' * (rows != 1)} of --max_seq_len)"
+    fewer = f"--batch_size {smaller} " * (smaller < batch)
+    return f"Train longer, for instance with {fewer}--epochs {epochs} (the data fills {rows} row{'s' * (rows != 1)})"

@@ -3,14 +3,16 @@
 import hashlib
 import os
 import platform
+import tempfile
 from pathlib import Path
 
 import torch
 
-from cli import UsageError, given_variables
+from cli import UsageError
 from dataset.lm_dataset import default_cache_dir
 
 VARIABLES = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}
+TORCHS_OWN = os.path.join(tempfile.gettempdir(), "torchinductor_")  # what torch writes into the environment itself
 
 
 def use_cache_dir(given: str | None) -> Path:
@@ -25,7 +27,7 @@ def use_cache_dir(given: str | None) -> Path:
     if not writable:
         raise UsageError(f"--cache_dir {folder}: cannot be written to; choose another folder")
     for variable, name in VARIABLES.items():
-        if variable not in given_variables:  # torch sets it as it is imported
+        if os.environ.get(variable, TORCHS_OWN).startswith(TORCHS_OWN):
             os.environ[variable] = str(folder / f"compiled-{_machine()}" / name)
     if not os.access(os.path.expanduser("~"), os.W_OK):  # where it would keep its list of fonts
         os.environ.setdefault("MPLCONFIGDIR", str(folder / "matplotlib"))

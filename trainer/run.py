@@ -38,7 +38,7 @@ from model.checkpoint import CheckpointError
 from model.device import training_dtype
 from model.model import MiniMindLM
 from trainer import outputs, parallel
-from trainer.advice import advice
+from trainer.advice import Outcome, advice
 from trainer.arguments import ROOT, budget_of, check, data_paths, starting_model
 from trainer.caches import describe_compiled, use_cache_dir
 from trainer.interrupt import Interrupt
@@ -215,7 +215,9 @@ class Run:
         out_dir = "" if args.out_dir == str(ROOT / "out") else f" --out_dir {shlex.quote(args.out_dir)}"
         batch = args.batch_size * args.accumulation_steps * self.processes.count
         losses = (progress.first_losses, progress.last_losses)
-        return advice(self.method, name, out_dir, args.data_path is not None, progress.step, self._rows, batch, *losses)
+        own_data, validated = args.data_path is not None, bool(self.reporter.val)
+        outcome = Outcome(progress.step, self._rows, batch, *losses, own_data, validated)
+        return advice(self.method, name, out_dir, outcome)
 
     # -------------------------------------------------------------------------------------------- set-up
 

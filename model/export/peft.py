@@ -49,7 +49,8 @@ def load_peft(folder: str | Path, model: MiniMindLM, name: str) -> None:
     if config.get("peft_type") != "LORA":
         raise CheckpointError(f"{folder} is a {config.get('peft_type')} adapter; only LORA can be loaded")
     extras = [f"{key} {config[key]!r}" for key in _EXTRAS if config.get(key)]
-    extras += [f"bias {config['bias']!r}"] * (config.get("bias", "none") != "none")
+    if config.get("bias", "none") != "none":
+        extras.append(f"bias {config['bias']!r}")
     if extras:
         raise CheckpointError(f"{folder}: adapter_config.json has {', '.join(extras)}; only plain LoRA can be loaded")
     tensors, base = _read_matrices(folder)
