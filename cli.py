@@ -5,8 +5,7 @@ if __name__ == "__main__": cli.run(main)
 """
 
 import argparse
-import difflib
-import ipaddress
+import contextlib
 import os
 import signal
 import sys
@@ -18,8 +17,39 @@ from typing import TYPE_CHECKING, NamedTuple, NoReturn
 if TYPE_CHECKING:
     import torch
 
-
 ROOT = Path(__file__).resolve().parent
+MAX_SEED = 2**63 - 1  # torch and numpy take it, and a few more for the numbers of processes
+MEMORY_REMEDIES = {  # by the flag that a script must have
+    "--batch_size": "lower --batch_size",
+    "--accumulation_steps": "raise --accumulation_steps by as much",
+    "--activation_checkpointing": "give --activation_checkpointing 1",
+    "--quantize": "give --quantize int8",
+    "--slots": "lower --slots",
+    "--max_seq_len": "lower --max_seq_len",
+    "--from_resume": "with another batch too, --from_resume 1 goes on from the last state, if there is one",
+}
+at_exit = contextlib.ExitStack()  # what run() puts in order, however the script ends
+known_flags: set[str] = set()  # of the script that runs
+
+
+def _stop_while_importing(number: int, frame: object) -> NoReturn:
+    """No exception: the package that is being imported might take it for a fault of its own."""
+    if os.environ.get("RANK", "0") == "0":
+        os.write(2, b"error: stopped\n")
+    os._exit(130)
+
+
+def _take_ctrl_c() -> None:
+    """From the import of this module to run(), if a script of ours is what runs."""
+    script = sys.modules["__main__"]
+    folder = Path(getattr(script, "__file__", None) or "/").resolve().parent
+    ours = script.__name__ == "__main__" and folder in (ROOT, ROOT / "scripts")
+    if ours and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        with contextlib.suppress(ValueError):  # not the main thread
+            signal.signal(signal.SIGINT, _stop_while_importing)
+
+
+_take_ctrl_c()
 
 
 class UsageError(Exception):
@@ -32,7 +62,13 @@ class ArgumentParser(argparse.ArgumentParser):
     def __init__(self, **options):
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options)
 
+    def parse_args(self, *arguments, **options) -> argparse.Namespace:
+        known_flags.update(self._option_string_actions)
+        return super().parse_args(*arguments, **options)
+
     def error(self, message: str) -> NoReturn:
+        import difflib  # here, so that Ctrl-C is taken a little sooner
+
         _, _, unknown = message.partition("unrecognized arguments: ")
         name = unknown.partition(" ")[0].partition("=")[0].strip("-")
         near = difflib.get_close_matches(name, [flag.strip("-") for flag in self._option_string_actions], 1, cutoff=0.7)
@@ -47,8 +83,20 @@ def flag(text: str) -> bool:
     raise argparse.ArgumentTypeError(f"{text} is neither 0 nor 1")
 
 
+def seed(text: str) -> int:
+    """The type of --seed."""
+    try:
+        if 0 <= int(text) <= MAX_SEED:
+            return int(text)
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"{text} is no whole number from 0 to {MAX_SEED}")
+
+
 def is_loopback(host: str) -> bool:
     """Whether what goes to this host stays on this machine."""
+    import ipaddress
+
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -148,7 +196,8 @@ def find_device(name: str | None = None) -> "torch.device":
 
 
 def prepare_terminal() -> None:
-    """Print what its encoding lacks as an escape; and Windows' console shows colours once a program has asked."""
+    """Print what its encoding lacks, or what is no Unicode, as an escape, as stderr does; and Windows' console shows
+    colours once a program has asked."""
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")
     if os.name == "nt":
@@ -157,11 +206,14 @@ def prepare_terminal() -> None:
 
 def run(main: Callable[[], None]) -> None:
     """Call a script's main: an expected error becomes one line, and processes are left cleanly."""
+    if signal.getsignal(signal.SIGINT) is _stop_while_importing:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     prepare_terminal()
     try:
-        main()
-    except KeyboardInterrupt:  # before the training began; from then on Interrupt takes it
-        code = _fail("stopped before the training began", 130)
+        with at_exit:
+            main()
+    except KeyboardInterrupt:  # once the training has begun, Interrupt takes it
+        code = _fail("stopped", 130)
     except Exception as error:
         known = _expected(error)
         if known is None:
@@ -183,9 +235,14 @@ def _expected(error: Exception) -> tuple[str, int] | None:
     """(what to print, exit status) of an error that is the user's or the machine's; None: it is the program's."""
     if isinstance(error, UsageError):
         return str(error), 2
+    # Imported here, so that --help waits for none of it.
+    from model.device import is_out_of_memory
+
+    if is_out_of_memory(error):
+        remedies = [text for flag, text in MEMORY_REMEDIES.items() if flag in known_flags]
+        return f"out of memory: {'; '.join(remedies) or 'end other programs, or take a smaller model or file'}", 1
     if isinstance(error, OSError):  # a full disk, no permission
         return str(error), 1
-    # Imported here, so that --help waits for none of it.
     import torch
 
     from dataset.jsonl import DataError
@@ -195,9 +252,6 @@ def _expected(error: Exception) -> tuple[str, int] | None:
 
     if isinstance(error, DataError | CheckpointError | TokenizerError | MissingPackage):
         return str(error), 1
-    if isinstance(error, torch.OutOfMemoryError):
-        remedy = "lower --batch_size (and raise --accumulation_steps) or --max_seq_len, or --activation_checkpointing 1"
-        return f"out of memory: {remedy}", 1
     # The connection to another process broke. Gloo raises plain RuntimeErrors.
     if _in_a_group() and (isinstance(error, torch.distributed.DistError) or "gloo" in str(error).lower()):
         return "another process of this run has ended; its own message says why. --from_resume 1 goes on", 1

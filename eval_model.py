@@ -67,7 +67,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--tools", type=flag, metavar="{0,1}", default=False,
         help="1 = the model may call a calculator, dates and unit conversion (default: 0)")  # fmt: skip
     add("--stream", type=flag, metavar="{0,1}", default=True, help="show the answer as it is generated (default: 1)")
-    add("--seed", type=int, help="the same answers every time")
+    add("--seed", type=cli.seed, help="the same answers every time")
 
     group = parser.add_argument_group("instead of a conversation")
     add = group.add_mutually_exclusive_group().add_argument

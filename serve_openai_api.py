@@ -17,9 +17,11 @@ import re
 import sys
 from pathlib import Path
 
+import cli  # first: it takes Ctrl-C while the rest is imported
+
+# isort: split
 import uvicorn
 
-import cli
 from cli import ArgumentParser, find_device, flag
 from model.checkpoint import CheckpointError
 from model.device import DTYPES

@@ -8,11 +8,14 @@ Black-box distillation, when only the teacher's answers can be seen: scripts/ask
 
 from functools import partial
 
+import cli  # first: it takes Ctrl-C while the rest is imported
+
+# isort: split
 import torch
 
-import cli
 from dataset.lm_dataset import IGNORE, sft_dataset
 from model import checkpoint
+from model.adapters import fingerprint
 from trainer.arguments import arguments
 from trainer.run import Run
 from trainer.speed import cross_entropy
@@ -77,6 +80,7 @@ def main():
     args = parse_arguments()
     run = Run("distill", args, minutes=2.0)
     teacher = load_teacher(args.out_dir, args.teacher, run)
+    run.inputs["teacher"] = fingerprint(teacher)
     train_rows, val_rows = run.rows(sft_dataset, "sft")
     loss_fn = partial(distill_loss, teacher=teacher, args=args)
 

@@ -8,10 +8,12 @@ python train_dpo.py --loss ipo | --loss simpo | --label_smoothing 0.1 | --length
 import copy
 from functools import partial
 
+import cli  # first: it takes Ctrl-C while the rest is imported
+
+# isort: split
 import torch
 import torch.nn.functional as F
 
-import cli
 from dataset.lm_dataset import IGNORE, preference_dataset
 from trainer.arguments import arguments
 from trainer.run import Run

@@ -11,9 +11,11 @@ W x becomes W x + alpha / rank * B A x in each linear layer; A and B alone are t
 import re
 import sys
 
+import cli  # first: it takes Ctrl-C while the rest is imported
+
+# isort: split
 import torch
 
-import cli
 from dataset.lm_dataset import IGNORE, sft_dataset
 from model.adapters import save_adapter
 from model.model import LoRAConfig, add_lora

@@ -7,10 +7,12 @@ python eval_model.py --model_mode 3                            # think, then ans
 
 from functools import partial
 
+import cli  # first: it takes Ctrl-C while the rest is imported
+
+# isort: split
 import torch
 import torch.nn.functional as F
 
-import cli
 from dataset.lm_dataset import IGNORE, reason_dataset
 from dataset.tokenizer import END_THINK, END_TOOL_CALL, THINK, TOOL_CALL
 from trainer.arguments import arguments

@@ -8,9 +8,11 @@ An example of a stage of your own: its loss, its data and the loop are in this f
 
 from functools import partial
 
+import cli  # first: it takes Ctrl-C while the rest is imported
+
+# isort: split
 import torch
 
-import cli
 from dataset.lm_dataset import IGNORE, pretrain_dataset
 from trainer.arguments import arguments
 from trainer.run import Run

@@ -23,10 +23,13 @@ import torch
 from torch import Tensor
 
 from dataset.tokenizer import ChatTokenizer, load_tokenizer
+from model.device import is_out_of_memory
 from model.formats import CheckpointError, from_hf, from_minimind
 from model.model import MiniMindConfig, MiniMindLM, base_state_dict
 
 UNKNOWN = "unknown"  # as meta["tokenizer"]: weights of which nobody knows the tokenizer
+LFS_HEAD = b"version https://git-lfs"
+LFS_TEXT = "is a Git LFS pointer, not the file itself: run `git lfs pull` in its folder, or download the file"
 
 # ------------------------------------------------------------------------------------------------ paths
 
@@ -153,11 +156,15 @@ def read_file(path: Path, mmap: bool = False) -> Any:
     """torch.load of tensors and plain values, nothing else; CheckpointError for any other file."""
     if path.suffix == ".safetensors":
         raise CheckpointError(f"{path} is only the weights: give the folder that holds it and its config.json")
+    is_unicode = not any("\ud800" <= letter <= "\udfff" for letter in str(path))  # which mapping needs
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and zipfile.is_zipfile(path))
+        mmap = mmap and is_unicode and zipfile.is_zipfile(path)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except FileNotFoundError:
         raise _missing(path) from None
     except Exception as error:  # unpickling, zip and memory-map faults raise nearly anything
+        if is_out_of_memory(error):
+            raise
         raise CheckpointError(f"{path} {_looks_like(path, error)}") from None
 
 
@@ -170,8 +177,8 @@ def _looks_like(path: Path, error: Exception) -> str:
         return "is empty (0 bytes): copy or train it again"
     if head.startswith(b"GGUF"):
         return "is a GGUF file, which only llama.cpp reads: give the .pth or the Hugging Face folder it was made from"
-    if head.startswith(b"version https://git-lfs"):
-        return "is a Git LFS pointer, not the file itself: run `git lfs pull`"
+    if head.startswith(LFS_HEAD):
+        return LFS_TEXT
     if head.startswith(b"PK"):
         if not zipfile.is_zipfile(path):
             return f"is cut off ({path.stat().st_size:,} bytes): copy or download it again"
@@ -338,6 +345,8 @@ def read_json(path: Path) -> dict:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
+        if is_lfs_pointer(path):
+            raise CheckpointError(f"{path} {LFS_TEXT}") from None
         raise CheckpointError(f"{path} is not readable as JSON: {error}") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} is not a JSON object")
@@ -376,7 +385,29 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return safetensors.torch.load_file(path)
     except (safetensors.SafetensorError, OSError) as error:
+        if is_out_of_memory(error):
+            raise
+        if is_lfs_pointer(path):
+            raise CheckpointError(f"{path} {LFS_TEXT}") from None
         raise CheckpointError(f"{path} is not readable ({error}): it is cut off or damaged") from None
+
+
+def is_lfs_pointer(path: Path) -> bool:
+    """Whether a clone without Git LFS left this in the place of the file."""
+    try:
+        with open(path, "rb") as file:
+            return file.read(len(LFS_HEAD)) == LFS_HEAD
+    except OSError:
+        return False
+
+
+def not_finite(tensors: dict[str, Tensor]) -> str | None:
+    """What to say of weights that hold NaN or infinity; None if none does."""
+    for name, w in tensors.items():
+        bad = int((~w.isfinite()).sum())
+        if bad:
+            return f"{name} holds NaN or infinity ({bad:,} of {w.numel():,} values)"
+    return None
 
 
 def to_json(content: dict) -> bytes:
@@ -406,6 +437,11 @@ def save_resume(folder: str | Path, state: dict, step: int, keep: int = 1) -> No
     earlier = [other for other in others if other.name < path.name]
     for other in later + earlier[keep - 1 :]:
         other.unlink(missing_ok=True)
+
+
+def resume_step(folder: str | Path) -> int | None:
+    """The step of the newest state; None if there is none."""
+    return max((int(path.stem.removeprefix("state_")) for path in _states(Path(folder))), default=None)
 
 
 def load_resume(folder: str | Path) -> dict | None:

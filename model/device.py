@@ -1,10 +1,13 @@
-"""In which precision a device computes."""
+"""In which precision a device computes, and when its memory is full."""
 
+import errno
 import sys
 
 import torch
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+FULL_MEMORY = ("out of memory", "t allocate memory", "not enough memory", "bad_alloc", "alloc_failed")
+FULL_MEMORY += ("failed to map segment",)  # of a package that is loaded late
 
 
 def compute_dtype(device: torch.device | str) -> torch.dtype:
@@ -31,3 +34,13 @@ def training_dtype(device: torch.device, name: str | None = None) -> torch.dtype
             )
         return DTYPES[name]
     return torch.float16 if device.type == "cuda" and fast == torch.float32 else fast
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether it says that the memory of the machine or of a device is full. torch raises a plain RuntimeError on a
+    CPU."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return isinstance(error, RuntimeError | ImportError) and any(words in str(error).lower() for words in FULL_MEMORY)

@@ -48,7 +48,7 @@ def arguments() -> argparse.Namespace:
     add("--limit", type=int, metavar="N", help="only the first N prompts of the file")
     add("--temperature", type=float, default=0, help="0 = always the likeliest token (default)")
     add("--top_p", type=float, default=1, help="choose among the likeliest tokens of this share (default: 1)")
-    add("--seed", type=int, help="with it and a temperature, a prompt gets the same answer each time")
+    add("--seed", type=cli.seed, help="with it and a temperature, a prompt gets the same answer each time")
     add("--max_new_tokens", type=int, default=512, help="a longer answer is dropped (default: 512)")
     add("--thinking", type=flag, metavar="{0,1}", help="1 = answers begin with thinking, 0 = without it "
         "(default: as the teacher likes)")  # fmt: skip

@@ -25,6 +25,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import _path  # noqa: F401
 import torch
 from _report import append_markdown
 

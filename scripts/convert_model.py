@@ -27,7 +27,7 @@ import cli
 from cli import ArgumentParser, UsageError
 from dataset.tokenizer import ChatTokenizer, TokenizerError
 from model import checkpoint
-from model.adapters import adapter_path, load_adapter, save_adapter
+from model.adapters import adapter_matrices, adapter_path, load_adapter, save_adapter
 from model.checkpoint import CheckpointError
 from model.device import DTYPES
 from model.export.gguf import read_gguf, save_gguf
@@ -179,6 +179,14 @@ def add_adapter(args: argparse.Namespace, model: MiniMindLM) -> None:
         load_peft(args.lora, model, ADAPTER)
     else:
         load_adapter(args.lora, model, ADAPTER, base=args.source, tokenizer=args.tokenizer)
+    require_finite(args.lora, adapter_matrices(model, ADAPTER)[1])
+
+
+def require_finite(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """CheckpointError if a comparison of what they compute would mean nothing."""
+    fault = checkpoint.not_finite(tensors)
+    if fault:
+        raise CheckpointError(f"{path}: {fault}: its training has diverged; take an earlier file, or train it again")
 
 
 def merged(args: argparse.Namespace, path: Path, model: MiniMindLM, prompts: list) -> MiniMindLM:
@@ -196,6 +204,7 @@ def main() -> None:
     if args.dest.exists() and args.dest.samefile(path):
         raise UsageError("SOURCE and DEST are the same file")
     model, meta = checkpoint.load(path)
+    require_finite(path, base_state_dict(model))
     args.tokenizer = choose_tokenizer(args, path, model)
     prompts = parity.prompts_for(model.config.vocab_size, args.tokenizer)
     if args.lora:

@@ -4,7 +4,8 @@
     python -m tests.kill_test --kills 10 --stages lora,dpo --seed 7
 
 Each stage is trained once without interruption. Then it is started, killed and resumed until it has taken its share of
-the kills, and finished; no file may ever be half written, and weights, figures and metrics log (but for what a clock
+the kills, and finished; now and then a second run is started on its files, and must be refused at once. No file may
+ever be half written, and weights, figures and metrics log (but for what a clock
 measures) must be equal. Of three kills one falls after any step, one waits for the temporary file of whatever is saved
 next, and one for that of the final weights. The last line is one JSON object; the exit status is 1 if anything
 differed.
@@ -12,8 +13,10 @@ differed.
 
 import argparse
 import json
+import os
 import random
 import shutil
+import signal
 import tempfile
 import time
 from collections import Counter
@@ -21,7 +24,7 @@ from pathlib import Path
 
 import torch
 
-from tests.processes import Script, assert_same, files_in, small_data, small_weights, state_step
+from tests.processes import Script, assert_same, files_in, one_error, small_data, small_weights, state_step
 
 TINY = "--max_seq_len 32 --batch_size 2 --dtype fp32 --device cpu --log_interval 2 --accumulation_steps 2"
 TINY = f"{TINY} --compile 0 --save_interval 1 --val_interval 5"
@@ -70,6 +73,23 @@ def kill_somewhere(running: Script, out: Path, step: int, generator: random.Rand
     return None
 
 
+def refuse_a_second(running: Script, folder: Path, job: list, out: Path) -> None:
+    """Start the job on the files of a run that has begun and stands still meanwhile: one line, and nothing changed."""
+    began, [process] = time.time(), running.processes
+    while running.alive() and not any(path.suffix == ".jsonl" and _modified(path) > began for path in files_in(out)):
+        time.sleep(0.0005)
+    if not running.alive():
+        return
+    os.kill(process.pid, signal.SIGSTOP)
+    try:
+        before = {path: _modified(path) for path in files_in(out)}
+        if any(path.suffix == ".lock" for path in before):  # else it has just come to its end
+            one_error(Script(folder, job).wait(), 2, "--save_weight", "--out_dir")
+            assert before == {path: _modified(path) for path in files_in(out)}
+    finally:
+        os.kill(process.pid, signal.SIGCONT)
+
+
 def _modified(path: Path) -> float:
     return path.stat().st_mtime if path.exists() else 0.0
 
@@ -83,6 +103,8 @@ def check_stage(job: list[str], whole: Path, kills: int, steps: int, folder: Pat
     resume = [*job, "--out_dir", parts, "--from_resume", 1]
     while hits < kills:
         running, aim = Script(folder, resume), AIMS[hits % len(AIMS)]
+        if aim is None:
+            refuse_a_second(running, folder, resume, parts)
         moment = kill_somewhere(running, parts, generator.randrange(1, steps), generator, aim)
         if moment:
             moments[moment] += 1

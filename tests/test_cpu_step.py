@@ -115,7 +115,7 @@ def test_models_that_it_cannot_run_are_refused(tiny, changes, message):
 
 
 def test_a_machine_without_compiler_is_told(monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("MINIMIND_CACHE", str(tmp_path))
     monkeypatch.setattr(cpu_step.shutil, "which", lambda name: None)
     monkeypatch.delenv("CXX", raising=False)
     with pytest.raises(RuntimeError, match=r"install g\+\+"):

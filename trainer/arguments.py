@@ -7,7 +7,7 @@ import argparse
 import math
 from pathlib import Path
 
-from cli import ArgumentParser, UsageError
+from cli import ArgumentParser, UsageError, seed
 from dataset.tokenizer import TOKENIZER_DIR, ChatTokenizer, load_tokenizer
 from model import checkpoint
 from model.device import DTYPES
@@ -58,7 +58,7 @@ def arguments(stage: str, description: str, **defaults) -> argparse.ArgumentPars
     add("--warmup", type=float, default=0.02, help="share of the budget in which the learning rate rises")
     add("--decay", type=float, default=0.8, help="share of the budget, at its end, in which it falls to zero")
     add("--grad_clip", type=float, default=1.0, help="largest norm of the gradient")
-    add("--seed", type=int, default=42)
+    add("--seed", type=seed, default=42)
 
     add = parser.add_argument_group("machine").add_argument
     add("--device", help="cuda, mps or cpu (default: the best one found)")
@@ -71,6 +71,8 @@ def arguments(stage: str, description: str, **defaults) -> argparse.ArgumentPars
 
     add = parser.add_argument_group("output").add_argument
     add("--out_dir", default=str(ROOT / "out"))
+    add("--cache_dir", metavar="FOLDER", help="for tokens and compiled code, which can be made again (default: "
+        "MINIMIND_CACHE, else out/cache, or the user's cache folder where that cannot be written to)")  # fmt: skip
     add("--save_weight", metavar="NAME", help=f"write out_dir/NAME_HIDDEN.pth (default: {stage})")
     add("--from_resume", type=int, choices=(0, 1), default=0, help="1 = go on where an interrupted run was")
     add("--save_interval", type=int, default=0, help="steps between resume states (default: every two minutes)")
@@ -102,13 +104,6 @@ def check(args: argparse.Namespace) -> None:
             raise UsageError(f"--{name} {getattr(args, name)}: it is a share of the run, at most 1")
 
 
-def identity(args: argparse.Namespace) -> dict:
-    """The arguments that decide what comes out of a run."""
-    machine = ("from_resume", "device", "num_workers", "log_interval", "use_wandb", "wandb_project", "out_dir", "keep")
-    machine += ("activation_checkpointing", "fsdp", "local_rank")  # the same result in less memory
-    return {k: v for k, v in vars(args).items() if k not in machine}
-
-
 def budget_of(args: argparse.Namespace, minutes: float) -> Budget:
     """What the flags say; without any, `minutes` on the starter corpus and one epoch of your own data."""
     if args.epochs is args.steps is args.minutes is None:
@@ -116,11 +111,24 @@ def budget_of(args: argparse.Namespace, minutes: float) -> Budget:
     return Budget(args.steps, args.epochs, args.minutes)
 
 
-def starting_model(args: argparse.Namespace) -> tuple[MiniMindLM, ChatTokenizer]:
-    """The weights of --from_weight, or a new model of the shape that the flags give; and its tokenizer."""
+def data_paths(args: argparse.Namespace, starter: str) -> list[str | Path | None]:
+    """--data_path and --val_path (None without), or the starter corpus' files of that name."""
+    if args.data_path is not None:
+        return [args.data_path, args.val_path]
+    from dataset.starter.corpus import ensure_starter
+
+    folder = ensure_starter()
+    if not (folder / f"{starter}.jsonl").exists():
+        known = ", ".join(path.stem.removesuffix("_val") for path in sorted(folder.glob("*_val.jsonl")))
+        raise UsageError(f"the starter corpus has no {starter} (there are {known}): give --data_path")
+    return [folder / f"{starter}.jsonl", args.val_path or folder / f"{starter}_val.jsonl"]
+
+
+def starting_model(args: argparse.Namespace) -> tuple[MiniMindLM, ChatTokenizer, Path | None]:
+    """The weights of --from_weight, their tokenizer and their path; or a new model of the shape that the flags give."""
     if args.from_weight == "none":
         tokenizer = load_tokenizer(args.tokenizer or TOKENIZER_DIR)
-        return MiniMindLM(new_config(args, tokenizer)), tokenizer
+        return MiniMindLM(new_config(args, tokenizer)), tokenizer, None
     path = checkpoint.find_weights(args.out_dir, args.from_weight, args.hidden_size, bool(args.use_moe))
     model, _ = checkpoint.load(path)
     tokenizer = checkpoint.tokenizer_of(path, args.tokenizer)
@@ -133,7 +141,7 @@ def starting_model(args: argparse.Namespace) -> tuple[MiniMindLM, ChatTokenizer]
         flags = [f"--{name}" for name in ("preset", "hidden_size", "num_hidden_layers") if vars(args)[name]]
         flags = " and ".join(flags + ["--use_moe"] * args.use_moe)
         raise UsageError(f"{flags} cannot change the shape of {path}, which has {sizes}: leave out {flags}")
-    return model.train(), tokenizer
+    return model.train(), tokenizer, path
 
 
 def new_config(args: argparse.Namespace, tokenizer: ChatTokenizer) -> MiniMindConfig:

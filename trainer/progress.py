@@ -25,6 +25,14 @@ class Progress:
     skipped: int = 0  # batches without labels, and steps whose loss or gradient was not finite
     next_validation: float = 0.0  # share of the budget at which it is due
     window: list[float] = field(default_factory=list)  # losses since the last line of the metrics log
+    first_losses: list[float] = field(default_factory=list)  # of ten steps
+    last_losses: list[float] = field(default_factory=list)
+
+    def note_loss(self, loss: float) -> None:
+        self.window.append(loss)
+        if len(self.first_losses) < 10:
+            self.first_losses.append(loss)
+        self.last_losses = [*self.last_losses[-9:], loss]
 
     def share(self, budget: Budget, rows: int) -> float:
         """Of the budget that is used up; 1.0 or more ends the run. rows: of one epoch."""

@@ -16,6 +16,7 @@ import torch
 from cli import UsageError
 from model.checkpoint import write_bytes
 from model.model import MiniMindLM
+from trainer.outputs import copies
 from trainer.parallel import Processes
 from trainer.progress import Progress
 
@@ -101,7 +102,7 @@ class Reporter:
         if not self.on:
             return
         if math.isfinite(loss):
-            progress.window.append(loss)
+            progress.note_loss(loss)
         interval = progress.step % self.log_interval == 0
         if interval:
             self._measure(progress)
@@ -182,8 +183,8 @@ class Reporter:
         figures = {"steps": progress.step, "tokens": progress.tokens} | self.val
         return figures | {"seconds": round(progress.seconds, 1), "skipped": progress.skipped}
 
-    def finish(self, progress: Progress) -> None:
-        """The picture and the last line, after the weights are safe."""
+    def finish(self, progress: Progress, advice: list[str]) -> None:
+        """The picture and the last lines, after the weights are safe."""
         if self.tty:
             print(file=sys.stderr)
         skipped = f", {progress.skipped} steps skipped" if progress.skipped else ""
@@ -195,10 +196,13 @@ class Reporter:
             picture = f", {self.picture.name}" if draw_curve(self.log_path, self.picture) else ""
         except OSError as error:  # not worth calling the run failed
             picture = f"; warning: cannot draw {self.picture}: {error.strerror}"
-        self.say(
+        earlier = [f"; the ones before are kept: {copy.name}" for copy in copies(self.weights)[:1]]
+        lines = [
             f"{self.name}: {progress.step} steps, {progress.tokens:,} tokens in {progress.seconds / 60:.1f} min{val}"
-            f"{skipped}\nwrote {self.weights}, {self.log_path.name}{picture}"
-        )
+            f"{skipped}",
+            f"wrote {self.weights}, {self.log_path.name}{picture}{''.join(earlier)}",
+        ]
+        self.say("\n".join(lines + advice))
         if self.wandb:
             self.wandb.finish()
 

@@ -19,7 +19,7 @@ itself, and as many updates as it likes may follow one step of the stream; log_v
 import argparse
 import contextlib
 import math
-import os
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -30,23 +30,26 @@ import torch
 from torch import Tensor, nn
 
 from cli import UsageError, find_device
-from dataset.lm_dataset import batches, bytes_per_token, validation_batches
+from dataset.lm_dataset import batches, bytes_per_token, summary, validation_batches
 from model import checkpoint
+from model.adapters import fingerprint
 from model.checkpoint import CheckpointError
 from model.device import training_dtype
-from trainer import parallel
-from trainer.arguments import budget_of, check, identity, starting_model
+from trainer import outputs, parallel
+from trainer.advice import Outcome, advice
+from trainer.arguments import ROOT, budget_of, check, data_paths, starting_model
+from trainer.caches import describe_compiled, use_cache_dir
 from trainer.interrupt import Interrupt
 from trainer.optimizer import LEARNING_RATES, build_optimizers, learning_rate_scale, set_learning_rate
 from trainer.parallel import Parallel
 from trainer.progress import Progress
 from trainer.report import ModelSizes, Reporter
+from trainer.resume import STATE_VERSION, end_as_complete, find_earlier, identity, note_on, require_same_inputs
 from trainer.speed import compile_if_worth, install, matmul_peak
 
 MAX_BAD_STEPS = 5  # non-finite steps in a row before a run gives up
 SAVE_SECONDS = 120  # between resume states, unless --save_interval says otherwise,
 SAVE_SHARE = 0.01  # or longer, so that they take no more of the time than this
-STATE_VERSION = 2  # of what state_dict() gives
 
 LossFn = Callable[[nn.Module, dict], tuple[Tensor, dict[str, float | Tensor]]]
 SaveFn = Callable[..., None]  # of path, model, meta and, by name, tokenizer
@@ -60,7 +63,7 @@ class Run:
 
     def __init__(self, stage: str, args: argparse.Namespace, *, minutes: float, learning_rate_factor: float = 1.0):
         check(args)
-        self.stage, self.args = args.save_weight or stage, args
+        self.method, self.stage, self.args = stage, args.save_weight or stage, args
         self.budget = budget_of(args, minutes)
         self.zero = self._zero_config()
         self.processes = self._find_processes()
@@ -69,15 +72,22 @@ class Run:
         if self.device.type == "cuda" and self.dtype != torch.float32:
             torch.set_float32_matmul_precision("high")  # what autocast leaves in fp32 may be TF32
         torch.manual_seed(args.seed)
-        model, self.tokenizer = starting_model(args)
-        self.model: nn.Module = model
+        self.cache_dir = use_cache_dir(args.cache_dir)
+        self.model: nn.Module
+        self.model, self.tokenizer, self.began_at = starting_model(args)
+        # What the run is made of, by flag: a hash of the contents, None where there is nothing.
+        self.inputs = {"from_weight": None if self.began_at is None else fingerprint(self.model)}
+        self.inputs["tokenizer"] = self.tokenizer.chat_hash
         if args.learning_rate is None:  # wide matrices want smaller steps (Yang et al. 2022, arXiv:2203.03466)
             args.learning_rate = (
                 learning_rate_factor * LEARNING_RATES[args.optimizer] * 256 / self.model.config.hidden_size
             )
         self.config = self.model.config
-        self._make_folder()
-        self.resume = self._find_resume() if args.from_resume else None
+        args.hidden_size, args.num_hidden_layers = self.config.hidden_size, self.config.num_hidden_layers
+        args.use_moe = int(self.config.is_moe)
+        outputs.claim(self.path(".pth"), f"--out_dir {args.out_dir}", self.processes)
+        self.resume, self.finished = find_earlier(self.path(".pth"), args, self.config, self.processes)
+        self._begin_as_before()
         self.model.to(self.device)
         install(self.model, self.dtype, self.device)
         self.model.activation_checkpointing = bool(args.activation_checkpointing)
@@ -93,17 +103,12 @@ class Run:
     def rows(self, make: Callable, starter: str) -> tuple:
         """Training and validation rows by make(path, tokenizer, seq_len): of --data_path and --val_path (None without),
         or of the starter corpus' files of that name."""
-        paths = [self.args.data_path, self.args.val_path]
-        if self.args.data_path is None:
-            from dataset.starter.corpus import ensure_starter
-
-            folder = ensure_starter()
-            if not (folder / f"{starter}.jsonl").exists():
-                known = ", ".join(path.stem.removesuffix("_val") for path in sorted(folder.glob("*_val.jsonl")))
-                raise UsageError(f"the starter corpus has no {starter} (there are {known}): give --data_path")
-            paths = [folder / f"{starter}.jsonl", self.args.val_path or folder / f"{starter}_val.jsonl"]
-        make = partial(make, tokenizer=self.tokenizer, seq_len=self.args.max_seq_len, quiet=not self.processes.is_main)
-        return tuple(make(path) if path else None for path in paths)
+        paths = data_paths(self.args, starter)
+        options = dict(seq_len=self.args.max_seq_len, cache_dir=self.cache_dir, quiet=not self.processes.is_main)
+        rows = [make(path, self.tokenizer, **options) if path else None for path in paths]
+        for flag, path, part in zip(("data_path", "val_path"), paths, rows, strict=True):
+            self.inputs[flag] = part and (summary(part).get("sha256") or outputs.file_hash(path))
+        return tuple(rows)
 
     def steps(self, rows) -> Iterator[Iterator[dict]]:
         """The micro-batches of one step after the other, until the budget is used up, from where a killed run stood.
@@ -192,11 +197,25 @@ class Run:
         model = self.parallel.whole_model()
         if not self.processes.is_main:
             return
+        weights = self.path(".pth")
         meta = {"stage": self.stage, **self.reporter.figures(self.progress), "arguments": identity(self.args)}
+        meta["inputs"] = self.inputs
         with self._remedy():
-            save(self.path(".pth"), model, meta, tokenizer=self.tokenizer)
-        self.reporter.finish(self.progress)
+            outputs.keep_others(weights, meta["arguments"])
+            save(weights, model, meta, tokenizer=self.tokenizer)
+        self.reporter.finish(self.progress, self._advice())
         checkpoint.remove_resume(self.path("_resume"))
+        outputs.release(weights)
+
+    def _advice(self) -> list[str]:
+        args, progress = self.args, self.progress
+        name = getattr(args, "lora_name", self.stage)
+        out_dir = "" if args.out_dir == str(ROOT / "out") else f" --out_dir {shlex.quote(args.out_dir)}"
+        batch = args.batch_size * args.accumulation_steps * self.processes.count
+        losses = (progress.first_losses, progress.last_losses)
+        own_data, validated = args.data_path is not None, bool(self.reporter.val)
+        outcome = Outcome(progress.step, self._rows, batch, *losses, own_data, validated)
+        return advice(self.method, name, out_dir, outcome)
 
     # -------------------------------------------------------------------------------------------- set-up
 
@@ -227,45 +246,33 @@ class Run:
             parallel.join(processes)
         return processes
 
-    def _make_folder(self) -> None:
-        folder, given = self.path(".pth").parent, f"--out_dir {self.args.out_dir}"
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UsageError(f"{given}: cannot be made: {error.strerror}; choose another folder") from None
-        if not os.access(folder, os.W_OK):
-            raise UsageError(f"{given}: cannot be written to; choose another folder")
-
-    def _find_resume(self) -> dict | None:
-        """The newest state; None if there is none. Ends the process if the run is complete."""
-        folder, weights = self.path("_resume"), self.path(".pth")
-        state = checkpoint.load_resume(folder)
-        if state is not None and state.get("version") != STATE_VERSION:
-            raise UsageError(
-                f"--from_resume 1: the state in {folder} is of another version of these scripts: go on with that "
-                "version, or remove the folder to start anew"
-            )
-        finished = (
-            state is None and weights.exists() and checkpoint.load_meta(weights).get("arguments") == identity(self.args)
-        )
-        found = f"step {state['progress']['step']}" if state else "finished" if finished else "none"
-        self.processes.require_same(f"--from_resume 1: state in {folder}", found)
-        if finished:
-            if self.processes.is_main:
-                checkpoint.remove_resume(folder)  # empty, of a run that was killed as it tidied up
-                print(f"{weights} is complete; without --from_resume it is trained anew")
-            sys.exit(0)
-        if state is None and self.processes.is_main:
-            print(f"--from_resume 1: no state in {folder}, the run starts anew", file=sys.stderr)
-        return state
+    def _begin_as_before(self) -> None:
+        """A run that trains its own earlier weights further has replaced them at its end: they are in a copy then."""
+        earlier, weights = (self.resume or self.finished or {}).get("inputs", {}), self.path(".pth")
+        wanted = earlier.get("from_weight", self.inputs["from_weight"])
+        if wanted == self.inputs["from_weight"] or not weights.exists() or not self.began_at.samefile(weights):
+            return
+        for copy in outputs.copies(weights):
+            model, _ = checkpoint.load(copy)
+            if fingerprint(model) == wanted:
+                self.model, self.inputs["from_weight"] = model.train(), wanted
+                return
 
     def _begin(self, rows) -> Iterator[dict]:
         """Share the model out, resume, compile; the stream of batches."""
         args, processes = self.args, self.processes
         processes.require_same(f"rows of --data_path {args.data_path}", len(rows))
         self._rows = len(rows)
+        require_same_inputs(self.resume or self.finished or {}, self.inputs, args, self.path(".pth"), processes)
+        if self.finished:
+            end_as_complete(self.path(".pth"), processes)
         if self.resume is None:
             self._distribute()
+            copy = outputs.keep_earlier(self.path(".pth")) if processes.is_main else None
+            if copy:
+                self.reporter.say(
+                    f"note: {self.path('.pth')} is there: kept as {copy.name} when the new one is written"
+                )
         else:
             self.load_state_dict(self.resume)
             self.resume = None  # frees half a gigabyte
@@ -274,6 +281,8 @@ class Run:
         expected, _ = processes.agree(self._expected_seconds(peak))
         wish = args.compile if self.compiled is None else str(int(self.compiled))
         self.compiled = compile_if_worth(model, wish, self.device, expected, self.reporter.say)
+        if self.compiled:
+            self.reporter.say(describe_compiled())
         if args.use_wandb:
             self.reporter.start_wandb(args.wandb_project, vars(args), args.out_dir)
         self.reporter.start(self.progress, self._sizes, self.device, self.dtype, self.compiled, peak)
@@ -382,23 +391,21 @@ class Run:
             "progress": vars(self.progress).copy(),
             "arguments": vars(self.args).copy(),
             "identity": identity(self.args),
-            "tokenizer": self.tokenizer.chat_hash,
+            "inputs": self.inputs.copy(),
         }
 
     def load_state_dict(self, state: dict) -> None:
-        """Share the model out and go on from there. UsageError if the interrupted run had other arguments."""
-        old = state["identity"]
-        changed = [k for k, v in identity(self.args).items() if old.get(k, v) != v]
-        if changed:
-            was = ", ".join(f"no --{k}" if old[k] is None else f"--{k} {old[k]}" for k in changed)
-            raise UsageError(
-                f"--from_resume 1: the interrupted run had {was}; give the same, or leave --from_resume out to start "
-                "anew"
-            )
+        """Share the model out and go on from there; say what cannot be the same any more."""
+        was = state["identity"]
+        note = note_on(was, self.args)
+        if note:
+            self.reporter.say(note)
         self.model.load_state_dict(state["model"])
         self._distribute()
         self.parallel.load_state_dict(state)
-        self.progress, self.compiled = Progress(**state["progress"]), state["compiled"]
+        self.progress = Progress(**state["progress"])
+        if was.get("compile", self.args.compile) == self.args.compile:  # "auto" is decided once
+            self.compiled = state["compiled"]
         self.processes.restore_random_states(state["rng"])  # last: sharing out draws random numbers
 
     def _save_resume(self) -> None:

@@ -10,7 +10,7 @@ import safetensors.torch
 from torch import Tensor
 
 from model.adapters import adapter_matrices, fingerprint
-from model.checkpoint import read_json, read_safetensors, to_json, write_bytes
+from model.checkpoint import read_file, read_json, read_safetensors, to_json, write_bytes
 from model.formats import CheckpointError
 from model.model import LoRAConfig, MiniMindLM, add_lora, lora_targets
 
@@ -45,16 +45,15 @@ def load_peft(folder: str | Path, model: MiniMindLM, name: str) -> None:
     CheckpointError if the folder is missing or damaged, holds more than plain LoRA on linear layers of this model, or
     says (as those of save_peft do) that it was trained on other weights; the model is then as it was."""
     folder = Path(folder)
-    config, path = read_json(folder / "adapter_config.json"), folder / "adapter_model.safetensors"
+    config = read_json(folder / "adapter_config.json")
     if config.get("peft_type") != "LORA":
         raise CheckpointError(f"{folder} is a {config.get('peft_type')} adapter; only LORA can be loaded")
     extras = [f"{key} {config[key]!r}" for key in _EXTRAS if config.get(key)]
-    extras += [f"bias {config['bias']!r}"] * (config.get("bias", "none") != "none")
+    if config.get("bias", "none") != "none":
+        extras.append(f"bias {config['bias']!r}")
     if extras:
         raise CheckpointError(f"{folder}: adapter_config.json has {', '.join(extras)}; only plain LoRA can be loaded")
-    tensors = {k.removeprefix(_PREFIX).removesuffix(".weight"): w for k, w in read_safetensors(path).items()}
-    with safetensors.safe_open(path, "pt") as file:
-        base = (file.metadata() or {}).get("base")
+    tensors, base = _read_matrices(folder)
     if base not in (None, fingerprint(model)):
         raise CheckpointError(f"{folder} was trained on other weights than the model: give those, or train it again")
     try:
@@ -64,6 +63,23 @@ def load_peft(folder: str | Path, model: MiniMindLM, name: str) -> None:
         raise CheckpointError(f"{folder}: adapter_config.json has no {error}") from None
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{folder}: {error}") from None
+
+
+def _read_matrices(folder: Path) -> tuple[dict[str, Tensor], str | None]:
+    """The matrices by our names, and the fingerprint of their base if the file has one. peft wrote .bin files first."""
+    path, base = folder / "adapter_model.safetensors", None
+    if path.exists():
+        tensors = read_safetensors(path)
+        with safetensors.safe_open(path, "pt") as file:
+            base = (file.metadata() or {}).get("base")
+    else:
+        path = folder / "adapter_model.bin"
+        if not path.exists():
+            raise CheckpointError(f"{folder} has no adapter_model.safetensors: copy or download the folder again")
+        tensors = read_file(path)
+        if not isinstance(tensors, dict) or not all(isinstance(w, Tensor) for w in tensors.values()):
+            raise CheckpointError(f"{path} is not the matrices of an adapter: copy or download the folder again")
+    return {name.removeprefix(_PREFIX).removesuffix(".weight"): w for name, w in tensors.items()}, base
 
 
 def _with_targets(lora: LoRAConfig, model: MiniMindLM, tensors: dict[str, Tensor]) -> LoRAConfig:

@@ -53,8 +53,27 @@ class CachePointers(Structure):
     _fields_ = [("k", c_void_p), ("v", c_void_p), *((f"{name}_stride", c_int64) for name in ("layer", "slot", "head"))]
 
 
+def _cache_folder() -> Path:
+    """MINIMIND_CACHE if it is set, else the first that can be written to: out/cache, the user's cache folder, a
+    temporary one. RuntimeError if none can."""
+    user = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    own = f"minimind-{os.getuid()}" if hasattr(os, "getuid") else "minimind"  # whose library is loaded is its code
+    folders = [SOURCE.parents[2] / "out" / "cache", Path(user) / "minimind", Path(tempfile.gettempdir()) / own]
+    if os.environ.get("MINIMIND_CACHE"):
+        folders = [Path(os.environ["MINIMIND_CACHE"])]
+    for folder in folders:
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError:
+            continue
+        stranger = folder.name == own and hasattr(os, "getuid") and folder.stat().st_uid != os.getuid()
+        if os.access(folder, os.W_OK) and not stranger:
+            return folder
+    raise RuntimeError(f"no folder to keep the compiled step in can be written to ({folders[0]}): set MINIMIND_CACHE")
+
+
 def build() -> Path:
-    """The compiled library, from the user's cache if it is there. RuntimeError if it cannot be compiled."""
+    """The compiled library, from the cache if it is there. RuntimeError if it cannot be compiled."""
     flags = ["-O3", "-std=c++20", "-shared", "-fPIC", "-fopenmp"]
     if platform.machine() in ("x86_64", "AMD64"):
         if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
@@ -64,11 +83,10 @@ def build() -> Path:
     if compiler is None:
         raise RuntimeError("the compiled step needs a C++ compiler: install g++, or name one in CXX")
     key = hashlib.sha256(" ".join([compiler, *flags]).encode() + SOURCE.read_bytes()).hexdigest()[:16]
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minimind"
+    folder = _cache_folder()
     library = folder / f"cpu_step_{key}.so"
     if not library.exists():
         print(f"note: compiling the decoding step, once, into {folder}", file=sys.stderr)
-        folder.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=folder, suffix=".so", delete=False) as file:
             pass
         done = subprocess.run([compiler, *flags, str(SOURCE), "-o", file.name], capture_output=True, errors="replace")

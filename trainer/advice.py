@@ -1,0 +1,105 @@
+"""What a run says at its end: whether it has learnt at all, what is normal, what comes next.
+
+The figures of the starter corpus are those of docs/experiments/quickstart.md and lifecycle.md.
+"""
+
+import math
+from typing import NamedTuple
+
+FEW_STEPS = 20
+ENOUGH_STEPS = 60  # that the suggestion leads to
+MOVED = 0.98  # a mean loss of the last ten steps above this share of that of the first ten has hardly moved
+
+
+class Stage(NamedTuple):
+    normal: str  # on the starter corpus
+    own: str  # how to judge on data of one's own
+    next: str
+
+
+CHAT = "python eval_model.py --weight {name}"
+FALLS = "the validation loss falls to the end"
+STAGES = {
+    "pretrain": Stage(
+        "0.40 to 0.50 bits per byte (1.0 on a slow machine)",
+        f"{FALLS}, from 8.8 of random weights to below 3; a small model goes on learning for days",
+        "python train_full_sft.py --from_weight {name}",
+    ),
+    "full_sft": Stage(
+        "0.02 to 0.04 bits per byte, 93 to 96 % of the held-out questions right",
+        f"{FALLS}; if it rises while the training loss falls, take fewer epochs",
+        CHAT,
+    ),
+    "lora": Stage(
+        "a training loss below 0.1; about 70 % of the new questions right, the other skills stay",
+        "the training loss falls well below where it began; if answers to all else change too, take fewer steps",
+        "python eval_model.py --lora_name {name}",
+    ),
+    "dpo": Stage(
+        "held-out pairs ranked right: 71 % before, 92 % after",
+        "the loss falls from 0.69, the accuracy on held-out pairs rises; answers that get odd: fewer steps",
+        CHAT,
+    ),
+    "distill": Stage(
+        "0.89 bits per byte after 45 steps, 0.3 after 150; the same student from labels alone is 2 % behind",
+        f"{FALLS}, and below that of a student with --alpha 1, which has no teacher",
+        CHAT,
+    ),
+    "reason": Stage(
+        "34 % of the problems solved without thinking, 95 % with it",
+        f"{FALLS}; problems are learnt by heart in few epochs",
+        "python eval_model.py --weight {name} --thinking 1",
+    ),
+    "unlikelihood": Stage(
+        "the share of `repeats` in the log falls, the validation loss stays within a few per cent",
+        "the share of `repeats` in the log falls, the validation loss stays within a few per cent",
+        "python eval_model.py --model_mode 0 --weight {name}",
+    ),
+}
+
+
+class Outcome(NamedTuple):
+    """Of a run, for advice()."""
+
+    steps: int
+    rows: int  # of the data, packed
+    batch: int  # rows of a step
+    first: list[float]  # losses of the first ten steps
+    last: list[float]  # and of the last ten
+    own_data: bool
+    validated: bool
+
+
+def advice(method: str, name: str, out_dir: str, outcome: Outcome) -> list[str]:
+    """Lines for the end. name: of the weights or the adapter; out_dir: the flag, if the next command needs it."""
+    lines = []
+    fault = learnt_little(outcome)
+    if fault:
+        lines.append(f"note: {fault}: the model has hardly changed. {_more(outcome)}")
+    known = STAGES.get(method.partition("/")[0])
+    if known and outcome.own_data:
+        measure = "" if outcome.validated else "; --val_path FILE, rows kept apart, measures it"
+        lines.append(f"a good sign with data of your own: {known.own}{measure}")
+    elif known:
+        lines.append(f"normal here: {known.normal}")
+    return lines + [f"next: {known.next.format(name=name)}{out_dir}"] if known else lines
+
+
+def learnt_little(outcome: Outcome) -> str | None:
+    """Why the run cannot have taught much; None if it may have."""
+    steps, first, last = outcome.steps, outcome.first, outcome.last
+    if steps < FEW_STEPS:
+        return f"only {steps} step{'s' * (steps != 1)}"
+    before, after = (sum(losses) / max(len(losses), 1) for losses in (first, last))
+    if after > MOVED * before:
+        return f"the loss went from {before:.3f} to {after:.3f} only"
+    return None
+
+
+def _more(outcome: Outcome) -> str:
+    """Flags that give ENOUGH_STEPS on few rows, in place of a step that holds each row many times."""
+    rows, batch = outcome.rows, outcome.batch
+    smaller = min(batch, max(1, rows // 4))
+    epochs = max(2, math.ceil(ENOUGH_STEPS * smaller / rows))
+    fewer = f"--batch_size {smaller} " * (smaller < batch)
+    return f"Train longer, for instance with {fewer}--epochs {epochs} (the data fills {rows} row{'s' * (rows != 1)})"
