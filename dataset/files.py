@@ -13,6 +13,7 @@ import itertools
 import json
 import lzma
 import re
+import shlex
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -198,6 +199,13 @@ class _Text:
     def broken(self, before: int, why: str) -> DataError:
         where = f"row {before + 1}, which begins in line {self.line + self.text.count(chr(10), 0, self.at)}"
         return DataError(f"{self.file.path}: {where}: {why}; mend the file, or write it as JSONL, an object a line")
+
+
+def with_path(text: str, path: Path, kind: list[str]) -> str:
+    """The remedy of a fault, in which the commands say FILE, for this file of this kind."""
+    if "JSON array" in kind:
+        text = text.replace("jq -c '", "jq -c '.[] | ")
+    return text.replace("FILE > NEW", f"{shlex.quote(str(path))} > NEW")
 
 
 def runs_out(error: json.JSONDecodeError) -> bool:

@@ -15,7 +15,7 @@ from dataset.files import MAX_LINE, DataError, DataFile, runs_out
 
 __all__ = ["DataError", "parse_line", "read_jsonl", "read_lines"]
 
-ICONV = "such as iconv -f GB18030 -t UTF-8 FILE > NEW (Chinese), or -f CP1252 (Western Europe)"
+ICONV = "such as iconv -f GB18030 -t UTF-8 FILE > NEW.jsonl (Chinese), or -f CP1252 (Western Europe)"
 FETCH = "download or copy the file again"
 SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
