@@ -48,7 +48,11 @@ def preference_faults(row: dict) -> list[Fault]:
     faults += [Fault(level, f"rejected: {text}") for level, text in validate_messages(rejected)]
     if not any(fault.level == "error" for fault in faults):
         if chosen[:-1] != rejected[:-1]:
-            faults.append(Fault("error", "different prompts: chosen and rejected differ before the last message"))
+            faults.append(
+                Fault(
+                    "error", "different prompts: chosen and rejected differ before the last message; make these equal"
+                )
+            )
         elif chosen == rejected:
             faults.append(Fault("error", "nothing to prefer: chosen and rejected are the same"))
     return faults

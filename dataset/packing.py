@@ -7,6 +7,7 @@ import bisect
 import itertools
 import json
 import os
+import shlex
 import sys
 import threading
 import time
@@ -348,7 +349,9 @@ def describe(path: Path, figures: dict, place: str) -> str:
     if not count:
         return text
     line = next(iter(figures["skipped"].values()))["lines"][0]
-    see = f"see python scripts/inspect_data.py {path} --row {line}"
+    stage = {"preference": "dpo", "reason": "sft"}.get(figures["kind"], figures["kind"])
+    options = f"--kind {stage} --max_seq_len {figures['seq_len']} --row {line}"
+    see = f"see python scripts/inspect_data.py {shlex.quote(str(path))} {options}"
     skipped = [with_path(f"  skipped {why}", path, figures["file"]) for why in reasons(figures["skipped"], unit)]
     return "\n".join([text, *skipped, f"  {see}"])
 
