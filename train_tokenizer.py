@@ -21,7 +21,7 @@ import cli
 from cli import ArgumentParser, UsageError
 from dataset.chat import BOS, EOS, MARKERS, PAD, SPECIAL_MARKERS, load_tokenizer
 from dataset.checks import Fault, quoted
-from dataset.files import DataError, DataFile
+from dataset.files import DataError, DataFile, with_path
 from dataset.jsonl import parse_line
 from dataset.mapping import as_ours
 from dataset.packing import add_reason, reasons
@@ -166,7 +166,7 @@ def stream_texts(files: list[tuple[Path, float]], purpose: str) -> Iterator[str]
             if time.monotonic() - shown > 5:
                 shown = time.monotonic()
                 print(f"{path.name}: {file.position / size:.0%} read", flush=True)
-        why = reasons(faults, file.unit)
+        why = [with_path(text, path, file.kind) for text in reasons(faults, file.unit)]
         if not used:
             raise DataError(f"{path}: no usable row: {'; '.join(why) or 'the file is empty'}")
         kind = f" ({', '.join(file.kind)})" if file.kind else ""

@@ -36,7 +36,7 @@ def default_cache_dir(environ: Mapping[str, str] = os.environ, root: Path = ROOT
         places.append(Path(cache) / "minimind")
     if home := environ.get("HOME") or environ.get("USERPROFILE"):
         places.append(Path(home) / ".cache" / "minimind")
-    return next(filter(_can_write, places), temporary_cache_dir())
+    return next(filter(_can_write, places), None) or temporary_cache_dir()
 
 
 def temporary_cache_dir() -> Path:

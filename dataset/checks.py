@@ -48,7 +48,11 @@ def preference_faults(row: dict) -> list[Fault]:
     faults += [Fault(level, f"rejected: {text}") for level, text in validate_messages(rejected)]
     if not any(fault.level == "error" for fault in faults):
         if chosen[:-1] != rejected[:-1]:
-            faults.append(Fault("error", "different prompts: chosen and rejected differ before the last message"))
+            faults.append(
+                Fault(
+                    "error", "different prompts: chosen and rejected differ before the last message; make these equal"
+                )
+            )
         elif chosen == rejected:
             faults.append(Fault("error", "nothing to prefer: chosen and rejected are the same"))
     return faults
@@ -73,7 +77,13 @@ def _remedy(key: str, row: dict) -> str:
     wrapped = [name for name, value in row.items() if isinstance(value, list) and value and isinstance(value[0], dict)]
     if wrapped and not {"role", "from"} & row[wrapped[0]][0].keys():
         return f"the rows are a list in it: jq -c '.{json.dumps(wrapped[0])}[]' FILE > NEW.jsonl takes them out"
+    if key == "chosen" and row.keys() & {"conversations", "messages"}:
+        return f"conversations are for train_full_sft.py; {EXPECTED[key]}"
     texts = [name for name, value in row.items() if isinstance(value, str)]
+    if key == "conversations" and len(texts) == len(row) == 2:
+        asked, answer = (json.dumps(name, ensure_ascii=False) for name in texts)
+        command = f"jq -c '{{prompt: .{asked}, completion: .{answer}}}' FILE > NEW.jsonl"
+        return f"if {asked} is asked and {answer} answers: {command}"
     if key == "text" and texts:
         longest = json.dumps(max(texts, key=lambda name: len(row[name])), ensure_ascii=False)
         return f"if {longest} is the text: jq -c '{{text: .{longest}}}' FILE > NEW.jsonl"

@@ -13,6 +13,7 @@ import itertools
 import json
 import lzma
 import re
+import shlex
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -60,8 +61,9 @@ class DataFile:
         decoder = codecs.getincrementaldecoder(self.encoding)("replace")
         text = decoder.decode(head).removeprefix("\ufeff")
         self.layout = _layout(text, whole=len(head) < HEAD)
-        if self.layout == "lines" and (remedy := _not_json(self.path, text)):
-            raise DataError(f"{self.path}: {remedy}")
+        if self.layout == "lines" and (remedy := _not_json(self.path, text, self.encoding)):
+            first = f"unpack this {self.packed} file first; it holds " if self.packed else ""
+            raise DataError(f"{self.path}: {first}{remedy}")
         self.text_size = self._text_size(len(head))
         self.kind = [self.packed] * bool(self.packed)
         self.kind += [self.encoding.upper()] * (self.encoding != "utf-8")
@@ -198,6 +200,13 @@ class _Text:
     def broken(self, before: int, why: str) -> DataError:
         where = f"row {before + 1}, which begins in line {self.line + self.text.count(chr(10), 0, self.at)}"
         return DataError(f"{self.file.path}: {where}: {why}; mend the file, or write it as JSONL, an object a line")
+
+
+def with_path(text: str, path: Path, kind: list[str]) -> str:
+    """The remedy of a fault, in which the commands say FILE, for this file of this kind."""
+    if "JSON array" in kind:
+        text = text.replace("jq -c '", "jq -c '.[] | ")
+    return text.replace("FILE > NEW", f"{shlex.quote(str(path))} > NEW")
 
 
 def runs_out(error: json.JSONDecodeError) -> bool:
@@ -379,7 +388,7 @@ def _python(code: str, path: Path, pandas: bool = False) -> str:
     return f"python -c \"{code}.to_json('{path.with_suffix('.jsonl')}', {options})\""
 
 
-def _not_json(path: Path, text: str) -> str | None:
+def _not_json(path: Path, text: str, encoding: str) -> str | None:
     """What a text without a single JSON object at its beginning is, and what to do; None if it may be JSONL."""
     lines = [line.strip() for line in itertools.islice(text.split("\n"), 200) if line.strip()]
     if not lines or any(line.startswith(("{", "[", '"{')) for line in lines) or any(map(_is_value, lines)):
@@ -391,11 +400,12 @@ def _not_json(path: Path, text: str) -> str | None:
         return "a binary file, not JSONL; give a JSONL file"
     if (separator := _separator(path, lines)) is not None:
         what = "TSV" if separator == "\t" else "CSV"
-        code = f"import pandas; pandas.read_csv('{path}'" + (r", sep='\t')" if separator == "\t" else ")")
+        options = r", sep='\t'" * (separator == "\t") + f", encoding='{encoding}'" * (encoding != "utf-8")
+        code = f"import pandas; pandas.read_csv('{path}'{options})"
         return f"{what}, not JSONL; convert it: " + _python(code, path, pandas=True)
     code = "import json, sys; sys.stdout.reconfigure(encoding='utf-8'); "
     code += "[print(json.dumps({'text': line.strip()}, ensure_ascii=False)) for line in open(sys.argv[1], "
-    code += "encoding='utf-8') if line.strip()]"
+    code += f"encoding='{encoding}') if line.strip()]"
     command = f'python -c "{code}" {path} > {path.with_suffix(".jsonl")}'
     return f"plain text, not JSONL; to make each of its lines a row: {command}"
 

@@ -15,7 +15,7 @@ from dataset.files import MAX_LINE, DataError, DataFile, runs_out
 
 __all__ = ["DataError", "parse_line", "read_jsonl", "read_lines"]
 
-ICONV = "such as iconv -f GB18030 -t UTF-8 FILE > NEW (Chinese), or -f CP1252 (Western Europe)"
+ICONV = "such as iconv -f GB18030 -t UTF-8 FILE > NEW.jsonl (Chinese), or -f CP1252 (Western Europe)"
 FETCH = "download or copy the file again"
 SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
@@ -56,8 +56,7 @@ def parse_line(number: int, line: bytes) -> tuple[dict | None, Fault | None]:
     except (ValueError, RecursionError) as error:
         return None, Fault("error", f"invalid JSON: {error}")
     if not isinstance(row, dict):
-        hint = _list_hint(row) if isinstance(row, list) else ""
-        return None, Fault("error", f"not an object: the top level is {json_type(row)}{hint}")
+        return None, Fault("error", f"not an object: the top level is {json_type(row)}; {_row_hint(row)}")
     return row, None
 
 
@@ -81,10 +80,13 @@ def _json_hint(text: str, error: json.JSONDecodeError) -> str:
     return ""
 
 
-def _list_hint(row: list) -> str:
-    if row and all(isinstance(entry, dict) and {"role", "from"} & entry.keys() for entry in row):
-        return "; if it is a conversation: jq -c '{conversations: .}' FILE > NEW.jsonl"
-    return "; each row must be an object {...}"
+def _row_hint(row: Any) -> str:
+    """How a row that is no object becomes one."""
+    if isinstance(row, str):
+        return "if it is the text: jq -c '{text: .}' FILE > NEW.jsonl"
+    if isinstance(row, list) and row and all(isinstance(part, dict) and {"role", "from"} & part.keys() for part in row):
+        return "if it is a conversation: jq -c '{conversations: .}' FILE > NEW.jsonl"
+    return "each row must be an object {...}"
 
 
 class _DuplicateKey(ValueError):

@@ -7,6 +7,7 @@ import bisect
 import itertools
 import json
 import os
+import shlex
 import sys
 import threading
 import time
@@ -23,7 +24,7 @@ import numpy as np
 
 from dataset.chat import render_chat
 from dataset.checks import Fault, conversation_faults, kind_of, preference_faults, printable, text_fault
-from dataset.files import DataError, DataFile
+from dataset.files import DataError, DataFile, with_path
 from dataset.jsonl import parse_line
 from dataset.mapping import as_ours
 from dataset.tokenizer import ChatTokenizer
@@ -287,7 +288,7 @@ def pack_file(
     if not figures["rows"]:
         if not figures["lines"]:
             raise DataError(f"{path}: the file is empty")
-        why = "; ".join(reasons(figures["skipped"], file.unit))
+        why = with_path("; ".join(reasons(figures["skipped"], file.unit)), path, file.kind)
         raise DataError(f"{path}: none of its {figures['lines']:,} {file.unit}s can be used: {why}")
     figures["fill"] = figures["tokens"] / (figures["rows"] * seq_len)
     figures["seconds"] = round(time.perf_counter() - started, 1)
@@ -372,8 +373,11 @@ def describe(path: Path, figures: dict, place: str) -> str:
     if not count:
         return text
     line = next(iter(figures["skipped"].values()))["lines"][0]
-    see = f"see python scripts/inspect_data.py {path} --row {line}"
-    return "\n".join([text, *(f"  skipped {why}" for why in reasons(figures["skipped"], unit)), f"  {see}"])
+    stage = {"preference": "dpo", "reason": "sft"}.get(figures["kind"], figures["kind"])
+    options = f"--kind {stage} --max_seq_len {figures['seq_len']} --row {line}"
+    see = f"see python scripts/inspect_data.py {shlex.quote(str(path))} {options}"
+    skipped = [with_path(f"  skipped {why}", path, figures["file"]) for why in reasons(figures["skipped"], unit)]
+    return "\n".join([text, *skipped, f"  {see}"])
 
 
 class FileProgress:

@@ -23,7 +23,7 @@ from cli import ArgumentParser, prepare_terminal
 from dataset import checks, cleaning, packing
 from dataset.chat import render_chat
 from dataset.checks import Fault, printable
-from dataset.files import DataError, DataFile
+from dataset.files import DataError, DataFile, with_path
 from dataset.packing import Sample
 from dataset.tokenizer import TOKENIZER_DIR, load_tokenizer
 
@@ -70,11 +70,11 @@ def guess_kind(file: DataFile) -> str:
     votes: Counter = Counter()
     first = "the file is empty"
     for number, line in itertools.islice(file.lines(), 200):
-        for kind, key in (("pretrain", "text"), ("sft", "conversations"), ("dpo", "chosen")):
+        for kind, key in (("pretrain", "text"), ("dpo", "chosen"), ("sft", "conversations")):
             row, _, faults = packing.read_row(STAGES[kind], number, line)
             votes[kind] += row is not None and (key in row or (kind == "dpo" and "rejected" in row))
         if number == 1 and faults:
-            first = f"{file.unit} 1: {printable(faults[0].text, 300)}"
+            first = f"{file.unit} 1: {shown(file, faults[0].text)}"
     if not votes.total():
         raise DataError(f"{file.path}: what its rows are cannot be told; name the format with --kind ({first})")
     return max(votes, key=lambda kind: (votes[kind], list(STAGES).index(kind)))
@@ -267,7 +267,12 @@ class Report:
             return
         line, text = entries[0]
         if text != kind:
-            print(f"      e.g. {self.file.unit} {line}: {printable(text, 600)}")
+            print(f"      e.g. {self.file.unit} {line}: {shown(self.file, text)}")
+
+
+def shown(file: DataFile, fault: str) -> str:
+    """A fault in one line, whose remedy is for this file."""
+    return with_path(printable(fault, 600), file.path, file.kind)
 
 
 def _numbers(numbers: list[str], everything: bool, most: int = 200) -> str:
@@ -292,7 +297,7 @@ def show_row(file: DataFile, kind: str, number: int, tokenizer, seq_len: int) ->
         if kind == "dpo":
             found += too_long(sum(len(ids) for _, ids, _ in parts), seq_len)
     for level, text in found:
-        print(f"  {level}: {printable(text, 600)}")
+        print(f"  {level}: {shown(file, text)}")
     if any(level == "error" for level, _ in found):
         needed = sum(len(ids) for _, ids, _ in parts)
         remedy = f" with --max_seq_len {seq_len}; {needed} is enough" if needed else ""

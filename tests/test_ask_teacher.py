@@ -248,7 +248,7 @@ def test_prompts_are_asked_once_and_faulty_lines_are_named(server, ask, tmp_path
     )  # fmt: skip
     assert done.code == 0 and server.asked() == ["a", "b", "c"]
     assert "12 lines, 3 prompts, 2 duplicates, 7 faulty" in done.err
-    assert "2 no user message (lines 6, 10)" in done.err and "1 invalid JSON (line 5)" in done.err
+    assert "2 lines (6, 10): no user message" in done.err and "line 5: invalid JSON" in done.err
     (history,) = [row["conversations"] for row in read(tmp_path / "a.jsonl") if row["conversations"][-2] == user("b")]
     assert history == [*pair, user("b"), {"role": "assistant", "content": "Answer to b"}]
     again = ask({"prompt": "c"}, {"prompt": "d"}, {"prompt": "e"}, flags=["--limit", 2])
@@ -483,7 +483,12 @@ def test_a_file_that_is_not_of_answers_stays_as_it_is(server, ask, tmp_path):
     for content in (b"dear diary", b'{"text": "x"}\n', b'{"conversations": []}\n', b'{}\n{"conversations": [{"ro'):
         (tmp_path / "a.jsonl").write_bytes(content)
         done = ask({"prompt": "a"})
-        assert done.code == 1 and "a.jsonl, line 1: " in done.err and (tmp_path / "a.jsonl").read_bytes() == content
+        assert (
+            done.code == 1
+            and "a.jsonl" in done.err
+            and done.err.count("\n") < 3
+            and (tmp_path / "a.jsonl").read_bytes() == content
+        )
     write(tmp_path / "a.jsonl", {"conversations": [user("a"), {"role": "assistant", "content": "old"}]})
     os.truncate(tmp_path / "a.jsonl", (tmp_path / "a.jsonl").stat().st_size - 1)  # as some editors leave it
     assert ask({"prompt": "a"}, {"prompt": "b"}).code == 0

@@ -9,6 +9,8 @@ import json
 import lzma
 import os
 import random
+import subprocess
+import sys
 import tarfile
 import tracemalloc
 import zipfile
@@ -22,7 +24,9 @@ from dataset import files
 from dataset.chat import load_tokenizer
 from dataset.files import DataError, DataFile
 from dataset.jsonl import read_jsonl
-from dataset.lm_dataset import pretrain_dataset, summary
+from dataset.lm_dataset import preference_dataset, pretrain_dataset, sft_dataset, summary
+from model import checkpoint
+from tests.processes import ROOT, Script
 
 CHINESE = [
     "第{}个箱子是蓝色的，放在桌子下面。",
@@ -239,7 +243,8 @@ LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2\nsize 12345
         (b"%PDF-1.7\n", ["PDF"]),
         (b"\x7fELF" + bytes(range(100)), ["program"]),
         (b"text,label\nhello,1\nworld,0\n", ["CSV", "read_csv", ".jsonl"]),
-        ("问题,回答\n你好,你好！\n再见,再见！\n".encode("gbk"), ["CSV"]),
+        ("问题,回答\n你好,你好！\n再见,再见！\n".encode("gbk"), ["CSV", "gb18030"]),
+        (gzip.compress(b"text,label\nhello,1\nworld,0\n"), ["unpack", "CSV"]),
         (b"question\tanswer\nhello there\tgood day\n", ["TSV", "sep="]),
         (b"Once upon a time there was a cat.\nIt sat on a mat, and slept.\n", ["plain text", "python -c"]),
         (b"\0\1\2\3" * 100, ["binary"]),
@@ -274,9 +279,6 @@ def test_a_folder_names_the_files_in_it(tmp_path):
 )
 def test_the_remedies_work(tmp_path, remedy):
     """The command that is given makes a file that is read."""
-    import subprocess
-    import sys
-
     name, data = remedy
     path = tmp_path / f"data.{name}"
     command = refusal(path, data).partition("python -c ")[2]
@@ -293,6 +295,7 @@ def test_the_remedies_work(tmp_path, remedy):
         ('{"text": "a\tb"}', r"\t"),
         ('[{"role": "user", "content": "a"}]', "jq"),
         ('["a"]', "object"),
+        ('"a"', "jq"),
     ],
 )
 def test_a_bad_line_comes_with_what_its_writer_meant(tmp_path, line, hint):
@@ -309,3 +312,38 @@ def test_a_name_that_is_no_unicode(tmp_path, tokenizer, capfd):
     assert summary(rows)["used"] == 40 and "40 used" in capfd.readouterr().err
     with pytest.raises(DataError, match="UTF-8"):
         pretrain_dataset(path, tokenizer, 64, cache_dir=path.with_suffix(""))
+
+
+@pytest.mark.skipif(os.name == "nt" or os.uname().sysname == "Darwin", reason="such names are Linux's")
+def test_scripts_take_a_name_that_is_no_unicode(tmp_path):
+    path = Path(os.fsdecode(bytes(tmp_path) + b"/d\xff\xe4\xb8.jsonl"))
+    path.write_text(JSONL, encoding="utf-8")
+    trained = Script(
+        tmp_path,
+        ["train_pretrain.py", "--data_path", path, "--steps", 1, "--compile", 0, "--out_dir", tmp_path / "out"],
+    ).wait()
+    assert trained.code == 0 and "40 used" in trained.err, trained.err
+    assert checkpoint.load_meta(tmp_path / "out" / "pretrain_256.pth")["arguments"]["data_path"] == str(path)
+    for job in (
+        ["scripts/inspect_data.py", path],
+        ["scripts/inspect_data.py", path, "--row", "1"],
+        ["train_tokenizer.py", "--data_path", path, "--vocab_size", "300", "--out_dir", path.with_suffix("")],
+    ):
+        done = subprocess.run([sys.executable, ROOT / job[0], *job[1:]], capture_output=True, timeout=60)
+        assert done.returncode == 0 and b"Traceback" not in done.stderr, done.stderr
+    assert (path.with_suffix("") / "tokenizer.json").exists()
+
+
+def test_the_command_that_training_names_shows_the_skipped_row(tmp_path, tokenizer, capsys):
+    """Also where inspect_data.py alone would take the file for another kind, and a row for long enough."""
+    pair = {"prompt": "a b c " * 100, "chosen": "yes", "rejected": "no"}
+    for name, build, rows in (
+        ("text", sft_dataset, [{"text": "a"}, {"text": "b"}, {"prompt": "q", "completion": "a"}]),
+        ("pairs", preference_dataset, [{"prompt": "a", "chosen": "yes", "rejected": "no"}, pair]),
+    ):
+        path = tmp_path / f"{name} file.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        build(path, tokenizer, 128, cache_dir=tmp_path / "cache")
+        command = capsys.readouterr().err.partition("see python ")[2]
+        shown = subprocess.check_output(f"{sys.executable} {command}", shell=True, cwd=ROOT, text=True)
+        assert "Training skips this row" in shown

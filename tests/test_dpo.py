@@ -261,7 +261,7 @@ def test_every_fault_of_a_pair_is_counted_with_its_line(tmp_path, tokenizer, cap
     assert (figures["lines"], figures["used"]) == (6, 1)
     assert sorted(line for reason in figures["skipped"].values() for line in reason["lines"]) == [2, 3, 4, 5, 6]
     said = capsys.readouterr().err
-    assert "different prompts (line 2)" in said and "pair longer than a row (line 6)" in said
+    assert "line 2: different prompts" in said and "line 6: pair longer than a row" in said
 
 
 def test_a_batch_weighs_pairs_and_loses_none(rows):

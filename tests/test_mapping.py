@@ -159,7 +159,8 @@ def test_a_row_of_two_readings_is_refused_by_their_names(kind, row, named):
 @pytest.mark.parametrize(
     ("kind", "row", "named"),
     [
-        ("sft", {"question": "q", "reply": "a"}, ["question", "reply", "prompt and completion"]),
+        ("sft", {"question": "q", "reply": "a"}, ["jq", '."question"', '."reply"', "NEW"]),
+        ("sft", {"question": "q", "n": 3, "reply": "a"}, ["question", "reply", "prompt and completion"]),
         ("sft", {"text": "a"}, ["train_pretrain.py"]),
         ("sft", {"chosen": [], "rejected": []}, ["train_dpo.py"]),
         ("sft", {"data": [{"instruction": "q", "output": "a"}]}, ["jq", "data"]),

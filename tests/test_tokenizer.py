@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import train_tokenizer
+from cli import UsageError
 from dataset.chat import MARKERS, SPECIAL_MARKERS, TOKENIZER_DIR, load_tokenizer
 from dataset.jsonl import DataError
 from dataset.tokenizer import TokenizerError
@@ -206,19 +207,18 @@ def test_nothing_is_replaced_unasked(tmp_path):
     """Not the shipped tokenizer, by default or by its name, and no other one; it is said before the work begins."""
     assert Path(train_tokenizer.OUT_DIR).relative_to(ROOT) == Path("out") / "tokenizer" != TOKENIZER_DIR
     data = write_rows(tmp_path / "data.jsonl", ROWS * 50)
-    shipped = (TOKENIZER_DIR / "tokenizer.json").read_bytes()
-    for folder in (TOKENIZER_DIR, tmp_path / "tok"):
-        if folder != TOKENIZER_DIR:
-            done = run("--data_path", data, "--vocab_size", "300", "--out_dir", folder)
-            assert done.returncode == 0 and f"train_pretrain.py --tokenizer {folder}" in done.stdout
-        before = (folder / "tokenizer.json").read_bytes()
-        refused = run("--data_path", data, "--vocab_size", "290", "--out_dir", folder)
-        assert refused.returncode == 2 and "--overwrite 1" in refused.stderr and str(folder) in refused.stderr
-        assert refused.stderr.count("\n") == 1 and not refused.stdout
-        assert (folder / "tokenizer.json").read_bytes() == before
-    asked = run("--data_path", data, "--vocab_size", "290", "--out_dir", tmp_path / "tok", "--overwrite", "1")
-    assert asked.returncode == 0 and load_tokenizer(tmp_path / "tok").get_vocab_size() == 290
-    assert (TOKENIZER_DIR / "tokenizer.json").read_bytes() == shipped
+    with pytest.raises(UsageError, match="--overwrite 1"):
+        train_tokenizer.check_folder(TOKENIZER_DIR, overwrite=False)
+    folder = tmp_path / "tok"
+    done = run("--data_path", data, "--vocab_size", "300", "--out_dir", folder)
+    assert done.returncode == 0 and f"train_pretrain.py --tokenizer {folder}" in done.stdout
+    before = (folder / "tokenizer.json").read_bytes()
+    refused = run("--data_path", data, "--vocab_size", "290", "--out_dir", folder)
+    assert refused.returncode == 2 and "--overwrite 1" in refused.stderr and str(folder) in refused.stderr
+    assert refused.stderr.count("\n") == 1 and not refused.stdout
+    assert (folder / "tokenizer.json").read_bytes() == before
+    asked = run("--data_path", data, "--vocab_size", "290", "--out_dir", folder, "--overwrite", "1")
+    assert asked.returncode == 0 and load_tokenizer(folder).get_vocab_size() == 290
 
 
 @pytest.mark.parametrize("unit", ["ACGT", "的一是不了", "=", "_", " ", "\n"])
