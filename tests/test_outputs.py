@@ -300,6 +300,13 @@ def test_a_smaller_batch_at_resume(tmp_path, pretrain, flags, exact):
         assert figures[0]["tokens"] - 4 * 31 <= figures[1]["tokens"] <= figures[0]["tokens"]
 
 
+def test_random_weights_do_not_go_on_with_a_run_that_had_some(tmp_path, pretrain):
+    out = tmp_path / "out"
+    pretrain("--steps", 1, "--save_weight", "base").succeed()
+    interrupt(pretrain("--steps", 60, "--save_interval", 1, "--from_weight", "base"), out)
+    one_error(pretrain("--steps", 60, "--from_resume", 1).wait(), 2, "--from_weight")
+
+
 def test_the_length_of_a_row_may_not_change(tmp_path, pretrain):
     out = tmp_path / "out"
     interrupt(pretrain("--steps", 60, "--save_interval", 1), out)

@@ -111,6 +111,21 @@ def budget_of(args: argparse.Namespace, minutes: float) -> Budget:
     return Budget(args.steps, args.epochs, args.minutes)
 
 
+def zero_config_of(args: argparse.Namespace) -> dict | None:
+    """The configuration of --deepspeed, None without. ZeRO 3 switches --compile off."""
+    if not args.deepspeed:
+        return None
+    if args.fsdp:
+        raise UsageError("--fsdp and --deepspeed are two ways to do the same: leave one out")
+    from trainer import zero
+
+    config = zero.zero_config(args.deepspeed, args.batch_size, args.accumulation_steps, args.grad_clip)
+    zero.check_flags(config, args.deepspeed, args.optimizer, args.compile)
+    if config["zero_optimization"]["stage"] == 3:
+        args.compile = "0"
+    return config
+
+
 def data_paths(args: argparse.Namespace, starter: str) -> list[str | Path | None]:
     """--data_path and --val_path (None without), or the starter corpus' files of that name."""
     if args.data_path is not None:

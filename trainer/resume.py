@@ -11,8 +11,9 @@ from typing import NoReturn
 
 from cli import UsageError
 from model import checkpoint
-from model.model import MiniMindConfig
-from trainer.outputs import release
+from model.adapters import fingerprint
+from model.model import MiniMindConfig, MiniMindLM
+from trainer.outputs import copies, release
 from trainer.parallel import Processes
 
 STATE_VERSION = 2  # of what Run.state_dict() gives
@@ -21,8 +22,8 @@ STATE_VERSION = 2  # of what Run.state_dict() gives
 MACHINE = ("from_resume", "device", "num_workers", "log_interval", "use_wandb", "wandb_project", "out_dir", "keep")
 MACHINE += ("activation_checkpointing", "fsdp", "local_rank", "cache_dir")
 # Recorded, and free to differ: how often it saves and measures; the paths, whose contents count (Run.inputs); the
-# preset, for which the sizes stand.
-FREE = ("save_interval", "val_interval", "val_tokens", "save_weight", "preset")
+# preset, for which the sizes stand, and what the name of the weights says.
+FREE = ("save_interval", "val_interval", "val_tokens", "save_weight", "preset", "use_moe")
 FREE += ("data_path", "val_path", "from_weight", "teacher", "tokenizer")
 ROUNDING = ("batch_size", "accumulation_steps", "compile")  # free too, but the result is another one
 
@@ -93,6 +94,24 @@ def _require_same(state: dict, args: argparse.Namespace, config: MiniMindConfig,
         )
     if state["config"] != config.to_dict():
         raise UsageError(f"--from_resume 1: the interrupted run had a model of another shape; give the same, or {anew}")
+
+
+def began_with(earlier: dict, inputs: dict, began_at: Path | None, weights: Path) -> MiniMindLM | None:
+    """A run that trains its own earlier weights further has replaced them at its end: the model that it began with,
+    from the copy of them; None if nothing was replaced. earlier: its state or meta; inputs becomes what it was."""
+    wanted = earlier.get("inputs", {}).get("from_weight")
+    if wanted in (None, inputs["from_weight"]) or began_at is None:
+        return None
+    if not weights.exists() or not began_at.samefile(weights):
+        return None
+    for copy in copies(weights):
+        model, _ = checkpoint.load(copy)
+        if fingerprint(model) == wanted:
+            inputs["from_weight"] = wanted
+            return model.train()
+    if "progress" not in earlier:  # the run is complete, and needs it no more
+        inputs["from_weight"] = wanted
+    return None
 
 
 def require_same_inputs(

@@ -29,7 +29,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from cli import UsageError, find_device
+from cli import find_device
 from dataset.lm_dataset import batches, bytes_per_token, summary, validation_batches
 from model import checkpoint
 from model.adapters import fingerprint
@@ -37,14 +37,22 @@ from model.checkpoint import CheckpointError
 from model.device import training_dtype
 from trainer import outputs, parallel
 from trainer.advice import Outcome, advice
-from trainer.arguments import ROOT, budget_of, check, data_paths, starting_model
+from trainer.arguments import ROOT, budget_of, check, data_paths, starting_model, zero_config_of
 from trainer.caches import describe_compiled, use_cache_dir
 from trainer.interrupt import Interrupt
 from trainer.optimizer import LEARNING_RATES, build_optimizers, learning_rate_scale, set_learning_rate
 from trainer.parallel import Parallel
 from trainer.progress import Progress
 from trainer.report import ModelSizes, Reporter
-from trainer.resume import STATE_VERSION, end_as_complete, find_earlier, identity, note_on, require_same_inputs
+from trainer.resume import (
+    STATE_VERSION,
+    began_with,
+    end_as_complete,
+    find_earlier,
+    identity,
+    note_on,
+    require_same_inputs,
+)
 from trainer.speed import compile_if_worth, install, matmul_peak
 
 MAX_BAD_STEPS = 5  # non-finite steps in a row before a run gives up
@@ -65,7 +73,7 @@ class Run:
         check(args)
         self.method, self.stage, self.args = stage, args.save_weight or stage, args
         self.budget = budget_of(args, minutes)
-        self.zero = self._zero_config()
+        self.zero = zero_config_of(args)
         self.processes = self._find_processes()
         self.device = self.processes.device
         self.dtype = training_dtype(self.device, args.dtype)
@@ -87,7 +95,8 @@ class Run:
         args.use_moe = int(self.config.is_moe)
         outputs.claim(self.path(".pth"), f"--out_dir {args.out_dir}", self.processes)
         self.resume, self.finished = find_earlier(self.path(".pth"), args, self.config, self.processes)
-        self._begin_as_before()
+        earlier = self.resume or self.finished or {}
+        self.model = began_with(earlier, self.inputs, self.began_at, self.path(".pth")) or self.model
         self.model.to(self.device)
         install(self.model, self.dtype, self.device)
         self.model.activation_checkpointing = bool(args.activation_checkpointing)
@@ -224,20 +233,6 @@ class Run:
         weights = checkpoint.checkpoint_path(self.args.out_dir, self.stage, self.config)
         return weights.with_name(weights.stem + suffix)
 
-    def _zero_config(self) -> dict | None:
-        args = self.args
-        if not args.deepspeed:
-            return None
-        if args.fsdp:
-            raise UsageError("--fsdp and --deepspeed are two ways to do the same: leave one out")
-        from trainer import zero
-
-        config = zero.zero_config(args.deepspeed, args.batch_size, args.accumulation_steps, args.grad_clip)
-        zero.check_flags(config, args.deepspeed, args.optimizer, args.compile)
-        if config["zero_optimization"]["stage"] == 3:
-            args.compile = "0"
-        return config
-
     def _find_processes(self) -> parallel.Processes:
         args = self.args
         flag = "--fsdp" if args.fsdp else f"--deepspeed {args.deepspeed}" if args.deepspeed else None
@@ -245,18 +240,6 @@ class Run:
         if processes.count > 1 or flag:
             parallel.join(processes)
         return processes
-
-    def _begin_as_before(self) -> None:
-        """A run that trains its own earlier weights further has replaced them at its end: they are in a copy then."""
-        earlier, weights = (self.resume or self.finished or {}).get("inputs", {}), self.path(".pth")
-        wanted = earlier.get("from_weight", self.inputs["from_weight"])
-        if wanted == self.inputs["from_weight"] or not weights.exists() or not self.began_at.samefile(weights):
-            return
-        for copy in outputs.copies(weights):
-            model, _ = checkpoint.load(copy)
-            if fingerprint(model) == wanted:
-                self.model, self.inputs["from_weight"] = model.train(), wanted
-                return
 
     def _begin(self, rows) -> Iterator[dict]:
         """Share the model out, resume, compile; the stream of batches."""

@@ -10,6 +10,7 @@ operands, the list, the sentence, the system message with this question. is_held
 import argparse
 import hashlib
 import json
+import os
 import random
 import sys
 import time
@@ -17,6 +18,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+from dataset.cache import default_cache_dir
 from dataset.starter import chat, lists, skills, stages, stories, words
 from dataset.starter.facts import LIFE, NATURE, WORLD
 from dataset.starter.skills import NAMES, Item, is_held_out
@@ -326,8 +328,12 @@ def stamp(size: float, seed: int) -> dict:
     return {"sources": digest.hexdigest(), "size": size, "seed": seed}
 
 
-def ensure_starter(out_dir: str | Path = DEFAULT, size: float = 1.0, seed: int = 0) -> Path:
-    """The folder with the corpus; generated when absent, incomplete or made by another version or other arguments."""
+def ensure_starter(out_dir: str | Path | None = None, size: float = 1.0, seed: int = 0) -> Path:
+    """The folder with the corpus; generated when absent, incomplete or made by another version or other arguments.
+    None: dataset/starter_data, or in the cache where that cannot be written to."""
+    if out_dir is None:
+        place = DEFAULT if DEFAULT.exists() else DEFAULT.parent
+        out_dir = DEFAULT if os.access(place, os.W_OK) else default_cache_dir() / DEFAULT.name
     out_dir = Path(out_dir)
     try:
         current = json.loads((out_dir / STAMP).read_text(encoding="utf-8")) == stamp(size, seed)
