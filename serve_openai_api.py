@@ -25,7 +25,8 @@ from model.checkpoint import CheckpointError
 from model.device import DTYPES
 from model.inference.chatbot import STOP_IDS, AnswerSettings, Chatbot, load_adapters, load_chatbot
 from model.inference.engine import Engine, SamplingParams
-from server.app import Limits, Server, build_app
+from server.answering import Limits
+from server.app import Server, build_app
 from server.runner import Runner
 from server.service import Service, Settings
 from server.web import Connection

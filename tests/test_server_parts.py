@@ -20,8 +20,11 @@ from dataset.chat import (
 from model.inference.tools import SCHEMAS
 from server.deltas import ChatAnswer
 from server.errors import ApiError
-from server.grammars import Grammars, call_grammar, json_grammar
-from server.schemas import ChatRequest, CompletionRequest, read_body
+from server.grammars import Grammars
+from server.messages import conversation
+from server.reading import read_body
+from server.replies import add_delta
+from server.schemas import AnswerFormat, ChatRequest, CompletionRequest
 
 TOKENIZER = load_tokenizer()
 CALLS = [
@@ -35,8 +38,7 @@ def message(ids: list[int], **options) -> dict:
     answer = ChatAnswer(TOKENIZER, **options)
     whole = {}
     for delta in [*(delta for token in ids for delta in answer.push(token)), *answer.close()]:
-        for key, value in delta.items():
-            whole[key] = whole.get(key, type(value)()) + value
+        add_delta(whole, delta)
     return whole
 
 
@@ -109,19 +111,20 @@ def test_grammars_allow_what_they_should_and_nothing_else():
     grammars = Grammars(TOKENIZER, 6400 + 10)  # a model's vocabulary may be larger
     encode = lambda text: TOKENIZER.encode(text).ids  # noqa: E731
     schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
-    plain = grammars.compile(json_grammar(schema, thinking=False), "x")
+    wanted = AnswerFormat("json", schema, "x")
+    plain = grammars.answer(wanted, thinking=False)
     assert follow(plain.copy(), encode('{"a": 12}')) and not follow(plain.copy(), encode('{"a": "b"}'))
     assert not follow(plain.copy(), [TOOL_CALL_ID]) and not follow(plain.copy(), encode("{\n"))
     ended = plain.copy()
     follow(ended, encode('{"a": 12}'))
     assert not ended.failed and set(ended.mask().nonzero()[:, 0].tolist()) <= {EOS_ID}
-    thoughtful = grammars.compile(json_grammar(schema, thinking=True), "x")
+    thoughtful = grammars.answer(wanted, thinking=True)
     assert follow(thoughtful.copy(), [*encode("well, {"), END_THINK_ID, *encode('\n\n{"a": 1}')])
-    calls = grammars.compile(call_grammar(SCHEMAS, thinking=False), "x")
+    calls = grammars.call(SCHEMAS, thinking=False)
     call = [TOOL_CALL_ID, *encode("\n" + json.dumps(CALLS[0]) + "\n"), END_TOOL_CALL_ID]
     assert follow(calls.copy(), call) and not follow(calls.copy(), encode("I"))
     assert not follow(calls.copy(), [TOOL_CALL_ID, *encode('\n{"name": "other')])
-    either = grammars.compile(json_grammar(schema, thinking=False, tools=SCHEMAS), "x")
+    either = grammars.answer(wanted, thinking=False, tools=SCHEMAS)
     assert follow(either.copy(), call) and follow(either.copy(), encode('{"a": 1}'))
 
 
@@ -129,7 +132,7 @@ def test_a_schema_cannot_leave_its_rule():
     grammars = Grammars(TOKENIZER, 6400)
     name = '"\nstart: /.*/\n%json {'
     tricky = {"type": "object", "properties": {name: {"const": "\n\u2028"}}, "required": [name]}
-    constraint = grammars.compile(json_grammar(tricky, thinking=False), "x")
+    constraint = grammars.answer(AnswerFormat("json", tricky, "x"), thinking=False)
     assert not constraint.mask()[TOKENIZER.encode("hello").ids[0]]
 
 
@@ -149,9 +152,9 @@ def test_tool_results_stand_in_the_order_of_their_calls():
         {"role": "tool", "tool_call_id": f"c{n}", "content": [{"type": "text", "text": str(n)}]} for n in (2, 0, 1)
     ]
     request = chat(messages=[{"role": "user", "content": "hi"}, {"role": "assistant", "tool_calls": calls}, *results])
-    conversation = request.conversation()
-    assert [m["content"] for m in conversation] == ["hi", "", "0", "1", "2"]
-    assert conversation[1]["tool_calls"][2] == {"name": "f", "arguments": {"n": 2}}
+    turns = conversation(request.messages)
+    assert [m["content"] for m in turns] == ["hi", "", "0", "1", "2"]
+    assert turns[1]["tool_calls"][2] == {"name": "f", "arguments": {"n": 2}}
 
 
 @pytest.mark.parametrize("field", [*ChatRequest.model_fields, *CompletionRequest.model_fields])

@@ -1,0 +1,103 @@
+"""A client's JSON schema, made into one that a grammar can hold and a small model can finish.
+
+schema, left_out = prepare(schema, can_match)      # left_out: what the grammar cannot hold, in words
+
+An object with `properties` and no `additionalProperties` is closed, as most clients mean it: a model would otherwise
+invent keys without end. llguidance itself leaves out the keywords that it does not know ("lenient") and tells them;
+patterns and references that it cannot hold are taken out here.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+SCHEMA_MAPS = ("properties", "patternProperties", "$defs", "definitions")
+SCHEMAS = ("items", "prefixItems", "additionalItems", "additionalProperties")  # one or a list
+IN_PLACE = ("allOf", "anyOf", "oneOf")  # say more about the same value
+MAX_NODES = 20_000  # of the prepared schema: references can double at each step
+
+
+class TooLarge(ValueError):
+    pass
+
+
+def prepare(schema: dict, can_match: Callable[[str], bool]) -> tuple[dict, list[str]]:
+    """can_match: whether the grammar can hold a pattern. Raises TooLarge, or RecursionError for deep nesting."""
+    preparing = _Preparing(schema, can_match)
+    return preparing.closed(schema), preparing.left_out
+
+
+class _Preparing:
+    def __init__(self, root: dict, can_match: Callable[[str], bool]):
+        self.root, self.can_match = root, can_match
+        self.left_out: list[str] = []
+        self.nodes = 0
+
+    def closed(self, schema: Any, stay_open: bool = False) -> Any:
+        """stay_open: the schema is a part of a larger one, which is closed as a whole."""
+        if not isinstance(schema, dict):
+            return schema  # true, false, or a fault for the grammar to name
+        self.nodes += 1
+        if self.nodes > MAX_NODES:
+            raise TooLarge("the schema is too large")
+        sources = [key for key in ("properties", *IN_PLACE, "$ref") if key in schema]
+        parts = len(sources) + max(0, len(schema.get("allOf") or ()) - 1)
+        names = list(dict.fromkeys(self._names(schema, ())))
+        combined = (parts > 1 and bool(names)) or stay_open
+        new = {key: self._value(key, value, combined) for key, value in schema.items() if self._holds(key, value)}
+        if combined and (target := self._target(new.get("$ref"))) is not None:
+            del new["$ref"]
+            new["allOf"] = [*new.get("allOf", ()), self.closed(target, stay_open=True)]
+        declared = "additionalProperties" in schema or schema.get("unevaluatedProperties", False) is not False
+        objects = combined and bool(names) or "properties" in schema or "unevaluatedProperties" in schema
+        if objects and not declared and not stay_open and schema.get("minProperties", 0) in range(len(names) + 1):
+            new["properties"] = dict.fromkeys(names, {}) | new.get("properties", {})
+            new["additionalProperties"] = False
+        return new
+
+    def _value(self, key: str, value: Any, combined: bool) -> Any:
+        if key in SCHEMA_MAPS and isinstance(value, dict):
+            return {name: self.closed(each) for name, each in value.items() if self._matches(key, name)}
+        if key in IN_PLACE and isinstance(value, list):
+            return [self.closed(each, stay_open=combined) for each in value]
+        if key in SCHEMAS:
+            return [self.closed(each) for each in value] if isinstance(value, list) else self.closed(value)
+        return value
+
+    def _holds(self, key: str, value: Any) -> bool:
+        """Whether the grammar can hold this keyword; notes it if not."""
+        if key == "x-guidance":
+            return False
+        fault = None
+        if key == "pattern" and isinstance(value, str) and not self.can_match(value):
+            fault = f"the pattern {ascii(value[:80])}"
+        elif key == "$ref" and isinstance(value, str) and not value.startswith("#"):
+            fault = f"the reference to {ascii(value[:80])}"
+        if fault:
+            self.left_out.append(fault)
+        return not fault
+
+    def _matches(self, key: str, name: str) -> bool:
+        return key != "patternProperties" or self._holds("pattern", name)
+
+    def _names(self, schema: Any, seen: tuple[str, ...]) -> Iterator[str]:
+        """The properties that a value of this schema may have, by all that is said about it."""
+        if not isinstance(schema, dict) or len(seen) > 50:
+            return
+        for key in ("properties", "required"):
+            yield from (name for name in schema.get(key) or () if isinstance(name, str))
+        for key in IN_PLACE:
+            for part in schema[key] if isinstance(schema.get(key), list) else ():
+                yield from self._names(part, seen)
+        ref = schema.get("$ref")
+        if isinstance(ref, str) and ref not in seen and (target := self._target(ref)) is not None:
+            yield from self._names(target, (*seen, ref))
+
+    def _target(self, ref: Any) -> dict | None:
+        """What a reference inside the schema points to."""
+        if not isinstance(ref, str) or not ref.startswith("#/"):
+            return None
+        value: Any = self.root
+        for step in ref[2:].split("/"):
+            step = step.replace("~1", "/").replace("~0", "~")
+            value = value.get(step) if isinstance(value, dict) else None
+        return value if isinstance(value, dict) else None
