@@ -2,8 +2,8 @@
 
 settled = settle(body, known=ChatRequest.model_fields)   # renamed, without nulls and what is ignored; ApiError 400
 
-Three kinds. What the request classes of schemas.py declare is honoured. What would change the answer and cannot be is in
-NEUTRAL and refused by its name, but for the values that mean "off". Everything else is ignored; the log has one line
+Three kinds. What the request classes of schemas.py declare is honoured. What would change the answer and cannot be is
+in NEUTRAL and refused by its name, but for the values that mean "off". Everything else is ignored; the log has one line
 for each name.
 """
 

@@ -45,7 +45,7 @@ def text_of_parts(content: Any) -> Any:
 
 
 class Part(BaseModel):
-    """An object inside a body. Clients send back more than is needed: the rest is ignored; null is as good as nothing."""
+    """An object inside a body. Clients send more than is needed: the rest is ignored; null is as good as nothing."""
 
     model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
 
@@ -119,10 +119,8 @@ def read_tool_choice(value: Any) -> ToolChoice:
         names = tuple(map(_name, tools)) if isinstance(tools, list) else ()
         if isinstance(mode, str) and mode in MODES and names and all(isinstance(name, str) for name in names):
             return ToolChoice(MODES[mode], names)
-    forms = (
-        '"none", "auto", "required", {"type": "function", "function": {"name": ...}} or {"type": "allowed_tools", ...}'
-    )
-    raise fault(f"must be {forms}")
+    named = '{"type": "function", "function": {"name": ...}}'
+    raise fault(f'must be "none", "auto", "required", {named} or {{"type": "allowed_tools", ...}}')
 
 
 def _name(value: Any) -> Any:

@@ -81,7 +81,8 @@ class Service:
         forced = choice.mode == "required"
         options = {
             "thinking": bool(thinking), "tools": bool(tools), "forced": forced, "eager": bool(request.stream),
-            "only": names[0] if forced and len(names) == 1 else None, "parallel": request.parallel_tool_calls is not False,
+            "only": names[0] if forced and len(names) == 1 else None,
+            "parallel": request.parallel_tool_calls is not False,
         }  # fmt: skip
         choices = []
         for i in range(request.n or 1):

@@ -244,10 +244,14 @@ def put_together(chunks: list) -> tuple[dict, list]:
         delta = choice.delta.model_dump(exclude_unset=True)
         assert (delta.pop("role", None) == "assistant") == new
         for part in delta.pop("tool_calls", None) or ():
-            assert part["index"] == len(whole["calls"]) and part["type"] == "function" and part["id"]
-            whole["calls"].append(part["function"])
+            if part["index"] == len(whole["calls"]):
+                assert part["type"] == "function" and part["id"]
+                whole["calls"].append(part["function"])
+            else:
+                assert part["index"] == len(whole["calls"]) - 1
+                whole["calls"][-1]["arguments"] += part["function"]["arguments"]
         for key, text in delta.items():
-            whole[key] = whole.get(key, "") + text
+            whole[key] = whole.get(key, "") + (text or "")
         if choice.logprobs:
             whole["logprobs"] += [token.model_dump() for token in choice.logprobs.content]
         whole["reason"] = choice.finish_reason
@@ -310,9 +314,11 @@ def test_tool_calls(server, choice):
     assert call.function.name == "paint" and json.loads(call.function.arguments)["colour"] in ("red", "蓝")
     deltas = [c.choices[0].delta for c in server.client.chat.completions.create(**fields, stream=True)]
     assert not any(delta.content for delta in deltas)
-    (streamed,) = [part for delta in deltas for part in delta.tool_calls or ()]
-    assert (streamed.index, streamed.type) == (0, "function") and streamed.id
-    assert streamed.function.model_dump() == call.function.model_dump()
+    first, *pieces = [part for delta in deltas for part in delta.tool_calls or ()]
+    assert (first.index, first.type, first.function.name) == (0, "function", "paint") and first.id
+    assert len(pieces) > 2 and all(piece.id is None and piece.index == 0 for piece in pieces)
+    assert "".join(piece.function.arguments for piece in (first, *pieces)) == call.function.arguments
+    assert deltas[0].role == "assistant" and "content" in deltas[0].model_fields_set and deltas[0].content is None
     # The conversation goes on with what the client's package makes of the message.
     turn = whole.message.model_dump()
     result = {"role": "tool", "tool_call_id": call.id, "content": "done"}
@@ -444,20 +450,18 @@ BAD = {  # what is wrong with a chat: (its fields, the parameter that the error 
     "string for a number": ({"temperature": "1"}, "temperature"),
     "boolean for a number": ({"max_tokens": True}, "max_tokens"),
     "fraction": ({"max_tokens": 1.5}, "max_tokens"),
-    "no tokens": ({"max_tokens": 0}, "max_tokens"),
+    "less than no tokens": ({"max_tokens": -2}, "max_tokens"),
     "n=1000": ({"n": 1000}, "n"),
     "n=0": ({"n": 0}, "n"),
     "huge seed": ({"seed": 2**70}, "seed"),
     "stop of 10 kB": ({"stop": "x" * 10_000}, "stop[0]"),
-    "empty stop": ({"stop": [""]}, "stop[0]"),
-    "many stops": ({"stop": ["a"] * 5}, "stop"),
+    "many stops": ({"stop": ["a"] * 65}, "stop"),
     "bias of no token": ({"logit_bias": {"99999": 1}}, "logit_bias"),
     "bias of a word": ({"logit_bias": {"cat": 1}}, "logit_bias"),
     "bias too large": ({"logit_bias": {"5": 101}}, "logit_bias[5]"),
     "top_logprobs alone": ({"top_logprobs": 3}, "top_logprobs"),
     "stream_options alone": ({"stream_options": {"include_usage": True}}, "stream_options"),
     "stream a word": ({"stream": "yes"}, "stream"),
-    "unknown parameter": ({"temprature": 1}, "temprature"),
     "choice without tools": ({"tool_choice": "required"}, "tool_choice"),
     "choice of another": (
         {"tools": [COLOUR], "tool_choice": {"type": "function", "function": {"name": "g"}}}, "tool_choice"
@@ -505,7 +509,6 @@ def test_bodies_that_are_no_requests(server, body):
 def test_other_refusals(server):
     unknown = server.chat(model="gpt-4")
     assert unknown.status_code == 404 and unknown.json()["error"]["param"] == "model"
-    assert server.chat(model=None).json()["error"]["param"] == "model"
     assert server.post(b"x" * (8 << 20)).status_code == 413  # and not a connection that breaks
     message = {"role": "user", "content": "x" * (8 << 20)}
     assert server.chat(messages=[message]).status_code == 413
