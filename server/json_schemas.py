@@ -7,6 +7,7 @@ invent keys without end. llguidance itself leaves out the keywords that it does 
 patterns and references that it cannot hold are taken out here.
 """
 
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -40,19 +41,26 @@ class _Preparing:
         if self.nodes > MAX_NODES:
             raise TooLarge("the schema is too large")
         sources = [key for key in ("properties", *IN_PLACE, "$ref") if key in schema]
-        parts = len(sources) + max(0, len(schema.get("allOf") or ()) - 1)
-        names = list(dict.fromkeys(self._names(schema, ())))
+        every = schema.get("allOf")
+        parts = len(sources) + (len(every) - 1 if isinstance(every, list) else 0)
+        names = list(dict.fromkeys(self._names(schema, set())))
         combined = (parts > 1 and bool(names)) or stay_open
         new = {key: self._value(key, value, combined) for key, value in schema.items() if self._holds(key, value)}
         if combined and (target := self._target(new.get("$ref"))) is not None:
             del new["$ref"]
-            new["allOf"] = [*new.get("allOf", ()), self.closed(target, stay_open=True)]
+            rest = new.get("allOf", [])
+            new["allOf"] = [*(rest if isinstance(rest, list) else ()), self.closed(target, stay_open=True)]
         declared = "additionalProperties" in schema or schema.get("unevaluatedProperties", False) is not False
         objects = combined and bool(names) or "properties" in schema or "unevaluatedProperties" in schema
-        if objects and not declared and not stay_open and schema.get("minProperties", 0) in range(len(names) + 1):
-            new["properties"] = dict.fromkeys(names, {}) | new.get("properties", {})
+        if objects and not declared and not stay_open and self._least(schema) <= len(names):
+            own = new.get("properties", {})
+            new["properties"] = dict.fromkeys(names, {}) | own if isinstance(own, dict) else own
             new["additionalProperties"] = False
         return new
+
+    def _least(self, schema: dict) -> float:
+        least = schema.get("minProperties", 0)
+        return least if isinstance(least, (int, float)) else 0
 
     def _value(self, key: str, value: Any, combined: bool) -> Any:
         if key in SCHEMA_MAPS and isinstance(value, dict):
@@ -68,7 +76,7 @@ class _Preparing:
         if key == "x-guidance":
             return False
         fault = None
-        if key == "pattern" and isinstance(value, str) and not self.can_match(value):
+        if key == "pattern" and isinstance(value, str) and _is_pattern(value) and not self.can_match(value):
             fault = f"the pattern {ascii(value[:80])}"
         elif key == "$ref" and isinstance(value, str) and not value.startswith("#"):
             fault = f"the reference to {ascii(value[:80])}"
@@ -79,18 +87,20 @@ class _Preparing:
     def _matches(self, key: str, name: str) -> bool:
         return key != "patternProperties" or self._holds("pattern", name)
 
-    def _names(self, schema: Any, seen: tuple[str, ...]) -> Iterator[str]:
+    def _names(self, schema: Any, seen: set[str]) -> Iterator[str]:
         """The properties that a value of this schema may have, by all that is said about it."""
-        if not isinstance(schema, dict) or len(seen) > 50:
+        if not isinstance(schema, dict):
             return
         for key in ("properties", "required"):
-            yield from (name for name in schema.get(key) or () if isinstance(name, str))
+            names = schema.get(key)
+            yield from (name for name in names if isinstance(name, str)) if isinstance(names, (dict, list)) else ()
         for key in IN_PLACE:
             for part in schema[key] if isinstance(schema.get(key), list) else ():
                 yield from self._names(part, seen)
         ref = schema.get("$ref")
         if isinstance(ref, str) and ref not in seen and (target := self._target(ref)) is not None:
-            yield from self._names(target, (*seen, ref))
+            seen.add(ref)
+            yield from self._names(target, seen)
 
     def _target(self, ref: Any) -> dict | None:
         """What a reference inside the schema points to."""
@@ -101,3 +111,12 @@ class _Preparing:
             step = step.replace("~1", "/").replace("~0", "~")
             value = value.get(step) if isinstance(value, dict) else None
         return value if isinstance(value, dict) else None
+
+
+def _is_pattern(text: str) -> bool:
+    """One that is none at all is the client's fault, and for the grammar to name."""
+    try:
+        re.compile(text)
+    except (re.error, RecursionError, OverflowError):
+        return False
+    return True
