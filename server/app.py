@@ -183,11 +183,13 @@ def answer_routes(answering: Answering) -> APIRouter:
         return await asyncio.to_thread(count_message_tokens, answering.service, body)
 
     @router.post("/tokenize")
+    @router.post("/v1/tokenize")
     async def tokenize(request: Request) -> dict:
         body = parse_body(await answering.body(request))
         return await asyncio.to_thread(answering.service.tokenize, body)
 
     @router.post("/detokenize")
+    @router.post("/v1/detokenize")
     async def detokenize(request: Request) -> dict:
         body = parse_body(await answering.body(request))
         return await asyncio.to_thread(answering.service.detokenize, body)

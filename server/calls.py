@@ -10,6 +10,8 @@ import re
 
 HEAD = re.compile(r'\s*\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)+")\s*,\s*"arguments"\s*:\s*(?=\{)')
 
+NAME = re.compile(r'\s*\{\s*"name"\s*:\s*"([^"\\]*)')
+
 
 class CallText:
     """`name` is None until it is known; what is not written name first, then an object of arguments, has none."""
@@ -18,6 +20,12 @@ class CallText:
         self.name, self.arguments, self.complete = name, "", False
         self._head: str | None = ""  # what came before the arguments; None: they have begun
         self._depth, self._in_string, self._escaped = 0, False, False
+
+    @property
+    def begun_name(self) -> str:
+        """As much of the name as has been written."""
+        found = NAME.match(self._head or "")
+        return found[1] if found else ""
 
     def push(self, text: str) -> None:
         if self._head is not None:

@@ -18,15 +18,18 @@ from server.calls import CallText
 
 
 class StopStream(TextStream):
-    """A TextStream that remembers which stop string ended it."""
+    """A TextStream that remembers which stop string ended it. keep: and shows it."""
 
-    found: str | None = None
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), *, keep: bool = False):
+        super().__init__(tokenizer, stop)
+        self.keep, self.found = keep, None
 
     def _release(self, new: str) -> str:
         before = self.held + new
         text = super()._release(new)
         if self.stopped and self.found is None:
             self.found = next(stop for stop in self.stop if before.startswith(stop, len(text)))
+            return text + self.found if self.keep else text
         return text
 
 
@@ -39,12 +42,21 @@ class SpelledStream(StopStream):
 
 
 class TextAnswer:
-    """The continuation of a text, in which markers are text like any other. `key`: what its pieces are called."""
+    """The continuation of a text, in which markers are text like any other. key: what its pieces are called. spelled:
+    control tokens are shown. keep: and the stop string too."""
 
     calls = 0
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), *, key: str = "text", spelled: bool = False):
-        self.stream, self.key = (SpelledStream if spelled else StopStream)(tokenizer, stop), key
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        stop: Sequence[str] = (),
+        *,
+        key: str = "text",
+        spelled: bool = False,
+        keep: bool = False,
+    ):
+        self.stream, self.key = (SpelledStream if spelled else StopStream)(tokenizer, stop, keep=keep), key
 
     @property
     def stopped(self) -> bool:
@@ -73,7 +85,7 @@ class ChatAnswer:
     thinking: the prompt ends inside of a thinking block. tools: calls are expected; without, their markers are left
     out and what stands between them is content. forced: a grammar sees to it that there is a call; only: and of which
     function. eager: arguments of a call come as they are written; else when it is known to be one, whole. parallel:
-    there may be several.
+    there may be several. keep: the stop string is shown.
     """
 
     def __init__(
@@ -87,9 +99,10 @@ class ChatAnswer:
         only: str | None = None,
         eager: bool = False,
         parallel: bool = True,
+        keep: bool = False,
     ):
         options = {"thinking": thinking, "calls": tools, "stop": stop}
-        self.parser = AnswerParser(partial(StopStream, tokenizer), MARKER_NAMES, **options)
+        self.parser = AnswerParser(partial(StopStream, tokenizer, keep=keep), MARKER_NAMES, **options)
         self.builder = MessageBuilder()
         self.forced, self.only, self.eager, self.parallel = forced, only, eager or forced, parallel
         self.calls, self.reasoning_tokens = 0, 0
@@ -117,7 +130,10 @@ class ChatAnswer:
         """The end of the answer. `cut`: it was cut off, so half a character at its end is dropped."""
         deltas = self._deltas(self.parser.close(cut))
         if self.builder.section == CALL:
-            return deltas + (self._written() if cut else []) + self._end_call(self.builder.finish())
+            deltas += self._written() if cut else []
+            if cut and self.forced and self.sent < 0:  # in the middle of the name
+                deltas.append(self._open_call(self.call.begun_name))
+            return deltas + self._end_call(self.builder.finish())
         return deltas + self.builder.finish()
 
     def _deltas(self, pieces: list[Piece]) -> list[dict]:

@@ -31,12 +31,13 @@ NEUTRAL: dict[str, tuple] = {  # refused by name, unless the value is one of the
     # vLLM's, SGLang's, TGI's.
     "use_beam_search": (False,), "num_beams": (1,), "length_penalty": (1, 0), "early_stopping": (False,),
     "bad_words": ([],), "bad_words_ids": ([],), "allowed_token_ids": (), "prompt_logprobs": (False,),
-    "include_stop_str_in_output": (False,), "truncate_prompt_tokens": (-1,), "truncate": (),
+    "truncate_prompt_tokens": (-1,), "truncate": (),
     "logits_processors": ([],), "custom_logit_processor": (), "no_stop_trim": (False,), "stop_regex": ([],),
     "thinking_token_budget": (-1,), "documents": ([],), "chat_template": (), "mm_processor_kwargs": ({},),
     "lora": ([],), "lora_path": (), "lora_request": (), "adapter": (), "adapters": ([],), "adapter_id": (),
     # OpenAI's, of which we have another form or none.
     "functions": ([],), "function_call": ("auto", "none"), "suffix": ("",), "audio": (), "web_search_options": (),
+    "best_of": (1,), "echo": (False,),  # of chats
     "modalities": (["text"],),
 }  # fmt: skip
 

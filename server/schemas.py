@@ -107,6 +107,7 @@ class CommonRequest(Part):
     stop_token_ids: list[Int] | None = Field(None, max_length=MAX_STOPS)
     ignore_eos: bool | None = None  # answers of max_tokens, for measurements
     skip_special_tokens: bool | None = None
+    include_stop_str_in_output: bool | None = None
     return_tokens_as_token_ids: bool | None = None  # in log-probabilities
     response_format: ResponseFormat | None = None
     structured_outputs: dict[str, Any] | None = None

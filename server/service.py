@@ -73,27 +73,29 @@ class Service:
         prompt = self.chat_prompt(request, thinking)
         if thinking and request.continues:
             thinking = not request.messages[-1].content  # a text that goes on has its thinking behind it
-        tools, choice = request.tool_schemas(), request.choice_of_tool
+        tools = request.tool_schemas()
         constraint = self._constraint(request, tools, bool(thinking))
         limit = self._token_limit(prompt, request, "messages")
         params = self._params(request, limit, top_logprobs=(request.top_logprobs or 0) if request.logprobs else None)
-        names = [tool.function.name for tool in request.callable_tools]
-        forced = choice.mode == "required"
-        options = {
-            "thinking": bool(thinking), "tools": bool(tools), "forced": forced, "eager": bool(request.stream),
-            "only": names[0] if forced and len(names) == 1 else None,
-            "parallel": request.parallel_tool_calls is not False,
-        }  # fmt: skip
+        forced = request.choice_of_tool.mode == "required"
+        why = "tools" if forced else constraint and request.answer_format.param
         choices = []
         for i in range(request.n or 1):
-            stop = request.stop or ()
-            if request.skip_special_tokens is False and not tools:
-                answer = TextAnswer(self.tokenizer, stop, key="content", spelled=True)
-            else:
-                answer = ChatAnswer(self.tokenizer, stop, **options)
-            why = "tools" if forced else constraint and request.answer_format.param
+            answer = self._chat_answer(request, bool(thinking), bool(tools))
             choices.append(Choice(prompt, self._sampling(params, i, constraint), answer, why))
         return request, Job(choices, adapter)
+
+    def _chat_answer(self, request: ChatRequest, thinking: bool, tools: bool) -> ChatAnswer | TextAnswer:
+        stop, keep = request.stop or (), bool(request.include_stop_str_in_output)
+        if request.skip_special_tokens is False and not tools:
+            return TextAnswer(self.tokenizer, stop, key="content", spelled=True, keep=keep)
+        names = [tool.function.name for tool in request.callable_tools]
+        forced = request.choice_of_tool.mode == "required"
+        return ChatAnswer(
+            self.tokenizer, stop, thinking=thinking, tools=tools, forced=forced, eager=bool(request.stream),
+            only=names[0] if forced and len(names) == 1 else None,
+            parallel=request.parallel_tool_calls is not False, keep=keep,
+        )  # fmt: skip
 
     def chat_prompt(self, request: ChatRequest, thinking: bool | None) -> list[int]:
         """The conversation's tokens, as far as the answer. Raises ApiError."""
@@ -144,7 +146,8 @@ class Service:
             top = 0 if request.logprobs is None and request.sequences > (request.n or 1) else request.logprobs
             params = self._params(request, self._token_limit(prompt, request, "prompt"), top_logprobs=top)
             for i in range(request.sequences):
-                answer = TextAnswer(self.tokenizer, request.stop or (), spelled=request.skip_special_tokens is False)
+                keep, spelled = bool(request.include_stop_str_in_output), request.skip_special_tokens is False
+                answer = TextAnswer(self.tokenizer, request.stop or (), spelled=spelled, keep=keep)
                 sampling = self._sampling(params, i, constraint)
                 choices.append(Choice(prompt, sampling, answer, wanted and wanted.param, score=scored))
         return request, Job(choices, adapter)
