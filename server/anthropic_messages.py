@@ -107,7 +107,7 @@ def _messages(message: Any, where: str) -> list[dict]:
 
 
 class MessagesReply(Reply):
-    prefix, end = "msg", b""
+    prefix, end = "msg_", b""
 
     def __init__(self, request: ChatRequest, job: Job, *args):
         super().__init__(request, job, *args)

@@ -3,8 +3,9 @@
 schema, left_out = prepare(schema, can_match)      # left_out: what the grammar cannot hold, in words
 
 An object with `properties` and no `additionalProperties` is closed, as most clients mean it: a model would otherwise
-invent keys without end. llguidance itself leaves out the keywords that it does not know ("lenient") and tells them;
-patterns and references that it cannot hold are taken out here.
+invent keys without end. So it would digits: a number gets limits where it has none. llguidance itself leaves out the
+keywords that it does not know ("lenient") and tells them; patterns and references that it cannot hold are taken out
+here.
 """
 
 import re
@@ -14,6 +15,7 @@ from typing import Any
 SCHEMA_MAPS = ("properties", "patternProperties", "$defs", "definitions")
 SCHEMAS = ("items", "prefixItems", "additionalItems", "additionalProperties")  # one or a list
 IN_PLACE = ("allOf", "anyOf", "oneOf")  # say more about the same value
+MOST, FINEST = 10**15 - 1, 1e-9  # of numbers whose schema says no limits
 MAX_NODES = 20_000  # of the prepared schema: references can double at each step
 
 
@@ -46,6 +48,7 @@ class _Preparing:
         names = list(dict.fromkeys(self._names(schema, set())))
         combined = (parts > 1 and bool(names)) or stay_open
         new = {key: self._value(key, value, combined) for key, value in schema.items() if self._holds(key, value)}
+        new |= _limits(schema)
         if combined and (target := self._target(new.get("$ref"))) is not None:
             del new["$ref"]
             rest = new.get("allOf", [])
@@ -111,6 +114,27 @@ class _Preparing:
             step = step.replace("~1", "/").replace("~0", "~")
             value = value.get(step) if isinstance(value, dict) else None
         return value if isinstance(value, dict) else None
+
+
+def _limits(schema: dict) -> dict:
+    """What a number's schema does not say of its digits."""
+    types = schema.get("type")
+    types = types if isinstance(types, list) else [types]
+    if not {"integer", "number"} & {name for name in types if isinstance(name, str)} or {"enum", "const"} & set(schema):
+        return {}
+    lows, highs = (
+        [schema[key] for key in (f"{kind}imum", f"exclusive{kind.title()}imum") if key in schema]
+        for kind in ("min", "max")
+    )
+    limits = {}
+    if not lows and not any(isinstance(high, (int, float)) and high < -MOST for high in highs):
+        limits["minimum"] = -MOST
+    if not highs and not any(isinstance(low, (int, float)) and low > MOST for low in lows):
+        limits["maximum"] = MOST
+    coarse = all(isinstance(limit, int) for limit in lows + highs)
+    if "number" in types and "multipleOf" not in schema and coarse:
+        limits["multipleOf"] = FINEST
+    return limits
 
 
 def _is_pattern(text: str) -> bool:

@@ -42,14 +42,14 @@ def read_body(body: bytes, kind: type[Request]) -> Request:
     return check_request(parse_body(body), kind)
 
 
-def check_request(content: dict, kind: type[Request], names: dict[str, str] | None = None) -> Request:
-    """As read_body(). names: what the client calls fields that have been renamed since."""
+def check_request(content: dict, kind: type[Request]) -> Request:
+    """As read_body(), of a body that has been parsed."""
     try:
         request = kind.model_validate(settle(content, kind.model_fields))
         request.check()
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
-        path = _path(((names or {}).get(first["loc"][0], first["loc"][0]), *first["loc"][1:]))
+        path = _path(first["loc"])
         if first["type"] == "missing":
             raise ApiError(400, f"{path} is missing", param=path, code="missing_required_parameter") from None
         raise ApiError(400, f"{path}: {first['msg']}", param=path, code="invalid_value") from None

@@ -30,7 +30,7 @@ class Reply:
 
     def __init__(self, request: ChatRequest | CompletionRequest, job: Job, tokenizer: Tokenizer, model: str):
         self.request, self.job, self.tokenizer, self.model = request, job, tokenizer, model
-        self.id, self.created = f"{self.prefix}-{uuid.uuid4().hex[:24]}", int(time.time())
+        self.id, self.created = f"{self.prefix}{uuid.uuid4().hex[:24]}", int(time.time())
         self.with_usage = bool(request.stream_options and request.stream_options.include_usage)
 
     def envelope(self, kind: str, choices: list[dict]) -> dict:
@@ -71,7 +71,7 @@ class Reply:
 
 
 class ChatReply(Reply):
-    prefix, objects = "chatcmpl", ("chat.completion", "chat.completion.chunk")
+    prefix, objects = "chatcmpl-", ("chat.completion", "chat.completion.chunk")
 
     def __init__(self, *args):
         super().__init__(*args)
@@ -159,7 +159,7 @@ def add_delta(message: dict, delta: dict) -> None:
 
 
 class CompletionReply(Reply):
-    prefix, objects = "cmpl", ("text_completion", "text_completion")
+    prefix, objects = "cmpl-", ("text_completion", "text_completion")
 
     def __init__(self, *args):
         super().__init__(*args)

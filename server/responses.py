@@ -4,6 +4,7 @@ request, job = prepare_response(service, body)      # ApiError 400
 ResponsesReply(request, job, tokenizer, model)      # as ChatReply, in items and named events
 """
 
+import re
 import time
 import uuid
 from typing import Any
@@ -26,7 +27,7 @@ STATEFUL = {  # what would need answers of before, or work without a client
     "previous_response_id": "send the conversation in input", "conversation": "send the conversation in input",
     "prompt": "send instructions and input", "background": "wait for the answer, or stream it",
 }  # fmt: skip
-NAMES = {"messages": "input", "max_completion_tokens": "max_output_tokens", "response_format": "text"}
+NAMES = {"messages": "input", "max_completion_tokens": "max_output_tokens", "response_format": "text.format"}
 UNUSED = ("input", "instructions", "max_output_tokens", "text", "reasoning", "include", "truncation", "max_tool_calls",
           "stream_options", "top_logprobs", "tools", "tool_choice", "n", "context_management", *STATEFUL)  # fmt: skip
 
@@ -37,14 +38,18 @@ class ResponseRequest(ChatRequest):
 
 def prepare_response(service: Service, body: bytes) -> tuple[ResponseRequest, Job]:
     asked = parse_body(body)
-    request = check_request(as_chat(asked), ResponseRequest, NAMES)
-    request.asked = asked
+    chat = as_chat(asked)
     try:
+        request = check_request(chat, ResponseRequest)
+        request.asked = asked
         return service.prepare_conversation(request)
     except ApiError as error:
-        raise ApiError(
-            error.status, error.message, param=NAMES.get(error.param, error.param), code=error.code
-        ) from None
+        name = re.match(r"\w*", error.param or "")[0]
+        if name not in NAMES:
+            raise
+        given, text = NAMES[name], error.message.replace(name, NAMES[name], 1)
+        param = given + error.param[len(name) :]
+        raise ApiError(error.status, text, param=param, code=error.code) from None
 
 
 def as_chat(asked: dict) -> dict:
@@ -140,7 +145,7 @@ def _messages(instructions: Any, given: Any) -> list[dict]:
 class ResponsesReply(Reply):
     """Each output item is a block of the answer; each event has a name and a number."""
 
-    prefix, end = "resp", b""
+    prefix, end = "resp_", b""
 
     def __init__(self, request: ResponseRequest, job: Job, *args):
         super().__init__(request, job, *args)

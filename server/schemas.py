@@ -136,9 +136,10 @@ class CommonRequest(Part):
         formats = [_answer_format(*each) for each in given]
         if self.response_format and self.response_format.type != "text":
             formats.append(_response_format(self.response_format))
-        if len(formats) > 1:
-            text = f"{formats[0].param} and {formats[1].param}: an answer can have one format"
-            raise ApiError(400, text, param=formats[1].param)
+        # The same under an old and a new name is one.
+        if others := [each for each in formats if each[:2] != formats[0][:2]]:
+            text = f"{formats[0].param} and {others[0].param}: an answer can have one format"
+            raise ApiError(400, text, param=others[0].param)
         return formats[0] if formats else None
 
 
