@@ -89,7 +89,10 @@ class Grammars:
             ends = inner.endswith("$") and (len(inner) - len(inner[:-1].rstrip("\\"))) % 2 == 1
             (grammar,) = json.loads(LLMatcher.grammar_from_regex(inner[:-1] if ends else inner))["grammars"]
             return {"lark_grammar": grammar["lark_grammar"]}
-        return {"lark_grammar": any_to_lark(wanted.value)}
+        try:
+            return {"lark_grammar": any_to_lark(wanted.value)}
+        except Exception as error:  # GbnfToLarkError, or what it stumbles over
+            raise ValueError(str(error)) from None
 
     def _calls(self, tools: list[dict]) -> list[str]:
         if not tools:

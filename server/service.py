@@ -71,8 +71,9 @@ class Service:
         adapter = self.adapter(request.model)
         thinking = self.settings.thinking if request.thinks is None else request.thinks
         prompt = self.chat_prompt(request, thinking)
-        if thinking and request.continues:
-            thinking = not request.messages[-1].content  # a text that goes on has its thinking behind it
+        last = request.messages[-1]
+        if request.continues and (last.content or last.reasoning_content):
+            thinking = not last.content  # a text that goes on has its thinking behind it
         tools = request.tool_schemas()
         constraint = self._constraint(request, tools, bool(thinking))
         limit = self._token_limit(prompt, request, "messages")
