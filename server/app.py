@@ -6,12 +6,10 @@ Server(uvicorn.Config(app), app).run()
 
 import asyncio
 import hmac
-import json
 import sys
-import time
-from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import uvicorn
@@ -23,25 +21,22 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 
 from model.inference.tools import SCHEMAS, run_tool
+from server.answering import Answering, Limits
+from server.anthropic_messages import MessagesReply, count_message_tokens, prepare_message
 from server.errors import ApiError
-from server.replies import ChatReply, CompletionReply, Reply
-from server.runner import Job, Overloaded, Runner, Update
-from server.schemas import parse_body
+from server.reading import parse_body
+from server.replies import ChatReply, CompletionReply
+from server.responses import ResponsesReply, prepare_response
+from server.runner import Runner
 from server.service import Service
-from server.web import ClientGone, EventStream, Metrics, read_limited, sse, until_gone
+from server.web import ClientGone, Metrics, Plumbing, read_limited
 
 PAGE = Path(__file__).resolve().parent / "static" / "chat.html"
 TOOL_BODY = 1 << 16  # bytes of a call of a built-in tool
 
 
-@dataclass
-class Limits:
-    """Who may ask, for how much, for how long."""
-
-    api_key: str | None = None
-    cors_origins: tuple[str, ...] = ()  # web pages from elsewhere that may use it
-    timeout: float = 300  # seconds for a request
-    max_body: int = 4 << 20  # bytes of a request
+# What these paths begin with stands under /v1, and is found without it.
+WITHOUT_V1 = ("models", "chat", "completions", "responses", "messages", "tools")
 
 
 def build_app(service: Service, runner: Runner, limits: Limits) -> FastAPI:
@@ -60,6 +55,7 @@ def build_app(service: Service, runner: Runner, limits: Limits) -> FastAPI:
     app = FastAPI(title="MiniMind", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     app.state.draining, app.state.active = False, 0
     app.add_middleware(metrics.middleware)
+    app.add_middleware(Plumbing, paths=WITHOUT_V1)
     if limits.cors_origins:
         origins = list(limits.cors_origins)
         app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])
@@ -74,7 +70,8 @@ def build_app(service: Service, runner: Runner, limits: Limits) -> FastAPI:
 def add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(ApiError)
     async def refused(request: Request, error: ApiError) -> JSONResponse:
-        return JSONResponse(error.body(), error.status, error.headers)
+        anthropic = request.url.path.startswith("/v1/messages")
+        return JSONResponse(error.anthropic() if anthropic else error.body(), error.status, error.headers)
 
     @app.exception_handler(HTTPException)
     async def no_route(request: Request, error: HTTPException) -> JSONResponse:
@@ -124,6 +121,9 @@ class Guard:
         if request.app.state.draining:
             raise ApiError(503, "the server is shutting down", headers={"Connection": "close", "Retry-After": "10"})
         scheme, _, key = request.headers.get("authorization", "").partition(" ")
+        other = request.headers.get("x-api-key") or request.headers.get("api-key")  # Anthropic's and Azure's clients
+        if other is not None and scheme.lower() != "bearer":
+            scheme, key = "bearer", other
         # Compared as bytes: a header may hold characters that compare_digest does not take in a str.
         given = key.strip().encode("latin-1", "replace") if scheme.lower() == "bearer" else b""
         if self.api_key and not hmac.compare_digest(given, self.api_key.encode()):
@@ -158,7 +158,7 @@ def model_routes(service: Service, metrics: Metrics, limits: Limits) -> APIRoute
     return router
 
 
-def answer_routes(answering: "Answering") -> APIRouter:
+def answer_routes(answering: Answering) -> APIRouter:
     router = APIRouter()
 
     @router.post("/v1/chat/completions")
@@ -169,94 +169,35 @@ def answer_routes(answering: "Answering") -> APIRouter:
     async def completion(request: Request) -> Response:
         return await answering.answer(request, answering.service.prepare_completion, CompletionReply)
 
+    @router.post("/v1/responses")
+    async def responses(request: Request) -> Response:
+        return await answering.answer(request, partial(prepare_response, answering.service), ResponsesReply)
+
+    @router.post("/v1/messages")
+    async def messages(request: Request) -> Response:
+        return await answering.answer(request, partial(prepare_message, answering.service), MessagesReply)
+
+    @router.post("/v1/messages/count_tokens")
+    async def count_tokens(request: Request) -> dict:
+        body = await answering.body(request)
+        return await asyncio.to_thread(count_message_tokens, answering.service, body)
+
+    @router.post("/tokenize")
+    @router.post("/v1/tokenize")
+    async def tokenize(request: Request) -> dict:
+        body = parse_body(await answering.body(request))
+        return await asyncio.to_thread(answering.service.tokenize, body)
+
+    @router.post("/detokenize")
+    @router.post("/v1/detokenize")
+    async def detokenize(request: Request) -> dict:
+        body = parse_body(await answering.body(request))
+        return await asyncio.to_thread(answering.service.detokenize, body)
+
     return router
 
 
-# ------------------------------------------------------------------------------------------------ answers
-
-
-@dataclass
-class Answering:
-    """From a request for an answer to its response, whole or as a stream."""
-
-    app: FastAPI
-    service: Service
-    runner: Runner
-    metrics: Metrics
-    limits: Limits
-
-    async def answer(self, http: Request, prepare: Callable, reply_type: type[Reply]) -> Response:
-        begin = time.monotonic()
-        if not self.runner.room(1):  # before there is work with it
-            raise self._overloaded()
-        body = await read_limited(http, self.limits.max_body, self.limits.timeout)
-        request, job = await asyncio.to_thread(prepare, body)
-        try:
-            self.runner.submit(job)
-        except Overloaded:
-            raise self._overloaded() from None
-        self.app.state.active += 1
-        reply = reply_type(request, job, self.service.tokenizer)
-
-        def finish() -> None:
-            self._finish(reply, job)
-
-        seconds = self.limits.timeout - (time.monotonic() - begin)
-        if request.stream:
-            return EventStream(self._events(reply, job, begin), seconds, finish)
-        try:
-            updates = await until_gone(http.receive, self._all_updates(job, begin), seconds)
-            # In a thread: that of many choices with log-probabilities takes a second.
-            content = await asyncio.to_thread(lambda: json.dumps(reply.whole(updates), ensure_ascii=False))
-            return Response(content, media_type="application/json")
-        except TimeoutError:
-            text = f"the answer was not complete after {self.limits.timeout:g} seconds"
-            raise ApiError(504, text, code="timeout") from None
-        finally:
-            finish()
-
-    def _finish(self, reply: Reply, job: Job) -> None:
-        self.app.state.active -= 1
-        self.metrics.cancelled.inc(job.open > 0)
-        usage = reply.usage()
-        self.metrics.prompt_tokens.inc(usage["prompt_tokens"])
-        self.metrics.generated_tokens.inc(usage["completion_tokens"])
-        self.runner.cancel(job)
-
-    def _overloaded(self) -> ApiError:
-        text = f"{self.runner.waiting} answers are waiting already; try again later"
-        seconds = 1 + self.runner.waiting // len(self.runner.engine.slots)
-        return ApiError(429, text, code="rate_limit_exceeded", headers={"Retry-After": str(seconds)})
-
-    async def _next_updates(self, job: Job, begin: float | None) -> list[Update]:
-        updates = await job.updates()
-        if begin is not None:
-            self.metrics.first_token.observe(time.monotonic() - begin)
-        if errors := [update.error for update in updates if update.error]:
-            raise errors[0]
-        return updates
-
-    async def _all_updates(self, job: Job, begin: float) -> list[Update]:
-        updates = []
-        while not job.done:
-            updates += await self._next_updates(job, None if updates else begin)
-        return updates
-
-    async def _events(self, reply: Reply, job: Job, begin: float | None) -> AsyncIterator[bytes]:
-        """All that has come since the last time goes out in one piece."""
-        yield b"".join(map(sse, reply.opening()))
-        try:
-            while not job.done:
-                updates = await self._next_updates(job, begin)
-                begin = None
-                if data := b"".join(sse(chunk) for update in updates for chunk in reply.chunks(update)):
-                    yield data
-        except ApiError as error:
-            yield sse(error.body())
-            return
-        if reply.with_usage:
-            yield sse(reply.usage_chunk())
-        yield b"data: [DONE]\n\n"
+# ------------------------------------------------------------------------------------------------ life
 
 
 class Server(uvicorn.Server):

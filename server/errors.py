@@ -1,4 +1,4 @@
-"""What a client gets that did something wrong, or came at the wrong time: OpenAI's error object."""
+"""What a client gets that did something wrong, or came at the wrong time: OpenAI's error object, or Anthropic's."""
 
 _TYPES = {401: "authentication_error", 429: "rate_limit_error"}
 
@@ -20,6 +20,14 @@ class ApiError(Exception):
 
     def body(self) -> dict:
         kind = _TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
+        return {"error": {"message": self.text, "type": kind, "param": self.param, "code": self.code}}
+
+    def anthropic(self) -> dict:
+        kinds = {401: "authentication_error", 404: "not_found_error", 413: "request_too_large", 429: "rate_limit_error"}
+        kind = kinds.get(self.status, "api_error" if self.status >= 500 else "invalid_request_error")
+        return {"type": "error", "error": {"type": kind, "message": self.text}}
+
+    @property
+    def text(self) -> str:
         # A message may quote the client's lone surrogates, which no UTF-8 can carry.
-        message = self.message.encode("utf-8", "replace").decode()
-        return {"error": {"message": message, "type": kind, "param": self.param, "code": self.code}}
+        return self.message.encode("utf-8", "replace").decode()

@@ -1,7 +1,8 @@
-"""What an answer may say: JSON of a schema, or calls of given functions, token by token, through llguidance.
+"""What an answer may say: JSON of a schema, one of some texts, calls of given functions; token by token, by llguidance.
 
 grammars = Grammars(tokenizer, vocab_size)
-constraint = grammars.compile(json_grammar({"type": "object"}))   # for SamplingParams(constraint=...)
+constraint = grammars.answer(AnswerFormat("json", {"type": "object"}, "response_format"), thinking=False)
+constraint = grammars.call(tools, thinking=False)            # for SamplingParams(constraint=...)
 """
 
 import json
@@ -12,22 +13,37 @@ import torch
 from tokenizers import AddedToken, Tokenizer
 from torch import Tensor
 
-from dataset.chat import END_THINK_ID, END_TOOL_CALL_ID, TOOL_CALL_ID
-from dataset.tokenizer import ChatTokenizer
+from dataset.tokenizer import END_THINK, END_TOOL_CALL, TOOL_CALL, ChatTokenizer
 from server.errors import ApiError
+from server.fields import note
+from server.json_schemas import TooLarge, prepare
+from server.schemas import AnswerFormat
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
 # The spaces that json.dumps writes, as in the training data; a model that likes blanks could otherwise go on for ever.
 SPACING = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+# What the grammar cannot hold is left out: get_grammar_warnings() then says what.
+LENIENT = {"lenient": True, "coerce_one_of": True}
+NO_ARGUMENTS = {"type": "object", "properties": {}}
 
 
 class Grammars:
-    """Compiles grammars for one tokenizer."""
+    """Compiles grammars for one tokenizer. A constraint belongs to one sequence; its copy() makes more. ApiError 400,
+    which names the parameter, for what cannot be enforced, or if the server lacks the package for it."""
 
     def __init__(self, tokenizer: ChatTokenizer, vocab_size: int):
         self.tokenizer, self.vocab_size = tokenizer, vocab_size
+
+    def answer(self, wanted: AnswerFormat, *, thinking: bool, tools: list[dict] | None = None) -> "GrammarConstraint":
+        """An answer of this format, after the rest of its thinking; or a call of one of the tools instead, if given."""
+        options = ["@content"] + ["calls"] * bool(tools)
+        return self._compile(options, tools or [], thinking, wanted.param, wanted)
+
+    def call(self, tools: list[dict], *, thinking: bool) -> "GrammarConstraint":
+        """One call of one of these tools (OpenAI schemas), after the rest of the model's thinking."""
+        return self._compile(["calls"], tools, thinking, "tools")
 
     @cached_property
     def marked(self) -> "LLTokenizer":
@@ -38,21 +54,82 @@ class Grammars:
         copy.add_special_tokens([AddedToken(marker, special=True) for marker in self.tokenizer.marker_ids])
         return LLTokenizer(copy.to_str(), eos_token=self.tokenizer.eos_id)
 
-    def compile(self, lark: str, param: str) -> "GrammarConstraint":
-        """The constraint of a grammar, which belongs to one sequence; its copy() makes more. ApiError 400, which names
-        `param`, if a schema in it is not one that can be enforced, or the server lacks the package for it."""
+    def _compile(
+        self, options: list[str], tools: list[dict], thinking: bool, param: str, wanted: AnswerFormat | None = None
+    ) -> "GrammarConstraint":
         try:
             from llguidance import LLMatcher
         except ImportError:
             text = f"{param}: this server cannot keep an answer to a schema; it needs pip install llguidance"
             raise ApiError(400, text, param=param) from None
         try:
-            matcher = LLMatcher(self.marked, LLMatcher.grammar_from_lark(lark), log_level=0)
-        except ValueError as error:
+            start = [{"lark_grammar": self._start(options, thinking, self._calls(tools))}]
+            content = [{"name": "content"} | self._content(wanted)] if wanted else []
+            matcher = LLMatcher(self.marked, json.dumps({"grammars": start + content}), log_level=0)
+        except RecursionError:
+            raise ApiError(400, f"{param} is nested too deeply", param=param) from None
+        except (ValueError, TooLarge) as error:
             raise ApiError(400, f"{param}: {_first_line(str(error))}", param=param) from None
         if matcher.is_error():
             raise ApiError(400, f"{param}: {_first_line(matcher.get_error())}", param=param)
+        for warning in matcher.get_grammar_warnings():
+            self._leave_out(_first_line(warning))
         return GrammarConstraint(matcher, self.vocab_size)
+
+    def _content(self, wanted: AnswerFormat) -> dict:
+        from llguidance import LLMatcher
+        from llguidance.gbnf_to_lark import any_to_lark
+
+        if wanted.kind == "json":
+            return {"json_schema": self._schema(wanted.value)}
+        if wanted.kind == "choice":
+            return {"lark_grammar": "start: " + " | ".join(map(json.dumps, wanted.value))}
+        if wanted.kind == "regex":
+            inner = wanted.value.removeprefix("^")  # the whole answer has to match anyway
+            ends = inner.endswith("$") and (len(inner) - len(inner[:-1].rstrip("\\"))) % 2 == 1
+            (grammar,) = json.loads(LLMatcher.grammar_from_regex(inner[:-1] if ends else inner))["grammars"]
+            return {"lark_grammar": grammar["lark_grammar"]}
+        try:
+            return {"lark_grammar": any_to_lark(wanted.value)}
+        except Exception as error:  # GbnfToLarkError, or what it stumbles over
+            raise ValueError(str(error)) from None
+
+    def _calls(self, tools: list[dict]) -> list[str]:
+        if not tools:
+            return []
+        ids = self.tokenizer.marker_ids
+        if TOOL_CALL not in ids or END_TOOL_CALL not in ids:
+            text = f"this model has no tokens for {TOOL_CALL} and {END_TOOL_CALL}: it can call no tools"
+            raise ApiError(400, text, param="tools")
+        rules = [rf'calls: <[{ids[TOOL_CALL]}]> "\n" (call_' + " | call_".join(map(str, range(len(tools)))) + ")"]
+        rules[0] += rf' "\n" <[{ids[END_TOOL_CALL]}]>'
+        for n, tool in enumerate(tools):
+            function = tool["function"]
+            parameters = {"type": "object"} | (function.get("parameters") or NO_ARGUMENTS)
+            begin = f'{{"name": {json.dumps(function["name"])}, "arguments": '
+            # json.dumps: everything beyond ASCII as escapes, so nothing in a schema can end the line or the rule.
+            rules.append(f'call_{n}: {json.dumps(begin)} %json {json.dumps(self._schema(parameters))} "}}"')
+        return rules
+
+    def _start(self, options: list[str], thinking: bool, rules: list[str]) -> str:
+        before = f"THOUGHT <[{self.tokenizer.marker_ids[END_THINK]}]> " + r'"\n\n" ' if thinking else ""
+        start = f"start: {before}({' | '.join(options)})"
+        return "\n".join(["%llguidance {}", start, *rules, *([r"THOUGHT: /(.|\n)*/"] if thinking else ())])
+
+    def _schema(self, schema: dict) -> dict:
+        schema, left_out = prepare(schema, self._can_match)
+        for what in left_out:
+            self._leave_out(what)
+        return schema | {"x-guidance": SPACING | LENIENT}
+
+    def _can_match(self, pattern: str) -> bool:
+        from llguidance import LLMatcher
+
+        schema = {"type": "string", "pattern": pattern}
+        return not LLMatcher.validate_grammar(json.dumps({"grammars": [{"json_schema": schema}]}), self.marked)
+
+    def _leave_out(self, what: str) -> None:
+        note("schema", what, f"left out of a schema, because no grammar can hold it: {what}")
 
 
 class GrammarConstraint:
@@ -79,39 +156,6 @@ class GrammarConstraint:
 
     def accept(self, token: int) -> None:
         self.matcher.consume_token(token)
-
-
-def json_grammar(schema: dict, *, thinking: bool, tools: list[dict] | None = None) -> str:
-    """An answer in JSON of this schema, after the rest of its thinking; or calls of the tools instead, if given."""
-    options = ["json"] + ["calls"] * bool(tools)
-    return _grammar(options, thinking, [f"json: {_json(schema)}", *(_calls(tools) if tools else ())])
-
-
-def call_grammar(tools: list[dict], *, thinking: bool) -> str:
-    """One call of one of these tools (OpenAI schemas), after the rest of the model's thinking."""
-    return _grammar(["calls"], thinking, _calls(tools))
-
-
-def _grammar(options: list[str], thinking: bool, rules: list[str]) -> str:
-    before = f"THOUGHT <[{END_THINK_ID}]> " + r'"\n\n" ' if thinking else ""
-    start = f"start: {before}({' | '.join(options)})"
-    return "\n".join(["%llguidance {}", start, *rules, *([r"THOUGHT: /(.|\n)*/"] if thinking else ())])
-
-
-def _calls(tools: list[dict]) -> list[str]:
-    rules = [rf'calls: <[{TOOL_CALL_ID}]> "\n" (call_' + " | call_".join(map(str, range(len(tools)))) + ")"]
-    rules[0] += rf' "\n" <[{END_TOOL_CALL_ID}]>'
-    for n, tool in enumerate(tools):
-        function = tool["function"]
-        parameters = {"type": "object"} | (function.get("parameters") or {})
-        begin = f'{{"name": {json.dumps(function["name"])}, "arguments": '
-        rules.append(f'call_{n}: {json.dumps(begin)} {_json(parameters)} "}}"')
-    return rules
-
-
-def _json(schema: dict) -> str:
-    # Everything beyond ASCII as escapes: so nothing in a schema can end the line or the rule.
-    return "%json " + json.dumps(schema | {"x-guidance": SPACING})
 
 
 def _first_line(text: str) -> str:

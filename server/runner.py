@@ -10,6 +10,7 @@ import asyncio
 import queue
 import threading
 import traceback
+from collections import deque
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -17,14 +18,9 @@ from typing import NamedTuple
 from model.inference.engine import Engine, Event, SamplingParams
 from server.deltas import ChatAnswer, TextAnswer
 from server.errors import ApiError
+from server.scoring import Logprob, score_prompt
 
 BATCH = 256  # updates: all that a slow reader has missed would take the event loop a second to write
-
-
-class Logprob(NamedTuple):
-    token: int
-    logprob: float
-    top: list[tuple[int, float]]
 
 
 class Update(NamedTuple):
@@ -35,6 +31,7 @@ class Update(NamedTuple):
     logprob: Logprob | None = None
     finish_reason: str | None = None  # "stop", "length", or "error"
     error: ApiError | None = None
+    prompt: list[Logprob] | None = None  # of a choice whose prompt is scored: its first update
 
 
 @dataclass(eq=False)
@@ -42,10 +39,12 @@ class Choice:
     """One sequence of a job."""
 
     prompt: list[int]
-    params: SamplingParams
+    params: SamplingParams | None  # None: nothing is to be generated
     answer: ChatAnswer | TextAnswer
     why: str | None = None  # the parameter that the constraint comes from
+    score: int | None = None  # the prompt's tokens are scored, with so many of the likeliest at each place
     tokens: int = 0  # generated so far
+    logprob: float = 0.0  # of all of them, if the parameters ask for log-probabilities
     number: int | None = None  # the engine's, while it runs
 
 
@@ -57,6 +56,15 @@ class Job:
         self.open = len(choices)  # choices that have not ended
         self._new: list[Update] = []
         self._some = asyncio.Event()
+
+    @property
+    def prompt_tokens(self) -> int:
+        """A prompt is counted once, however many choices continue it."""
+        return sum({id(choice.prompt): len(choice.prompt) for choice in self.choices}.values())
+
+    @property
+    def generated_tokens(self) -> int:
+        return sum(choice.tokens for choice in self.choices)
 
     @property
     def done(self) -> bool:
@@ -92,6 +100,7 @@ class Runner:
     pending: int = 0  # choices submitted and not yet ended
     _commands: queue.SimpleQueue = field(default_factory=queue.SimpleQueue)
     _running: dict[int, tuple[Job, int]] = field(default_factory=dict)  # the thread's: by the engine's numbers
+    _scoring: deque[tuple[Job, int]] = field(default_factory=deque)  # the thread's: one for each step
     _active: set[Job] = field(default_factory=set)  # the event loop's
 
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -133,11 +142,13 @@ class Runner:
     def _run(self) -> None:
         while True:
             try:
-                while not self._commands.empty() or not self.engine.busy:
+                while not self._commands.empty() or not (self.engine.busy or self._scoring):
                     action, job = self._commands.get()
                     if job is None:
                         return
                     action(job)
+                if self._scoring:
+                    self._score(*self._scoring.popleft())
                 updates = [self._update(event) for event in self.engine.step()]
             except Exception as error:  # whatever it is, those who wait must hear of it, and the next ones be served
                 traceback.print_exc()
@@ -150,13 +161,34 @@ class Runner:
 
     def _add(self, job: Job) -> None:
         for i, choice in enumerate(job.choices):
-            try:
-                choice.number = self.engine.add(choice.prompt, choice.params, job.adapter)
-                self._running[choice.number] = job, i
-            except ValueError as error:
-                self._send([failed(job, i, ApiError(400, str(error)))])
+            if choice.params is None or choice.score is not None:
+                self._scoring.append((job, i))
+            else:
+                self._generate(job, i)
+
+    def _score(self, job: Job, i: int) -> None:
+        choice, scored = job.choices[i], None
+        try:
+            if choice.score is not None:
+                scored = score_prompt(self.engine, choice.prompt, choice.score, job.adapter)
+        except Exception as error:  # as in _run()
+            traceback.print_exc()
+            return self._send([failed(job, i, ApiError(500, f"the model failed: {error}"))])
+        reason = "length" if choice.params is None else None
+        self._send([(job, Update(i, [], finish_reason=reason, prompt=scored))])
+        if choice.params:
+            self._generate(job, i)
+
+    def _generate(self, job: Job, i: int) -> None:
+        choice = job.choices[i]
+        try:
+            choice.number = self.engine.add(choice.prompt, choice.params, job.adapter)
+            self._running[choice.number] = job, i
+        except ValueError as error:
+            self._send([failed(job, i, ApiError(400, str(error)))])
 
     def _cancel(self, job: Job) -> None:
+        self._scoring = deque(each for each in self._scoring if each[0] is not job)
         for choice in job.choices:
             if self._running.pop(choice.number, None):
                 self.engine.cancel(choice.number)
@@ -166,9 +198,12 @@ class Runner:
         choice = job.choices[i]
         choice.tokens += 1
         deltas, logprob, reason = [], None, event.finish_reason
-        if event.token_id not in self.stop_ids:
-            if event.logprob is not None and choice.answer.shows(event.token_id):
+        last = event.token_id in self.stop_ids or event.token_id in choice.params.stop_token_ids
+        if event.logprob is not None:
+            choice.logprob += event.logprob
+            if choice.answer.shows(event.token_id, last):
                 logprob = Logprob(event.token_id, event.logprob, event.top_logprobs)
+        if not last:
             deltas = choice.answer.push(event.token_id)
             if choice.answer.stopped:
                 self.engine.cancel(event.index)

@@ -12,9 +12,11 @@ from model.inference.chatbot import Chatbot
 from model.inference.engine import SamplingParams
 from server.deltas import ChatAnswer, TextAnswer
 from server.errors import ApiError
-from server.grammars import GrammarConstraint, Grammars, call_grammar, json_grammar
+from server.grammars import GrammarConstraint, Grammars
+from server.messages import conversation
+from server.reading import check_request, read_body
 from server.runner import Choice, Job
-from server.schemas import ChatRequest, CommonRequest, CompletionRequest, read_body
+from server.schemas import ChatRequest, CommonRequest, CompletionRequest
 
 ROOM = 8  # a prompt may fill the context but for one part in ROOM, or for max_tokens if that is less
 
@@ -50,8 +52,10 @@ class Service:
         card = {"id": name, "object": "model", "created": self.created, "owned_by": "minimind"}
         return card | {"max_model_len": self.bot.max_len}
 
-    def adapter(self, model: str) -> str | None:
-        """The adapter that a model's name stands for. ApiError 404 for an unknown name."""
+    def adapter(self, model: str | None) -> str | None:
+        """The adapter that a model's name stands for; none without a name. ApiError 404 for an unknown one."""
+        if model is None:
+            return None
         if model not in self.models:
             text = f"there is no model {model[:80]!r}; this server has {', '.join(self.models)}"
             raise ApiError(404, text, param="model", code="model_not_found")
@@ -60,63 +64,96 @@ class Service:
     # ------------------------------------------------------------------------------------------------ chats
 
     def prepare_chat(self, body: bytes) -> tuple[ChatRequest, Job]:
-        request = read_body(body, ChatRequest)
+        return self.prepare_conversation(read_body(body, ChatRequest))
+
+    def prepare_conversation(self, request: ChatRequest) -> tuple[ChatRequest, Job]:
         adapter = self.adapter(request.model)
-        thinking = self.settings.thinking if request.thinking is None else request.thinking
-        tools, messages = request.tool_schemas(), request.conversation()
-        self._check_size(sum(len(m["content"]) for m in messages), "messages")
-        constraint = self._constraint(request, tools, bool(thinking))
-        try:
-            options = dict(add_generation_prompt=True, enable_thinking=thinking)
-            prompt, _ = render_chat(self.tokenizer, messages, tools, **options)
-        except RecursionError:
-            raise ApiError(400, "the body is nested too deeply") from None
-        opened = self.tokenizer.opens_thinking(prompt)
+        thinking = self.settings.thinking if request.thinks is None else request.thinks
+        prompt = self.chat_prompt(request, thinking)
+        thinking = self.tokenizer.opens_thinking(prompt)
+        tools = request.tool_schemas()
+        constraint = self._constraint(request, tools, thinking)
         limit = self._token_limit(prompt, request, "messages")
         params = self._params(request, limit, top_logprobs=(request.top_logprobs or 0) if request.logprobs else None)
+        forced = request.choice_of_tool.mode == "required"
+        why = "tools" if forced else constraint and request.answer_format.param
         choices = []
         for i in range(request.n or 1):
-            answer = ChatAnswer(self.tokenizer, request.stop or (), thinking=opened, tools=bool(tools))
-            own = self._seeded(params, i)
-            if constraint:
-                own |= {"constraint": constraint.copy(), "stop_token_ids": (self.tokenizer.eos_id,)}
-            why = "tools" if request.choice_of_tool not in ("none", "auto") else "response_format"
-            choices.append(Choice(prompt, SamplingParams(**own), answer, why))
+            answer = self._chat_answer(request, thinking, bool(tools))
+            choices.append(Choice(prompt, self._sampling(params, i, constraint), answer, why))
         return request, Job(choices, adapter)
 
-    def _constraint(self, request: ChatRequest, tools: list[dict], thinking: bool) -> GrammarConstraint | None:
-        choice = request.choice_of_tool
-        if choice not in ("none", "auto"):
-            if choice != "required":
-                tools = [tool for tool in tools if f"function:{tool['function']['name']}" == choice]
-            return self._compile(call_grammar, "tools", tools, thinking=thinking)
-        if request.response_format is None or request.response_format.type == "text":
-            return None
-        schema = {"type": "object"}
-        if request.response_format.type == "json_schema":
-            schema = request.response_format.json_schema.schema_
-        return self._compile(json_grammar, "response_format", schema, thinking=thinking, tools=tools)
+    def _chat_answer(self, request: ChatRequest, thinking: bool, tools: bool) -> ChatAnswer | TextAnswer:
+        stop, keep = request.stop or (), bool(request.include_stop_str_in_output)
+        if request.skip_special_tokens is False and not tools:
+            return TextAnswer(self.tokenizer, stop, key="content", spelled=True, keep=keep)
+        names = [tool.function.name for tool in request.callable_tools]
+        forced = request.choice_of_tool.mode == "required"
+        return ChatAnswer(
+            self.tokenizer, stop, thinking=thinking, tools=tools, forced=forced, eager=bool(request.stream),
+            only=names[0] if forced and len(names) == 1 else None,
+            parallel=request.parallel_tool_calls is not False, keep=keep,
+        )  # fmt: skip
 
-    def _compile(self, grammar, param: str, *args, **options) -> GrammarConstraint:
+    def chat_prompt(self, request: ChatRequest, thinking: bool | None) -> list[int]:
+        """The conversation's tokens, as far as the answer. Raises ApiError."""
+        tools, messages = request.tool_schemas(), conversation(request.messages)
+        self._check_size(sum(len(m["content"]) for m in messages), "messages")
         try:
-            return self.grammars.compile(grammar(*args, **options), param)
+            if request.continues:
+                return self._continued(messages, tools, thinking)
+            opened = request.add_generation_prompt is not False
+            return render_chat(self.tokenizer, messages, tools, add_generation_prompt=opened, enable_thinking=thinking)[
+                0
+            ]
         except RecursionError:
-            raise ApiError(400, f"{param} is nested too deeply", param=param) from None
+            raise ApiError(400, "the body is nested too deeply") from None
+
+    def _continued(self, messages: list[dict], tools: list[dict], thinking: bool | None) -> list[int]:
+        """The last message's turn without its end."""
+        last = messages[-1]
+        if last.get("reasoning_content") and not last["content"]:  # a thought that goes on
+            options = dict(add_generation_prompt=True, enable_thinking=True)
+            ids, _ = render_chat(self.tokenizer, messages[:-1], tools, **options)
+            return ids + self.tokenizer.encode(last["reasoning_content"], add_special_tokens=False).ids
+        if not last["content"]:
+            options = dict(add_generation_prompt=True, enable_thinking=thinking)
+            return render_chat(self.tokenizer, messages[:-1], tools, **options)[0]
+        ids, _ = render_chat(self.tokenizer, messages, tools, thinking_off=thinking is not None)
+        return ids[: len(ids) - 1 - ids[::-1].index(self.tokenizer.turn_end_id)]
+
+    def _constraint(self, request: ChatRequest, tools: list[dict], thinking: bool) -> GrammarConstraint | None:
+        if request.choice_of_tool.mode == "required":
+            called = [tool.model_dump(exclude_none=True) for tool in request.callable_tools]
+            return self.grammars.call(called, thinking=thinking)
+        wanted = request.answer_format
+        return self.grammars.answer(wanted, thinking=thinking, tools=tools) if wanted else None
 
     # ------------------------------------------------------------------------------------------------ completions
 
     def prepare_completion(self, body: bytes) -> tuple[CompletionRequest, Job]:
         request = read_body(body, CompletionRequest)
         adapter = self.adapter(request.model)
+        wanted = request.answer_format
+        constraint = self.grammars.answer(wanted, thinking=False) if wanted else None
+        scored = request.logprobs if request.echo else None
         choices = []
         for text in request.prompts:
-            self._check_size(len(text), "prompt", longest=self.longest_token if isinstance(text, str) else 1)
-            prompt = self.bot.encode(text) if isinstance(text, str) else self._checked(text)
-            params = self._params(request, self._token_limit(prompt, request, "prompt"), top_logprobs=request.logprobs)
-            for i in range(request.n or 1):
-                answer = TextAnswer(self.tokenizer, request.stop or ())
-                choices.append(Choice(prompt, SamplingParams(**self._seeded(params, i)), answer))
+            prompt = self.text_prompt(text)
+            # best_of needs to know how likely its answers are.
+            top = 0 if request.logprobs is None and request.sequences > (request.n or 1) else request.logprobs
+            params = self._params(request, self._token_limit(prompt, request, "prompt"), top_logprobs=top)
+            for i in range(request.sequences):
+                keep, spelled = bool(request.include_stop_str_in_output), request.skip_special_tokens is False
+                answer = TextAnswer(self.tokenizer, request.stop or (), spelled=spelled, keep=keep)
+                sampling = self._sampling(params, i, constraint)
+                choices.append(Choice(prompt, sampling, answer, wanted and wanted.param, score=scored))
         return request, Job(choices, adapter)
+
+    def text_prompt(self, text: str | list[int]) -> list[int]:
+        """Of a text, or of tokens as they are. Raises ApiError."""
+        self._check_size(len(text), "prompt", longest=self.longest_token if isinstance(text, str) else 1)
+        return self.bot.encode(text) if isinstance(text, str) else self._checked(text)
 
     def _checked(self, ids: list[int]) -> list[int]:
         if unknown := [i for i in ids if not 0 <= i < self.vocab_size]:
@@ -134,7 +171,11 @@ class Service:
 
     def _token_limit(self, prompt: list[int], request: CommonRequest, param: str) -> int:
         """How many tokens the answer may have. ApiError for a prompt that leaves no room."""
-        wanted = request.token_limit or self.settings.max_new_tokens or self.bot.max_len
+        wanted = request.token_limit
+        if wanted is None:
+            wanted = self.settings.max_new_tokens or self.bot.max_len
+        elif wanted < 0:
+            wanted = self.bot.max_len
         room = min(wanted, max(1, self.bot.max_len // ROOM))
         most = self.settings.max_prompt_tokens or self.bot.max_len
         if len(prompt) > min(most, self.bot.max_len - room):
@@ -144,32 +185,76 @@ class Service:
     def _too_long(self, tokens: int, at_least: str, param: str) -> None:
         room = self.bot.max_len // ROOM
         most = min(self.settings.max_prompt_tokens or self.bot.max_len, self.bot.max_len - room)
-        text = f"the prompt has {at_least}{tokens} tokens; of a context of {self.bot.max_len} it may take about {most}"
-        raise ApiError(400, f"{text}, so that an answer fits", param=param, code="context_length_exceeded")
+        # The beginning is what clients look for who shorten their prompts by themselves.
+        text = f"This model's maximum context length is {self.bot.max_len} tokens. However, the prompt has {at_least}"
+        text += f"{tokens} tokens; it may take about {most}, so that an answer fits"
+        raise ApiError(400, text, param=param, code="context_length_exceeded")
 
     def _params(self, request: CommonRequest, limit: int, **more) -> dict:
         """Of SamplingParams, what the request and the settings say."""
-        bias = dict(request.logit_bias or {})
-        if unknown := [i for i in bias if i >= self.vocab_size]:
-            text = f"logit_bias: there is no token {unknown[0]}; the vocabulary has {self.vocab_size}"
-            raise ApiError(400, text, param="logit_bias")
+        bias, stops = dict(request.logit_bias or {}), request.stop_token_ids or []
+        for field, ids in (("logit_bias", bias), ("stop_token_ids", stops)):
+            if unknown := [i for i in ids if not 0 <= i < self.vocab_size]:
+                text = f"{field}: there is no token {unknown[0]}; the vocabulary has {self.vocab_size}"
+                raise ApiError(400, text, param=field)
+        least = request.min_tokens or 0
+        if limit and least > limit:
+            text = f"min_tokens {least} is more than the answer may have, {limit}"
+            raise ApiError(400, text, param="min_tokens")
         default = self.settings
         params = {
             "temperature": default.temperature if request.temperature is None else request.temperature,
             "top_p": max(1e-6, default.top_p if request.top_p is None else request.top_p),  # 0: the likeliest alone
-            "top_k": request.top_k or 0,
+            "top_k": max(0, request.top_k or 0),
             "min_p": request.min_p or 0.0,
             "repetition_penalty": request.repetition_penalty or 1.0,
             "presence_penalty": request.presence_penalty or 0.0,
             "frequency_penalty": request.frequency_penalty or 0.0,
             "logit_bias": bias,
-            "seed": request.seed,
+            "seed": None if request.seed == -1 else request.seed,
             "max_new_tokens": limit,
-            "stop_token_ids": () if request.ignore_eos else tuple(self.bot.stop_ids),
+            "min_new_tokens": least,
+            "stop_token_ids": (*(() if request.ignore_eos else self.bot.stop_ids), *stops),
         }
         return params | more
 
-    def _seeded(self, params: dict, choice: int) -> dict:
-        """Each choice has a seed of its own, or all would be the same."""
-        seed = None if params["seed"] is None else params["seed"] + choice
-        return params | {"seed": seed}
+    def _sampling(self, params: dict, choice: int, constraint: GrammarConstraint | None) -> SamplingParams | None:
+        """Each choice has a seed of its own, or all would be the same. None: no token is asked for."""
+        if params["max_new_tokens"] == 0:
+            return None
+        own = params | {"seed": None if params["seed"] is None else params["seed"] + choice}
+        if constraint:
+            stops = [i for i in params["stop_token_ids"] if i not in self.bot.stop_ids]
+            own |= {"constraint": constraint.copy(), "stop_token_ids": (self.tokenizer.eos_id, *stops)}
+        return SamplingParams(**own)
+
+    # ------------------------------------------------------------------------------------------------ tokens
+
+    def tokenize(self, body: dict) -> dict:
+        """vLLM's and llama.cpp's ways to ask: a text or a conversation -> its tokens. Raises ApiError."""
+        if "messages" in body:
+            request = check_request(body, ChatRequest)
+            ids = self.chat_prompt(request, self.settings.thinking if request.thinks is None else request.thinks)
+        else:
+            text = next((body[name] for name in ("prompt", "content", "text") if body.get(name) is not None), None)
+            if not isinstance(text, str):
+                raise ApiError(400, "prompt: must be a string", param="prompt")
+            special = body.get("add_special_tokens") is True or body.get("add_special") is True
+            ids = self.tokenizer.encode(text, add_special_tokens=False).ids
+            ids = [*self.tokenizer.text_prefix, *ids] if special else ids
+        answer = {"count": len(ids), "max_model_len": self.bot.max_len, "tokens": ids}
+        if body.get("with_pieces"):
+            answer["tokens"] = [{"id": i, "piece": self.tokenizer.decode([i])} for i in ids]
+        if body.get("return_token_strs"):
+            answer["token_strs"] = [self.tokenizer.id_to_token(i) for i in ids]
+        return answer
+
+    def detokenize(self, body: dict) -> dict:
+        ids = body.get("tokens")
+        if not isinstance(ids, list) or not all(type(i) is int for i in ids):
+            raise ApiError(400, "tokens: must be a list of token ids", param="tokens")
+        if unknown := [i for i in ids if not 0 <= i < self.vocab_size]:
+            text = f"tokens: there is no token {unknown[0]}; the vocabulary has {self.vocab_size}"
+            raise ApiError(400, text, param="tokens")
+        text = self.tokenizer.decode(ids, skip_special_tokens=False)
+        return {"prompt": text, "content": text}

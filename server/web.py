@@ -2,8 +2,10 @@
 
 import asyncio
 import json
+import re
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -123,18 +125,56 @@ async def until_gone(receive: Receive, work: Awaitable, seconds: float) -> Any:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def sse(data: dict) -> bytes:
-    return b"data: " + json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+def sse(data: dict, event: str | None = None) -> bytes:
+    name = f"event: {event}\n".encode() if event else b""
+    return name + b"data: " + json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+
+
+class Plumbing:
+    """ASGI middleware for what clients do to addresses: a route is found without its /v1, with slashes too many, and by
+    HEAD where there is a GET. Each answer has the x-request-id that the client sent, or one of its own."""
+
+    def __init__(self, app: ASGIApp, paths: Collection[str]):
+        self.app, self.paths = app, frozenset(paths)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        head = scope["method"] == "HEAD"
+        given = dict(scope["headers"]).get(b"x-request-id", b"")
+        name = given if re.fullmatch(rb"[!-~]{1,200}", given) else uuid.uuid4().hex.encode()
+
+        async def answer(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message = message | {"headers": [*message.get("headers", ()), (b"x-request-id", name)]}
+            elif head:
+                message = message | {"body": b""}
+            await send(message)
+
+        method = "GET" if head else scope["method"]
+        await self.app(scope | {"path": self._path(scope["path"]), "method": method}, receive, answer)
+
+    def _path(self, path: str) -> str:
+        path = re.sub("/+", "/", path).rstrip("/") or "/"
+        first = path.split("/")[1]
+        return f"/v1{path}" if first in self.paths else path
 
 
 class EventStream(Response):
-    """Server-sent events from an iterator of bytes. `finish` is called at the end, whatever the end is."""
+    """Server-sent events from an iterator of bytes. `finish` is called at the end, whatever the end is; `failure` makes
+    the last event of a stream whose time is up."""
 
-    def __init__(self, events: AsyncIterator[bytes], seconds: float, finish: Callable[[], None]):
+    def __init__(
+        self,
+        events: AsyncIterator[bytes],
+        seconds: float,
+        finish: Callable[[], None],
+        failure: Callable[[ApiError], bytes],
+    ):
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         super().__init__(headers=headers, media_type="text/event-stream")
         del self.headers["content-length"]
-        self.events, self.seconds, self.finish = events, seconds, finish
+        self.events, self.seconds, self.finish, self.failure = events, seconds, finish, failure
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -144,7 +184,7 @@ class EventStream(Response):
         except TimeoutError:
             error = ApiError(504, f"the answer was not complete after {self.seconds:g} seconds", code="timeout")
             try:
-                last = {"type": "http.response.body", "body": sse(error.body()), "more_body": False}
+                last = {"type": "http.response.body", "body": self.failure(error), "more_body": False}
                 await asyncio.wait_for(send(last), LAST_WORDS)
             except asyncio.TimeoutError:  # nobody reads
                 pass

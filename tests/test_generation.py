@@ -420,3 +420,15 @@ def test_five_hundred_short_prompts_take_seconds(model):
     begin = time.process_time()
     results = generate(model, prompts, [greedy(rng.randrange(4, 33)) for _ in prompts])
     assert all(results) and time.process_time() - begin < 30
+
+
+@pytest.mark.parametrize("least", [0, 3])
+def test_no_stop_token_comes_before_the_least_number(tiny, least):
+    model = tiny()
+    params = SamplingParams(
+        temperature=0, max_new_tokens=8, min_new_tokens=least, logit_bias={5: 100}, stop_token_ids=(5,)
+    )
+    (result,) = generate(model, [[7, 8, 9]], params)
+    assert len(result.token_ids) == least + 1 and result.token_ids.index(5) == least
+    with pytest.raises(ValueError, match="min_new_tokens"):
+        SamplingParams(max_new_tokens=2, min_new_tokens=3)

@@ -20,8 +20,11 @@ from dataset.chat import (
 from model.inference.tools import SCHEMAS
 from server.deltas import ChatAnswer
 from server.errors import ApiError
-from server.grammars import Grammars, call_grammar, json_grammar
-from server.schemas import ChatRequest, CompletionRequest, read_body
+from server.grammars import Grammars
+from server.messages import conversation
+from server.reading import read_body
+from server.replies import add_delta
+from server.schemas import AnswerFormat, ChatRequest, CompletionRequest
 
 TOKENIZER = load_tokenizer()
 CALLS = [
@@ -35,8 +38,7 @@ def message(ids: list[int], **options) -> dict:
     answer = ChatAnswer(TOKENIZER, **options)
     whole = {}
     for delta in [*(delta for token in ids for delta in answer.push(token)), *answer.close()]:
-        for key, value in delta.items():
-            whole[key] = whole.get(key, type(value)()) + value
+        add_delta(whole, delta)
     return whole
 
 
@@ -109,19 +111,20 @@ def test_grammars_allow_what_they_should_and_nothing_else():
     grammars = Grammars(TOKENIZER, 6400 + 10)  # a model's vocabulary may be larger
     encode = lambda text: TOKENIZER.encode(text).ids  # noqa: E731
     schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
-    plain = grammars.compile(json_grammar(schema, thinking=False), "x")
+    wanted = AnswerFormat("json", schema, "x")
+    plain = grammars.answer(wanted, thinking=False)
     assert follow(plain.copy(), encode('{"a": 12}')) and not follow(plain.copy(), encode('{"a": "b"}'))
     assert not follow(plain.copy(), [TOOL_CALL_ID]) and not follow(plain.copy(), encode("{\n"))
     ended = plain.copy()
     follow(ended, encode('{"a": 12}'))
     assert not ended.failed and set(ended.mask().nonzero()[:, 0].tolist()) <= {EOS_ID}
-    thoughtful = grammars.compile(json_grammar(schema, thinking=True), "x")
+    thoughtful = grammars.answer(wanted, thinking=True)
     assert follow(thoughtful.copy(), [*encode("well, {"), END_THINK_ID, *encode('\n\n{"a": 1}')])
-    calls = grammars.compile(call_grammar(SCHEMAS, thinking=False), "x")
+    calls = grammars.call(SCHEMAS, thinking=False)
     call = [TOOL_CALL_ID, *encode("\n" + json.dumps(CALLS[0]) + "\n"), END_TOOL_CALL_ID]
     assert follow(calls.copy(), call) and not follow(calls.copy(), encode("I"))
     assert not follow(calls.copy(), [TOOL_CALL_ID, *encode('\n{"name": "other')])
-    either = grammars.compile(json_grammar(schema, thinking=False, tools=SCHEMAS), "x")
+    either = grammars.answer(wanted, thinking=False, tools=SCHEMAS)
     assert follow(either.copy(), call) and follow(either.copy(), encode('{"a": 1}'))
 
 
@@ -129,7 +132,7 @@ def test_a_schema_cannot_leave_its_rule():
     grammars = Grammars(TOKENIZER, 6400)
     name = '"\nstart: /.*/\n%json {'
     tricky = {"type": "object", "properties": {name: {"const": "\n\u2028"}}, "required": [name]}
-    constraint = grammars.compile(json_grammar(tricky, thinking=False), "x")
+    constraint = grammars.answer(AnswerFormat("json", tricky, "x"), thinking=False)
     assert not constraint.mask()[TOKENIZER.encode("hello").ids[0]]
 
 
@@ -149,9 +152,9 @@ def test_tool_results_stand_in_the_order_of_their_calls():
         {"role": "tool", "tool_call_id": f"c{n}", "content": [{"type": "text", "text": str(n)}]} for n in (2, 0, 1)
     ]
     request = chat(messages=[{"role": "user", "content": "hi"}, {"role": "assistant", "tool_calls": calls}, *results])
-    conversation = request.conversation()
-    assert [m["content"] for m in conversation] == ["hi", "", "0", "1", "2"]
-    assert conversation[1]["tool_calls"][2] == {"name": "f", "arguments": {"n": 2}}
+    turns = conversation(request.messages)
+    assert [m["content"] for m in turns] == ["hi", "", "0", "1", "2"]
+    assert turns[1]["tool_calls"][2] == {"name": "f", "arguments": {"n": 2}}
 
 
 @pytest.mark.parametrize("field", [*ChatRequest.model_fields, *CompletionRequest.model_fields])
@@ -178,3 +181,118 @@ def test_scripts_that_answer_load_nothing_of_training(script):
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=root, check=True)
     loaded = [name for name in done.stdout.split() if name.startswith(("trainer", "train_", "dataset.starter"))]
     assert loaded == [] and "model.inference.chatbot" in done.stdout.split()
+
+
+# ------------------------------------------------------------------------------------------------ calls
+
+
+def written(call: dict) -> list[int]:
+    return [TOOL_CALL_ID, *TOKENIZER.encode("\n" + json.dumps(call) + "\n").ids, END_TOOL_CALL_ID]
+
+
+def test_calls_that_the_model_makes_come_in_pieces():
+    pieces = []
+    answer = ChatAnswer(TOKENIZER, tools=True, eager=True)
+    for token in written(CALLS[1]):
+        pieces += answer.push(token)
+    assert len(pieces) > 5 and "id" not in pieces[1]["tool_calls"][0]
+    whole = message(written(CALLS[0]) + written(CALLS[1]), tools=True, eager=True)
+    assert [json.loads(call["function"]["arguments"]) for call in whole["tool_calls"]] == [
+        c["arguments"] for c in CALLS
+    ]
+    # Not a call after all: content, unless its beginning has gone out already.
+    broken = [TOOL_CALL_ID, *TOKENIZER.encode('{"name": "f", "arguments": {"x": 1 + 1}}').ids, END_TOOL_CALL_ID]
+    assert message(broken, tools=True) == {"content": '{"name": "f", "arguments": {"x": 1 + 1}}'}
+    assert message(broken, tools=True, eager=True)["tool_calls"][0]["function"]["arguments"] == '{"x": 1 + 1}'
+
+
+def test_a_call_that_is_cut_off_has_the_arguments_so_far():
+    ids = [TOOL_CALL_ID, *TOKENIZER.encode('\n{"name": "f", "arguments": {"x": "}\\"{').ids]
+    for eager in (False, True):
+        answer, whole = ChatAnswer(TOKENIZER, tools=True, eager=eager), {}
+        for delta in [*(delta for token in ids for delta in answer.push(token)), *answer.close(cut=True)]:
+            add_delta(whole, delta)
+        (call,) = whole["tool_calls"]
+        assert call["function"] == {"name": "f", "arguments": '{"x": "}\\"{'} and "content" not in whole
+
+
+def test_one_call_is_enough_without_parallel_calls():
+    answer = ChatAnswer(TOKENIZER, tools=True, parallel=False)
+    for token in written(CALLS[0]):
+        assert not answer.stopped
+        answer.push(token)
+    assert answer.stopped and answer.calls == 1
+
+
+# ------------------------------------------------------------------------------------------------ schemas
+
+TEXT = {"type": "string"}
+
+
+def thing(**properties) -> dict:
+    return {"type": "object", "properties": properties}
+
+
+@pytest.mark.parametrize(
+    "schema, good, bad",
+    [
+        (thing(a=TEXT), ['{"a": "x"}', "{}"], ['{"a": "x", "b": 1}', '{"b": 1}']),
+        (thing(a=thing(b=TEXT)), ['{"a": {"b": "x"}}'], ['{"a": {"c": "x"}}']),
+        ({"type": "array", "items": thing(a=TEXT)}, ['[{"a": "x"}]'], ['[{"b": "x"}]']),
+        (thing(a=TEXT) | {"additionalProperties": True}, ['{"a": "x", "b": 1}'], []),
+        (thing(a=TEXT) | {"required": ["a", "b"]}, ['{"a": "x", "b": 1}'], ['{"a": "x", "c": 1}']),
+        (thing(), ["{}"], ['{"a": 1}']),
+        ({"type": "object"}, ['{"a": 1}'], []),
+        ({"anyOf": [thing(a=TEXT), thing(b=TEXT)]}, ['{"a": "x"}', '{"b": "x"}'], ['{"c": 1}', '{"a": "x", "b": "x"}']),
+        (
+            {"allOf": [thing(a=TEXT) | {"required": ["a"]}, {"$ref": "#/$defs/B"}],
+             "$defs": {"B": thing(b=thing(c=TEXT))}},
+            ['{"a": "x", "b": {"c": "x"}}', '{"a": "x"}'],
+            ['{"a": "x", "z": 1}', '{"a": "x", "b": {"z": 1}}', '{"b": {}}'],
+        ),
+        (
+            thing(k=TEXT) | {"anyOf": [thing(a=TEXT), thing(b=TEXT)]},
+            ['{"k": "x", "a": "x"}'],
+            ['{"k": "x", "z": "x"}'],
+        ),
+        ({"$ref": "#/$defs/N", "$defs": {"N": thing(n={"$ref": "#/$defs/N"})}},
+         ['{"n": {"n": {}}}'], ['{"n": {"m": 1}}']),
+        ({"const": {"properties": {"a": 1}}}, ['{"properties": {"a": 1}}'], []),
+        (thing(a={"type": "array", "uniqueItems": True, "contains": TEXT}), ['{"a": [1, 1]}'], ['{"a": 1}']),
+        ({"type": "string", "pattern": "^(?=.*a)b", "minLength": 2}, ['"xy"'], ['"x"']),
+        ({"type": "string", "format": "cat"}, ['"x"'], ["1"]),
+        (thing(a=TEXT) | {"propertyNames": {"pattern": "q"}, "not": {}, "if": {}, "then": {}}, ['{"a": "x"}'], []),
+        ({"type": "integer"}, ["-123456789012345"], ["1234567890123456", "1.5"]),
+        ({"type": "number", "minimum": 0}, ["0.123456789", "12"], ["0.1234567891", "-1"]),
+    ],
+)  # fmt: skip
+def test_schemas_are_closed_and_lose_what_no_grammar_can_hold(schema, good, bad):
+    wanted = AnswerFormat("json", schema, "x")
+    constraint = Grammars(TOKENIZER, 6400).answer(wanted, thinking=False)
+    for text in good + bad:
+        own = constraint.copy()
+        assert (follow(own, TOKENIZER.encode(text).ids) and own.matcher.is_accepting()) == (text in good), text
+
+
+def test_a_schema_that_doubles_at_each_reference_is_refused():
+    definitions = {"D0": thing(x=TEXT)}
+    for n in range(40):
+        definitions[f"D{n + 1}"] = {"allOf": [{"$ref": f"#/$defs/D{n}"}] * 2}
+    schema = {"$ref": "#/$defs/D40", "$defs": definitions}
+    for faulty in (schema, {"allOf": 5}, {"properties": 5}, {"required": 5, "properties": {}}, {"$ref": "#/nowhere"}):
+        with pytest.raises(ApiError) as error:
+            Grammars(TOKENIZER, 6400).answer(AnswerFormat("json", faulty, "x"), thinking=False)
+        assert error.value.status == 400 and error.value.param == "x"
+
+
+def test_what_is_left_out_of_schemas_is_told_once(capfd):
+    schema = thing(a={"type": "array", "uniqueItems": True}, b={"type": "string", "pattern": "(?!told)"})
+    for _ in range(2):
+        Grammars(TOKENIZER, 6400).answer(AnswerFormat("json", schema, "x"), thinking=False)
+    assert capfd.readouterr().err.count("(?!told)") == 1
+
+
+def test_a_tool_without_parameters_takes_none():
+    constraint = Grammars(TOKENIZER, 6400).call([{"type": "function", "function": {"name": "f"}}], thinking=False)
+    assert follow(constraint.copy(), written({"name": "f", "arguments": {}}))
+    assert not follow(constraint.copy(), written({"name": "f", "arguments": {"a": 1}}))

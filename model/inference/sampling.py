@@ -38,6 +38,7 @@ class SamplingParams:
     repetition_penalty: float = 1.0  # of all tokens of prompt and answer: logits divided (positive) or multiplied
     seed: int | None = None
     max_new_tokens: int = 256
+    min_new_tokens: int = 0  # no stop token before; a constraint that is complete ends the text all the same
     stop: Sequence[str] = ()
     stop_token_ids: Sequence[int] | None = None
     presence_penalty: float = 0.0  # OpenAI's: subtracted once for a token that the answer has,
@@ -56,6 +57,11 @@ class SamplingParams:
             ("min_p", 0 <= self.min_p <= 1, "between 0 and 1"),
             ("repetition_penalty", 0 < self.repetition_penalty < float("inf"), "above 0 and finite"),
             ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
+            (
+                "min_new_tokens",
+                0 <= self.min_new_tokens <= self.max_new_tokens,
+                "between 0 and max_new_tokens",
+            ),
             ("stop", all(self.stop), "without empty strings"),
             ("presence_penalty", abs(self.presence_penalty) <= 100, "between -100 and 100"),
             ("frequency_penalty", abs(self.frequency_penalty) <= 100, "between -100 and 100"),
@@ -77,6 +83,7 @@ class SamplingState:
         seed = int(torch.randint(1 << 62, ())) if params.seed is None else params.seed
         self.generator = torch.Generator().manual_seed(seed % (1 << 64))
         self.randoms: list[float] = []
+        self.before_stop = params.min_new_tokens if self.stop_ids else 0  # tokens until one that stops may come
         self.seen = self.counts = None  # (vocab,) what the repetition, and the other two penalties look at
         if params.repetition_penalty != 1:
             self.seen = torch.zeros(vocab_size, dtype=torch.bool, device=device)
@@ -90,7 +97,8 @@ class SamplingState:
 
     @property
     def adjusts(self) -> bool:
-        return any(x is not None for x in (self.seen, self.counts, self.bias, self.params.constraint))
+        some = (self.seen, self.counts, self.bias, self.params.constraint)
+        return self.before_stop > 0 or any(x is not None for x in some)
 
     def random(self) -> float:
         """The next random number, in [0, 1)."""
@@ -115,9 +123,13 @@ class SamplingState:
             if not allowed.any():
                 allowed = torch.zeros_like(allowed).index_fill(0, torch.tensor(self.stop_ids, device=logits.device), 1)
             logits = logits.masked_fill(~allowed, float("-inf"))
+        if self.before_stop > 0:
+            going_on = logits.index_fill(0, torch.tensor(self.stop_ids, device=logits.device), float("-inf"))
+            logits = going_on if going_on.isfinite().any() else logits
         return logits
 
     def accept(self, token: int) -> None:
+        self.before_stop -= 1
         if self.seen is not None:
             self.seen[token] = True
         if self.counts is not None:
