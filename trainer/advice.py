@@ -75,7 +75,7 @@ def advice(method: str, name: str, out_dir: str, outcome: Outcome) -> list[str]:
     lines = []
     fault = learnt_little(outcome)
     if fault:
-        lines.append(f"note: {fault}: the model has hardly changed. {_more(outcome)}")
+        lines.append(f"note: {fault}: little can have been learnt. {_more(outcome)}")
     known = STAGES.get(method.partition("/")[0])
     if known and outcome.own_data:
         measure = "" if outcome.validated else "; --val_path FILE, rows kept apart, measures it"
@@ -100,6 +100,8 @@ def _more(outcome: Outcome) -> str:
     """Flags that give ENOUGH_STEPS on few rows, in place of a step that holds each row many times."""
     rows, batch = outcome.rows, outcome.batch
     smaller = min(batch, max(1, rows // 4))
-    epochs = max(2, math.ceil(ENOUGH_STEPS * smaller / rows))
+    enough = math.ceil(ENOUGH_STEPS * smaller / rows)
+    twice = math.ceil(2 * outcome.steps * batch / rows) if outcome.steps >= FEW_STEPS else 1
+    epochs = max(enough, twice)
     fewer = f"--batch_size {smaller} " * (smaller < batch)
     return f"Train longer, for instance with {fewer}--epochs {epochs} (the data fills {rows} row{'s' * (rows != 1)})"
