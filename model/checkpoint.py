@@ -27,6 +27,7 @@ from model.device import is_out_of_memory
 from model.formats import CheckpointError, from_hf, from_minimind
 from model.model import MiniMindConfig, MiniMindLM, base_state_dict
 
+UNKNOWN_CONTEXT = 2048  # tokens of a model that does not say for how many it was trained, or for more
 UNKNOWN = "unknown"  # as meta["tokenizer"]: weights of which nobody knows the tokenizer
 LFS_HEAD = b"version https://git-lfs"
 LFS_TEXT = "is a Git LFS pointer, not the file itself: run `git lfs pull` in its folder, or download the file"
@@ -308,6 +309,12 @@ def require_fit(tokenizer: ChatTokenizer, config: MiniMindConfig, path: str | Pa
 def run_arguments(meta: dict) -> dict:
     """The arguments of the run that made the weights, from their meta; {} where it does not say."""
     return meta.get("arguments") or meta.get("finished") or {}  # the second is the older name
+
+
+def context_of(meta: dict, tokenizer: ChatTokenizer) -> int | None:
+    """For how many tokens weights were trained, from their meta, or as their folder says; None where nothing does."""
+    trained = meta.get("context") or run_arguments(meta).get("max_seq_len")  # the second is of older files
+    return trained or tokenizer.max_length and min(tokenizer.max_length, UNKNOWN_CONTEXT)
 
 
 def is_ours(content: Any) -> bool:

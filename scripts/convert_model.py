@@ -81,8 +81,7 @@ def to_pth(args: argparse.Namespace, staged: Path, model: MiniMindLM, meta: dict
 
 
 def to_hf(args: argparse.Namespace, staged: Path, model: MiniMindLM, meta: dict, prompts: list) -> None:
-    trained_len = checkpoint.run_arguments(meta).get("max_seq_len")
-    save_hf(staged, model, args.tokenizer, DTYPES[args.dtype], trained_len)
+    save_hf(staged, model, args.tokenizer, DTYPES[args.dtype], checkpoint.context_of(meta, args.tokenizer))
     checkpoint.write_bytes(staged / "README.md", model_card(args.dest.name, model, meta).encode())
     reference, _ = read_back(args, staged, model, prompts)
     transformers = need("transformers", "a comparison with transformers")

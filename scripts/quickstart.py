@@ -14,15 +14,20 @@ import time
 
 import environment
 
+MINUTES = (2.75, 4.25, 1.5)  # of pretraining, of fine-tuning in rows of 256 tokens, and then of 1,024
+LONG_CHATS = ["--from_weight", "sft_short", "--max_seq_len", "1024", "--batch_size", "4", "--learning_rate", "0.002"]
+LONG_CHATS += ["--data_path", "dataset/starter_data/long.jsonl", "--val_path", "dataset/starter_data/long_val.jsonl"]
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--out_dir", default=os.environ.get("OUT") or "out", help="where the weights go (default: OUT, or out)")
-    add("--minutes", type=float, help="of training: a third before, the rest after (default: 2.75 and 5.75)")
+    add("--minutes", type=float, help="of training in all (default: 2.75 before, 4.25 after, 1.5 of long chats)")
     args = parser.parse_args()
     out = ["--out_dir", args.out_dir]
-    pretrain, sft = ([], []) if args.minutes is None else (["--minutes", f"{args.minutes * k / 3:g}"] for k in (1, 2))
+    factor = 1 if args.minutes is None else args.minutes / sum(MINUTES)
+    pretrain, sft, long = (["--minutes", f"{minutes * factor:g}"] for minutes in MINUTES)
     began = time.monotonic()
     python = environment.ready("core")
     scores = ["--score", "dataset/starter_data/heldout.jsonl"]
@@ -35,13 +40,15 @@ def main() -> None:
         if command and (code := environment.run([python, *command], answers)):
             sys.exit(code)
 
-    stage("1/5 starter corpus: a small bilingual world, written by a program", "-m", "dataset.starter")
-    stage("2/5 pretraining: from random weights to a model of text",
+    stage("1/6 starter corpus: a small bilingual world, written by a program", "-m", "dataset.starter")
+    stage("2/6 pretraining: from random weights to a model of text",
           "train_pretrain.py", *out, *pretrain, "--from_resume", "1")  # fmt: skip
-    stage("3/5 supervised fine-tuning: the model learns to answer",
-          "train_full_sft.py", *out, *sft, "--from_resume", "1")  # fmt: skip
-    stage("4/5 scoreboard: held-out questions, exact answers", *chat, *scores)
-    stage("5/5 a short conversation", *chat, answers="0\n")
+    stage("3/6 supervised fine-tuning: the model learns to answer",
+          "train_full_sft.py", *out, *sft, "--save_weight", "sft_short", "--from_resume", "1")  # fmt: skip
+    stage("4/6 long chats: it learns to answer when much stands before the question",
+          "train_full_sft.py", *out, *long, *LONG_CHATS, "--from_resume", "1")  # fmt: skip
+    stage("5/6 scoreboard: held-out questions, exact answers", *chat, *scores)
+    stage("6/6 a short conversation", *chat, answers="0\n")
     stage("done")
     own = "python" if os.environ.get("VIRTUAL_ENV") else os.path.relpath(python)
     join = subprocess.list2cmdline if os.name == "nt" else shlex.join

@@ -86,6 +86,9 @@ class Run:
         # What the run is made of, by flag: a hash of the contents, None where there is nothing.
         self.inputs = {"from_weight": None if self.began_at is None else fingerprint(self.model)}
         self.inputs["tokenizer"] = self.tokenizer.chat_hash
+        before = checkpoint.load_meta(self.began_at) if self.began_at else {}
+        # What the weights could read before, they still can.
+        self.context = max(args.max_seq_len, self.began_at and checkpoint.context_of(before, self.tokenizer) or 0)
         if args.learning_rate is None:  # wide matrices want smaller steps (Yang et al. 2022, arXiv:2203.03466)
             args.learning_rate = (
                 learning_rate_factor * LEARNING_RATES[args.optimizer] * 256 / self.model.config.hidden_size
@@ -208,7 +211,7 @@ class Run:
             return
         weights = self.path(".pth")
         meta = {"stage": self.stage, **self.reporter.figures(self.progress), "arguments": identity(self.args)}
-        meta["inputs"] = self.inputs
+        meta |= {"inputs": self.inputs, "context": self.context}
         with self._remedy():
             outputs.keep_others(weights, meta["arguments"])
             save(weights, model, meta, tokenizer=self.tokenizer)

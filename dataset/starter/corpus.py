@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from dataset.cache import default_cache_dir
-from dataset.starter import chat, lists, skills, stages, stories, words
+from dataset.starter import chat, lists, long_chats, skills, stages, stories, words
 from dataset.starter.facts import LIFE, NATURE, WORLD
 from dataset.starter.skills import NAMES, Item, is_held_out
 
@@ -73,6 +73,7 @@ REPEATED = {"lora_identity": 0.5, "lora_medical": 0.7, "reason": 0.1}
 THINKING = 0.6  # share of the problems whose steps are shown
 PREFERENCES = 6_000  # at size 1.0
 TOOL_ROWS = 6_000  # at size 1.0
+LONG_ROWS = 4_000  # at size 1.0
 FILES = (
     "pretrain.jsonl",
     "pretrain_val.jsonl",
@@ -83,6 +84,7 @@ FILES = (
     "dpo_val.jsonl",
 )
 FILES += tuple(f"{stage}{part}.jsonl" for stage in (*STAGES, "tools") for part in ("", "_val", "_heldout"))
+FILES += ("long.jsonl", "long_val.jsonl")
 
 # Share of the pretraining bytes, in percent.
 TEXTS = {"story": 10, "description": 12, "facts": 13, "dialogue": 37, "worked": 20, "translation": 8}
@@ -251,6 +253,22 @@ def make_tools(rng: random.Random, rows: int) -> list[list]:
     return conversations
 
 
+def make_long(rng: random.Random, rows: int) -> list[list]:
+    """Conversations of up to a thousand tokens, of the subjects of the SFT."""
+    names, weights = list(SKILLS), [share for share, _ in SKILLS.values()]
+
+    def exchange() -> list[dict]:
+        while (item := draw_item(rng, rng.choices(names, weights)[0], lang)).system:
+            pass
+        return to_messages(item)
+
+    conversations = []
+    for i in range(rows):
+        lang = LANGUAGES[i % 2]
+        conversations.append(long_chats.long_chat(rng, lang, exchange))
+    return conversations
+
+
 def make_tools_heldout(rng: random.Random) -> list[dict]:
     """Is the right call made, and is its result used?"""
     rows, asked = [], set()
@@ -311,6 +329,9 @@ def write_starter(out_dir: str | Path = DEFAULT, size: float = 1.0, seed: int = 
     for part, rows in (("", int(TOOL_ROWS * size)), ("_val", 100)):
         conversations = make_tools(rng_for("tools" + part), rows)
         write_jsonl(out_dir / f"tools{part}.jsonl", [{"conversations": messages} for messages in conversations])
+    for part, rows in (("", int(LONG_ROWS * size)), ("_val", 100)):
+        conversations = make_long(rng_for("long" + part), rows)
+        write_jsonl(out_dir / f"long{part}.jsonl", [{"conversations": messages} for messages in conversations])
     for stage in STAGES:
         for part, rows in (("", int(STAGE_ROWS[stage] * size)), ("_val", 200)):
             conversations = make_stage(rng_for(stage + part), stage, rows)

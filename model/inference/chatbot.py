@@ -36,7 +36,6 @@ from model.inference.text_stream import TextStream
 from model.model import lora_layers, merge_lora
 
 YARN_FACTOR = 4.0
-UNKNOWN_LEN = 2048  # tokens of context of a model that does not say for how many it was trained, or for more
 OPENED = [Piece(REASONING, "", THINK), Piece(REASONING, "\n")]  # what a prompt ends with that opens the thinking
 SCORE_TOKENS, THINKING_SCORE_TOKENS = 128, 384  # longest answer when scoring
 
@@ -91,7 +90,7 @@ def load_chatbot(
         load_adapter(adapter_file(adapter, model.config), model, "chosen", base=path, tokenizer=own)
         if compiled or quantized:
             merge_lora(model)
-    trained_len = checkpoint.run_arguments(meta).get("max_seq_len") or min(own.max_length or UNKNOWN_LEN, UNKNOWN_LEN)
+    trained_len = checkpoint.context_of(meta, own) or checkpoint.UNKNOWN_CONTEXT
     if extrapolate:
         trained_len = extend_context(model, trained_len)
     if compiled and device.type == "cpu" and dtype == torch.bfloat16:

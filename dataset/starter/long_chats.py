@@ -1,0 +1,69 @@
+"""Chats that fill a context of 1,024 tokens: many exchanges after one another, and lists of functions before them.
+
+They hold no knowledge of their own. A model that has only seen short chats does not answer what it knows once much
+stands before the question: what is learnt here is to look past it.
+"""
+
+import json
+import random
+
+from dataset.starter import stages
+from dataset.starter.skills import is_held_out
+
+LONGEST = 2_800  # bytes of a chat, its functions included: about 800 tokens
+SHORT = 0.4  # share of the chats that are a single exchange, as most first questions are
+WITH_FUNCTIONS = 0.35  # share of the others that list some
+OURS = 0.3  # share of those whose functions are the built-in tools, which are then called
+
+VERBS = ("get", "find", "list", "search", "create", "send", "open", "delete", "update", "read")
+NOUNS = {
+    "weather": "天气", "news": "新闻", "price": "价格", "file": "文件", "email": "邮件", "calendar": "日历",
+    "note": "笔记", "recipe": "菜谱", "song": "歌曲", "map": "地图", "ticket": "车票", "order": "订单",
+}  # fmt: skip
+ARGUMENTS = {
+    "city": "string", "query": "string", "name": "string", "path": "string", "date": "string", "text": "string",
+    "limit": "integer", "page": "integer", "price": "number", "urgent": "boolean",
+}  # fmt: skip
+DESCRIPTIONS = {
+    "en": ["{verb} a {noun}", "Use this to {verb} one {noun} of the user.", "{verb} the {noun} and return it as JSON"],
+    "zh": ["{verb} {zh}", "用它来处理用户的{zh}。", "查询{zh}，返回 JSON"],
+}
+
+
+def function(rng: random.Random, lang: str) -> dict:
+    """The schema of an invented function, as clients send them."""
+    verb, (noun, zh) = rng.choice(VERBS), rng.choice(list(NOUNS.items()))
+    properties = {}
+    for name in rng.sample(list(ARGUMENTS), rng.randint(0, 3)):
+        properties[name] = {"type": ARGUMENTS[name]}
+        if rng.random() < 0.5:
+            properties[name]["description"] = f"the {name} of the {noun}" if lang == "en" else f"{zh}的 {name}"
+    schema = {"type": "object", "properties": properties}
+    if rng.random() < 0.7:
+        schema["required"] = list(properties)[: rng.randint(0, 3)]
+    text = rng.choice(DESCRIPTIONS[lang]).format(verb=verb, noun=noun, zh=zh)
+    return {"type": "function", "function": {"name": f"{verb}_{noun}", "description": text, "parameters": schema}}
+
+
+def long_chat(rng: random.Random, lang: str, exchange) -> list[dict]:
+    """A chat; exchange() gives the messages of a question and its answer, of any subject."""
+    if rng.random() < SHORT:
+        return exchange()
+    messages, calls = [], False
+    if rng.random() < WITH_FUNCTIONS:
+        calls = rng.random() < OURS
+        listed = [function(rng, lang) for _ in range(rng.randint(1, 6))]
+        messages.append(dict(stages.TOOLS_OFFERED) if calls else stages.TOOLS_OFFERED | {"tools": json.dumps(listed)})
+    goal = rng.randint(300, LONGEST)
+    while size(messages) < goal:
+        if not calls or rng.random() < 0.5:
+            messages += exchange()
+            continue
+        called, key = stages.tool_exchange(rng, lang)
+        messages += called if not is_held_out(key) else []
+    return messages
+
+
+def size(messages: list[dict]) -> int:
+    """Bytes of the texts."""
+    return sum(len((m.get("content") or "").encode()) + len(m.get("tools", "").encode()) + 24 for m in messages)
