@@ -15,7 +15,9 @@ import time
 import environment
 
 MINUTES = (2.75, 4.25, 1.5)  # of pretraining, of fine-tuning in rows of 256 tokens, and then of 1,024
-LONG_CHATS = ["--from_weight", "sft_short", "--max_seq_len", "1024", "--batch_size", "4", "--learning_rate", "0.002"]
+# One schedule in two runs: the learning rate stays up in the first, and falls in the second.
+SHORT_CHATS = ["--save_weight", "sft_short", "--decay", "0"]
+LONG_CHATS = ["--from_weight", "sft_short", "--max_seq_len", "1024", "--batch_size", "4", "--decay", "1"]
 LONG_CHATS += ["--data_path", "dataset/starter_data/long.jsonl", "--val_path", "dataset/starter_data/long_val.jsonl"]
 
 
@@ -44,7 +46,7 @@ def main() -> None:
     stage("2/6 pretraining: from random weights to a model of text",
           "train_pretrain.py", *out, *pretrain, "--from_resume", "1")  # fmt: skip
     stage("3/6 supervised fine-tuning: the model learns to answer",
-          "train_full_sft.py", *out, *sft, "--save_weight", "sft_short", "--from_resume", "1")  # fmt: skip
+          "train_full_sft.py", *out, *sft, *SHORT_CHATS, "--from_resume", "1")  # fmt: skip
     stage("4/6 long chats: it learns to answer when much stands before the question",
           "train_full_sft.py", *out, *long, *LONG_CHATS, "--from_resume", "1")  # fmt: skip
     stage("5/6 scoreboard: held-out questions, exact answers", *chat, *scores)

@@ -73,7 +73,7 @@ REPEATED = {"lora_identity": 0.5, "lora_medical": 0.7, "reason": 0.1}
 THINKING = 0.6  # share of the problems whose steps are shown
 PREFERENCES = 6_000  # at size 1.0
 TOOL_ROWS = 6_000  # at size 1.0
-LONG_ROWS = 4_000  # at size 1.0
+LONG_ROWS = 12_000  # at size 1.0
 FILES = (
     "pretrain.jsonl",
     "pretrain_val.jsonl",

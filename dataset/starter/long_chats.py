@@ -11,7 +11,7 @@ from dataset.starter import stages
 from dataset.starter.skills import is_held_out
 
 LONGEST = 2_800  # bytes of a chat, its functions included: about 800 tokens
-SHORT = 0.4  # share of the chats that are a single exchange, as most first questions are
+SHORT = 0.8  # share of the chats that are a single exchange, as most first questions are
 WITH_FUNCTIONS = 0.35  # share of the others that list some
 OURS = 0.3  # share of those whose functions are the built-in tools, which are then called
 
