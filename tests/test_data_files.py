@@ -24,7 +24,7 @@ from dataset import files
 from dataset.cache import content_hash
 from dataset.chat import load_tokenizer
 from dataset.files import DataError, DataFile
-from dataset.jsonl import read_jsonl
+from dataset.jsonl import parse_line, read_jsonl
 from dataset.lm_dataset import preference_dataset, pretrain_dataset, sft_dataset, summary
 from model import checkpoint
 from tests.processes import ROOT, Script
@@ -361,3 +361,20 @@ def test_contents_are_those_that_a_compressed_file_holds(tmp_path, packer):
     assert content_hash(plain, tmp_path) != content_hash(packed, tmp_path)
     packed.write_bytes(packer.compress(rows)[:-5])  # who reads the rows says what is wrong
     assert len(content_hash(packed, tmp_path)) == 64
+
+
+@pytest.mark.parametrize(
+    "line, hint",
+    [
+        ('{"text": "a",}', "comma"),
+        ('{"text": ["a", ]}', "comma"),
+        ("{\u201ctext\u201d: \u201ca\u201d}", "quotes"),
+        ('{"text": \u201ca\u201d}', "quotes"),
+        ('{text: "a"}', "key"),
+        ("// rows", "comments"),
+        ("<<<<<<< HEAD", "merge"),
+    ],
+)
+def test_what_writers_take_for_json(line, hint):
+    row, fault = parse_line(1, line.encode() + b"\n")
+    assert row is None and hint in fault.text.partition("; ")[2]
