@@ -6,6 +6,7 @@ python train_distill.py --teacher FILE_OR_FOLDER --from_weight pretrain --alpha 
 Black-box distillation, when only the teacher's answers can be seen: scripts/ask_teacher.py, then train_full_sft.py.
 """
 
+import math
 from functools import partial
 
 import cli  # first: it takes Ctrl-C while the rest is imported
@@ -69,7 +70,7 @@ def parse_arguments():
     add("--temperature", type=float, default=1.0, help="above 1, unlikely tokens count more")
     add("--kl", choices=("forward", "reverse"), default="forward")
     args = parser.parse_args()
-    if not 0 <= args.alpha <= 1 or not args.temperature > 0:
+    if not 0 <= args.alpha <= 1 or not 0 < args.temperature < math.inf:
         raise cli.UsageError("--alpha must be between 0 and 1, --temperature above 0")
     if args.from_weight == "none" and not (args.preset or args.hidden_size):
         args.hidden_size = 192

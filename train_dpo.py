@@ -6,6 +6,7 @@ python train_dpo.py --loss ipo | --loss simpo | --label_smoothing 0.1 | --length
 """
 
 import copy
+import math
 from functools import partial
 
 import cli  # first: it takes Ctrl-C while the rest is imported
@@ -98,7 +99,7 @@ def parse_arguments():
     for flag in (flag for flag, given in idle.items() if given):
         raise cli.UsageError(f"{flag} does nothing with --loss {args.loss}: leave it out")
     args.simpo_gamma = 0.5 if args.simpo_gamma is None else args.simpo_gamma
-    if not args.beta > 0 or not 0 <= args.label_smoothing < 0.5:
+    if not 0 < args.beta < math.inf or not 0 <= args.label_smoothing < 0.5:
         raise cli.UsageError("--beta must be above 0, --label_smoothing at least 0 and below 0.5")
     return args
 

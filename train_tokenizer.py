@@ -15,9 +15,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import cli  # first: it takes Ctrl-C while the rest is imported
+
+# isort: split
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-import cli
 from cli import ArgumentParser, UsageError
 from dataset.chat import BOS, EOS, MARKERS, PAD, SPECIAL_MARKERS, load_tokenizer
 from dataset.checks import Fault, quoted
@@ -36,6 +38,7 @@ LONG_PIECE = re.compile(  # of one of SPLIT's kinds; it is tried at the beginnin
     "|".join(rf"(?<!{kind}){kind}{{{LONGEST_PIECE + 1},}}" for kind in (r"[^\W\d_]", r"[^\w\s]", "_", r"\s"))
 )
 MIN_VOCAB = len(MARKERS) + 256
+MAX_VOCAB = 1 << 24
 OUT_DIR = Path(__file__).resolve().parent / "out" / "tokenizer"
 HELD_OUT = 100  # one text in so many is kept out of training, to measure on
 HELD_OUT_CHARACTERS = 1_000_000
@@ -98,7 +101,11 @@ def parse_args() -> argparse.Namespace:
     if args.vocab_size < MIN_VOCAB:
         needed = f"{len(MARKERS)} markers and 256 bytes need {MIN_VOCAB}"
         raise UsageError(f"--vocab_size {args.vocab_size} is too small: {needed}")
-    if args.sample_mb <= 0:
+    if args.vocab_size > MAX_VOCAB:
+        raise UsageError(f"--vocab_size {args.vocab_size} is too large: at most {MAX_VOCAB}")
+    if not args.out_dir:
+        raise UsageError("--out_dir is empty: give a folder, or leave it out")
+    if not args.sample_mb > 0:
         raise UsageError(f"--sample_mb {args.sample_mb:g} must be more than 0")
     args.weight = args.weight or [1.0] * len(args.data_path)
     if len(args.weight) != len(args.data_path) or not all(0 < weight <= 1000 for weight in args.weight):

@@ -5,17 +5,19 @@ folder = default_cache_dir(); key = content_hash("data.jsonl", folder); trim(fol
 
 import hashlib
 import json
+import lzma
 import os
 import shutil
 import sys
 import tempfile
 import time
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from dataset.files import DataError
+from dataset.files import DataError, unpacked
 
 ROOT = Path(__file__).resolve().parent.parent
 KNOWN = "hashes.json"  # hashes of large files, beside the rows made of them
@@ -72,8 +74,9 @@ def make_cache_dir(folder: Path) -> None:
 
 
 def content_hash(path: str | Path, cache_dir: str | Path | None = None, quiet: bool = False) -> str:
-    """SHA-256 of the file's bytes, in hex. That of a large file is kept in cache_dir (default: default_cache_dir()) and
-    holds as long as the file system says that nothing was written to the file. DataError if it cannot be read."""
+    """SHA-256 of the file's bytes, unpacked if it is compressed, in hex. That of a large file is kept in cache_dir
+    (default: default_cache_dir()) and holds as long as the file system says that nothing was written to the file.
+    DataError if it cannot be read."""
     path, folder = Path(path), Path(cache_dir or default_cache_dir())
     try:
         with open(path, "rb") as file:
@@ -98,8 +101,18 @@ def _stamp(handle: int) -> str | None:
 
 
 def _hash(file, name: str, quiet: bool) -> str:
+    """Of what the file holds; of its own bytes if that cannot be unpacked: who reads its rows says what is wrong."""
+    try:
+        return _hash_of(unpacked(file), file, name, quiet)
+    except (EOFError, OSError, ValueError, zlib.error, lzma.LZMAError):
+        file.seek(0)
+        return _hash_of(file, file, name, quiet)
+
+
+def _hash_of(stream, file, name: str, quiet: bool) -> str:
+    """stream: the file, or what unpacks it."""
     digest, total, due = hashlib.sha256(), os.fstat(file.fileno()).st_size, time.monotonic() + 2
-    while block := file.read(1 << 22):
+    while block := stream.read(1 << 22):
         digest.update(block)
         if not quiet and time.monotonic() > due:
             due = time.monotonic() + 10

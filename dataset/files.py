@@ -223,6 +223,13 @@ def _compression(head: bytes) -> str:
     return next((name for magic, name in COMPRESSIONS.items() if head.startswith(magic)), "")
 
 
+def unpacked(raw: io.BufferedReader) -> io.BufferedIOBase:
+    """What a file that stands at its beginning holds: itself, or what it is if it is not compressed."""
+    packed = _compression(raw.read(16))
+    raw.seek(0)
+    return io.BufferedReader(_opener(packed)(raw), BUFFER) if packed else raw
+
+
 def _opener(name: str) -> Callable:
     """Of a file in this compression: the stream of what it holds."""
     if name == "zstd":

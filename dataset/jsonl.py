@@ -77,6 +77,17 @@ def _json_hint(text: str, error: json.JSONDecodeError) -> str:
         return "; give each object a line of its own"
     if error.msg.startswith("Invalid control character"):
         return r"; write a line end or a tab in a string as \n or \t"
+    if start.startswith(("<<<<<<<", "=======", ">>>>>>>")):
+        return "; a mark of a merge conflict: settle it in the file"
+    if start.startswith(("//", "/*", "#")):
+        return "; JSON has no comments: remove them"
+    rest = text[error.pos :].lstrip(", \t")
+    if rest.startswith(("}", "]")) and "," in text[max(error.pos - 2, 0) : error.pos + 1]:
+        return "; a comma before a closing bracket: remove it"
+    if rest.startswith(tuple("\u201c\u201d\u2018\u2019")):
+        return "; an office program's quotes: JSON takes the straight one alone"
+    if error.msg.startswith("Expecting property name"):
+        return '; a key must stand in double quotes: {"text": ...}'
     return ""
 
 

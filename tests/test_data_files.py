@@ -21,9 +21,10 @@ import pyarrow.parquet
 import pytest
 
 from dataset import files
+from dataset.cache import content_hash
 from dataset.chat import load_tokenizer
 from dataset.files import DataError, DataFile
-from dataset.jsonl import read_jsonl
+from dataset.jsonl import parse_line, read_jsonl
 from dataset.lm_dataset import preference_dataset, pretrain_dataset, sft_dataset, summary
 from model import checkpoint
 from tests.processes import ROOT, Script
@@ -347,3 +348,33 @@ def test_the_command_that_training_names_shows_the_skipped_row(tmp_path, tokeniz
         command = capsys.readouterr().err.partition("see python ")[2]
         shown = subprocess.check_output(f"{sys.executable} {command}", shell=True, cwd=ROOT, text=True)
         assert "Training skips this row" in shown
+
+
+@pytest.mark.parametrize("packer", [gzip, bz2, lzma], ids=lambda module: module.__name__)
+def test_contents_are_those_that_a_compressed_file_holds(tmp_path, packer):
+    rows = json.dumps({"text": "ja"}).encode() + b"\n"
+    plain, packed = tmp_path / "a.jsonl", tmp_path / "b.jsonl.packed"
+    plain.write_bytes(rows)
+    packed.write_bytes(packer.compress(rows))
+    assert content_hash(plain, tmp_path) == content_hash(packed, tmp_path)
+    packed.write_bytes(packer.compress(rows + rows))
+    assert content_hash(plain, tmp_path) != content_hash(packed, tmp_path)
+    packed.write_bytes(packer.compress(rows)[:-5])  # who reads the rows says what is wrong
+    assert len(content_hash(packed, tmp_path)) == 64
+
+
+@pytest.mark.parametrize(
+    "line, hint",
+    [
+        ('{"text": "a",}', "comma"),
+        ('{"text": ["a", ]}', "comma"),
+        ("{\u201ctext\u201d: \u201ca\u201d}", "quotes"),
+        ('{"text": \u201ca\u201d}', "quotes"),
+        ('{text: "a"}', "key"),
+        ("// rows", "comments"),
+        ("<<<<<<< HEAD", "merge"),
+    ],
+)
+def test_what_writers_take_for_json(line, hint):
+    row, fault = parse_line(1, line.encode() + b"\n")
+    assert row is None and hint in fault.text.partition("; ")[2]

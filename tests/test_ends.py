@@ -24,6 +24,7 @@ from model.model import LoRAConfig, add_lora
 from tests.processes import ENV, ROOT, Done, Script, one_error, small_data, small_weights
 from trainer import caches
 from trainer.advice import STAGES, Outcome, advice, learnt_little
+from trainer.arguments import arguments, check
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4cac19622fc3ada9c0fdeadb33f88f367b541f38\nsize 99\n"
 TINY = "--max_seq_len 32 --batch_size 2 --compile 0 --dtype fp32 --device cpu".split()
@@ -296,6 +297,8 @@ def test_a_run_that_has_hardly_learnt_says_so():
     assert "--epochs 15" in text and "--batch_size" not in text
     flat = outcome(steps=50, rows=400, last=[3.99])  # two epochs
     assert "--epochs 4" in advice("full_sft", "x", "", flat)[0]
+    assert not any(line.startswith("note: ") for line in advice("unlikelihood", "x", "", flat))  # repeats fall, not it
+    assert "leave out --steps 2" in advice("full_sft", "x", "", outcome(steps=2, limits="--steps 2"))[0]
 
 
 def test_every_stage_says_what_is_normal_and_what_is_next():
@@ -332,3 +335,18 @@ def test_seed_is_a_type():
     assert cli.seed("7") == 7
     with pytest.raises(argparse.ArgumentTypeError):
         cli.seed("-1")
+
+
+@pytest.mark.parametrize(
+    "flags",
+    ["--epochs inf", "--minutes inf", "--learning_rate inf", "--num_workers 99999999", "--batch_size 9999999999"],
+)
+def test_numbers_that_would_not_end_are_refused(flags):
+    args = arguments("pretrain", "").parse_args(flags.split())
+    with pytest.raises(cli.UsageError, match=flags.split()[0]):
+        check(args)
+
+
+def test_no_path_is_told():
+    with pytest.raises(cli.UsageError, match="--data_path"):
+        check(arguments("pretrain", "").parse_args(["--data_path", ""]))

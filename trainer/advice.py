@@ -68,12 +68,13 @@ class Outcome(NamedTuple):
     last: list[float]  # and of the last ten
     own_data: bool
     validated: bool
+    limits: str = ""  # the flags that would end a run of more epochs
 
 
-def advice(method: str, name: str, out_dir: str, outcome: Outcome) -> list[str]:
-    """Lines for the end. name: of the weights or the adapter; out_dir: the flag, if the next command needs it."""
+def advice(method: str, name: str, flags: str, outcome: Outcome) -> list[str]:
+    """Lines for the end. name: of the weights or the adapter; flags: what the next command needs beside it."""
     lines = []
-    fault = learnt_little(outcome)
+    fault = learnt_little(outcome, method != "unlikelihood")
     if fault:
         lines.append(f"note: {fault}: little can have been learnt. {_more(outcome)}")
     known = STAGES.get(method.partition("/")[0])
@@ -82,16 +83,16 @@ def advice(method: str, name: str, out_dir: str, outcome: Outcome) -> list[str]:
         lines.append(f"a good sign with data of your own: {known.own}{measure}")
     elif known:
         lines.append(f"normal here: {known.normal}")
-    return lines + [f"next: {known.next.format(name=name)}{out_dir}"] if known else lines
+    return lines + [f"next: {known.next.format(name=name)}{flags}"] if known else lines
 
 
-def learnt_little(outcome: Outcome) -> str | None:
-    """Why the run cannot have taught much; None if it may have."""
+def learnt_little(outcome: Outcome, loss_falls: bool = True) -> str | None:
+    """Why the run cannot have taught much; None if it may have. loss_falls: that it should, for what is taught."""
     steps, first, last = outcome.steps, outcome.first, outcome.last
     if steps < FEW_STEPS:
         return f"only {steps} step{'s' * (steps != 1)}"
     before, after = (sum(losses) / max(len(losses), 1) for losses in (first, last))
-    if after > MOVED * before:
+    if loss_falls and after > MOVED * before:
         return f"the loss went from {before:.3f} to {after:.3f} only"
     return None
 
@@ -104,4 +105,6 @@ def _more(outcome: Outcome) -> str:
     twice = math.ceil(2 * outcome.steps * batch / rows) if outcome.steps >= FEW_STEPS else 1
     epochs = max(enough, twice)
     fewer = f"--batch_size {smaller} " * (smaller < batch)
-    return f"Train longer, for instance with {fewer}--epochs {epochs} (the data fills {rows} row{'s' * (rows != 1)})"
+    without = f"; leave out {outcome.limits}" if outcome.limits else ""
+    filled = f"the data fills {rows} row{'s' * (rows != 1)}{without}"
+    return f"Train longer, for instance with {fewer}--epochs {epochs} ({filled})"

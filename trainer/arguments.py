@@ -86,7 +86,10 @@ def arguments(stage: str, description: str, **defaults) -> argparse.ArgumentPars
 
 
 def check(args: argparse.Namespace) -> None:
-    """UsageError for a number that makes no sense."""
+    """UsageError for a number that makes no sense, or a path that is none."""
+    for name in ("data_path", "val_path", "out_dir", "from_weight"):
+        if getattr(args, name) == "":
+            raise UsageError(f"--{name} is empty: give a path, or leave it out")
     lowest = dict.fromkeys(("batch_size", "accumulation_steps", "log_interval", "max_seq_len", "keep"), 1)
     lowest |= dict.fromkeys(("hidden_size", "num_hidden_layers", "steps"), 1)
     lowest |= dict.fromkeys(("num_workers", "val_tokens", "save_interval", "val_interval"), 0)
@@ -95,10 +98,16 @@ def check(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and not value >= low:
             raise UsageError(f"--{name} {value}: must be at least {low}")
+    for name, high in {"num_workers": 1024, "batch_size": 1 << 16, "accumulation_steps": 1 << 20}.items():
+        if getattr(args, name) > high:  # a slip that would not end, or end the machine
+            raise UsageError(f"--{name} {getattr(args, name)}: must be at most {high}")
     for name in ("epochs", "minutes", "learning_rate", "grad_clip"):
         value = getattr(args, name)
         if value is not None and not value > 0:
             raise UsageError(f"--{name} {value}: must be above 0")
+    for name in ("epochs", "minutes", "learning_rate", "weight_decay"):
+        if getattr(args, name) == math.inf:
+            raise UsageError(f"--{name} inf: must be a finite number")
     for name in ("warmup", "decay"):
         if getattr(args, name) > 1:
             raise UsageError(f"--{name} {getattr(args, name)}: it is a share of the run, at most 1")

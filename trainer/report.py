@@ -166,7 +166,9 @@ class Reporter:
             self.wandb.log({k: v for k, v in row.items() if k != "step"}, step=row["step"])
 
     def interrupted(self, progress: Progress) -> None:
-        argv = sys.argv if sys.argv[-2:] == ["--from_resume", "1"] else [*sys.argv, "--from_resume", "1"]
+        given = list(zip(["", *sys.argv], sys.argv, strict=False))  # each argument with the one before it
+        argv = [text for before, text in given if "--from_resume" not in (before, text.partition("=")[0])]
+        argv += ["--from_resume", "1"]
         machines = int(os.environ.get("GROUP_WORLD_SIZE", "1"))  # torchrun's word for its nodes
         launcher, where = "python", ""
         if "RANK" in os.environ:

@@ -125,13 +125,14 @@ def require_same_inputs(
         was = earlier.get("inputs", {}).get(name, content)
         if was == content:
             continue
-        given = "missing" if content is None else getattr(args, name, None) or "(the starter corpus)"
-        fault, remedy = f"its contents are not those that {what} was trained with", "give that one again"
+        given = getattr(args, name, None) or ("(the starter corpus)" if name in ("data_path", "val_path") else "")
+        fault = f"its contents are not those that {what} was trained with (the name does not matter)"
+        remedy = "give that one again"
         if was is None:
             fault, remedy = f"{what} had none", "leave it out"
-        raise UsageError(
-            f"--{name} {given}: {fault} (the name does not matter): {remedy}, or start anew with another --save_weight"
-        )
+        elif content is None:
+            given, fault = "is not given", f"{what} had one"
+        raise UsageError(f"--{name} {given}: {fault}: {remedy}, or start anew with another --save_weight")
 
 
 def end_as_complete(weights: Path, processes: Processes) -> NoReturn:

@@ -221,13 +221,20 @@ class Run:
 
     def _advice(self) -> list[str]:
         args, progress = self.args, self.progress
-        name = getattr(args, "lora_name", self.stage)
-        out_dir = "" if args.out_dir == str(ROOT / "out") else f" --out_dir {shlex.quote(args.out_dir)}"
+        name, flags = self.stage, ""
+        if hasattr(args, "lora_name"):
+            name = str(self.path(".pth")) if args.save_weight else args.lora_name
+            flags += "" if args.from_weight == "full_sft" else f" --weight {shlex.quote(args.from_weight)}"
+        elif "/" in name:
+            name = str(self.path(".pth"))
+        flags += " --use_moe 1" * (self.method == "pretrain" and self.config.is_moe)
+        flags += "" if args.out_dir == str(ROOT / "out") else f" --out_dir {shlex.quote(args.out_dir)}"
         batch = args.batch_size * args.accumulation_steps * self.processes.count
         losses = (progress.first_losses, progress.last_losses)
         own_data, validated = args.data_path is not None, bool(self.reporter.val)
-        outcome = Outcome(progress.step, self._rows, batch, *losses, own_data, validated)
-        return advice(self.method, name, out_dir, outcome)
+        limits = [f"--{limit} {vars(args)[limit]}" for limit in ("steps", "minutes") if vars(args)[limit]]
+        outcome = Outcome(progress.step, self._rows, batch, *losses, own_data, validated, " and ".join(limits))
+        return advice(self.method, shlex.quote(name), flags, outcome)
 
     # -------------------------------------------------------------------------------------------- set-up
 
@@ -256,8 +263,11 @@ class Run:
             self._distribute()
             copy = outputs.keep_earlier(self.path(".pth")) if processes.is_main else None
             if copy:
+                flag = f"--from_weight {shlex.quote(str(self.path('.pth')))}"
+                goes_on = self.began_at and self.began_at.samefile(self.path(".pth"))
+                further = "" if goes_on else f"; {flag} trains it further"
                 self.reporter.say(
-                    f"note: {self.path('.pth')} is there: kept as {copy.name} when the new one is written"
+                    f"note: {self.path('.pth')} is there: kept as {copy.name} when the new one is written{further}"
                 )
         else:
             self.load_state_dict(self.resume)
