@@ -295,15 +295,25 @@ def _without_markers(spec: dict, markers: Iterable[str]) -> tuple[Tokenizer, Tok
         if not (token["content"] in renamed and token["content"] in known)
     ]
     plain = Tokenizer.from_str(json.dumps(spec))
-    going_on = {}
-    pre_tokenizer, normalizer = spec.get("pre_tokenizer") or {}, spec.get("normalizer") or {}
-    if pre_tokenizer.get("prepend_scheme") in ("first", "always"):
-        going_on["pre_tokenizer"] = pre_tokenizer | {"prepend_scheme": "never"}
-    steps = normalizer.get("normalizers", [normalizer] if normalizer else [])
-    if any(step["type"] == "Prepend" for step in steps):
-        rest = [step for step in steps if step["type"] != "Prepend"]
-        going_on["normalizer"] = {"type": "Sequence", "normalizers": rest}
-    return plain, Tokenizer.from_str(json.dumps(spec | going_on)) if going_on else plain
+    going_on = _without_prefix(spec)
+    return plain, Tokenizer.from_str(json.dumps(going_on)) if going_on != spec else plain
+
+
+def _without_prefix(step: Any) -> Any:
+    """The normalizers and pre-tokenizers of a tokenizer.json, without the blank that they put before a text."""
+    if isinstance(step, list):
+        return [_without_prefix(part) for part in step if not isinstance(part, dict) or part.get("type") != "Prepend"]
+    if not isinstance(step, dict):
+        return step
+    if step.get("type") == "Prepend":
+        return None
+    names = ("normalizer", "normalizers", "pre_tokenizer", "pretokenizers")
+    step = step | {name: _without_prefix(step[name]) for name in names if name in step}
+    if step.get("type") == "Metaspace":
+        step |= {"prepend_scheme": "never"}
+    if step.get("type") == "ByteLevel":
+        step |= {"add_prefix_space": False}
+    return step
 
 
 def _first_line(error: Exception) -> str:
