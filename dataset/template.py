@@ -49,6 +49,9 @@ def render_template(
         return _jinja(tokenizer, messages, safe_tools, prompt, thinking)
 
     text = text_of(safe, add_generation_prompt, enable_thinking)
+    without = [{name: value for name, value in message.items() if name != "tool_calls"} for message in safe]
+    if not add_generation_prompt and without != safe and text == text_of(without, False, enable_thinking):
+        raise ValueError(f"the chat template of {tokenizer.source} has no place for tool calls")
     strange = _unused_character([messages, tools, breaker])
     starts = [
         _start_of_answer(text, safe, n, strange, text_of)

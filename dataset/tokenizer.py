@@ -240,18 +240,34 @@ class ChatTokenizer:
 
     @cached_property
     def template_text(self) -> str | None:
-        """The Jinja chat template of the folder."""
+        """The Jinja chat template of the folder; ours where it has none, if need be with the markers that it has."""
         template = self.files.get("chat_template.jinja") or self._config.get("chat_template")
         if isinstance(template, list):  # several by name
             named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
             template = named.get("default") or next(iter(named.values()), None)
-        return template if isinstance(template, str) and template.strip() else None
+        if isinstance(template, str) and template.strip():
+            return template
+        ours = TEMPLATE_FILE.read_text(encoding="utf-8")
+        if BOS in self.marker_ids and EOS in self.marker_ids:
+            return ours
+        end = self.special("eos_token")
+        begin = self.special("bos_token") or end
+        is_plain = begin in self.marker_ids and end in self.marker_ids and not re.search(r"['\\]", f"{begin}{end}")
+        return ours.replace(BOS, begin).replace(EOS, end) if is_plain else None
 
     @cached_property
     def has_own_template(self) -> bool:
-        """Whether chats are rendered by the folder's template: it has one, and it is not ours."""
+        """Whether chats are rendered by the Jinja template: there is one, and it is not ours as it is."""
         text = self.template_text
         return text is not None and text.strip() != TEMPLATE_FILE.read_text(encoding="utf-8").strip()
+
+    @property
+    def chat_files(self) -> dict[str, str]:
+        """`files`, and the template by which chats are rendered if they hold none."""
+        has_one = self.files.get("chat_template.jinja") or self._config.get("chat_template")
+        return (
+            self.files if has_one or not self.template_text else self.files | {TEMPLATE_FILE.name: self.template_text}
+        )
 
     @cached_property
     def turn_end_id(self) -> int | None:
