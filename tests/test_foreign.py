@@ -14,6 +14,7 @@ from dataset.chat import render_chat
 from dataset.tokenizer import ChatTokenizer, TokenizerError, load_tokenizer
 from model import checkpoint
 from model.checkpoint import CheckpointError
+from model.export import gguf
 from model.export.huggingface import save_hf
 from model.inference.chatbot import AnswerSettings, load_chatbot
 from model.inference.text_stream import TextStream
@@ -175,6 +176,20 @@ def test_a_blank_is_put_before_a_text_not_inside_it(tmp_path):
     (tmp_path / "tokenizer.json").write_text(json.dumps(spec), encoding="utf-8")
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     assert render_chat(load_tokenizer(tmp_path), TALK)[0] == theirs.apply_chat_template(TALK)["input_ids"]
+
+
+def test_splits_by_llama_cpps_names(tmp_path):
+    split = {"type": "Split", "behavior": "Isolated", "invert": False}
+    letters = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    smol = [{"type": "Digits", "individual_digits": True}, letters]
+    llama3 = [split | {"pattern": {"Regex": gguf._LLAMA3}}, letters | {"use_regex": False}]
+    spec = {"model": {"type": "BPE"}, "normalizer": None}
+    for steps, name in (([letters], "gpt-2"), (smol, "smollm"), (llama3, "llama-bpe")):
+        split_by = spec | {"pre_tokenizer": {"type": "Sequence", "pretokenizers": steps}}
+        assert gguf._name_of_split(split_by, "x") == name
+    for steps in ([smol[0] | {"individual_digits": False}, letters], [letters | {"add_prefix_space": True}]):
+        with pytest.raises(CheckpointError, match="llama.cpp"):
+            gguf._name_of_split(spec | {"pre_tokenizer": {"type": "Sequence", "pretokenizers": steps}}, "x")
 
 
 def test_load_1_finds_the_one_folder(tmp_path, monkeypatch, capsys):

@@ -18,6 +18,12 @@ FORMAT = {"type": "json_schema", "json_schema": {"name": "number", "schema": SCH
 
 def serve(generation, folder):
     minimind_folder(generation, "dense", folder, "model.safetensors")
+    file = folder / "tokenizer_config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    config["chat_template"] += (
+        "{% if messages[0].role == 'assistant' %}{{ raise_exception('a user first') }}{% endif %}"
+    )
+    file.write_text(json.dumps(config), encoding="utf-8")
     return running(folder.parent, "--model", str(folder), "--max_seq_len", "1024", "--device", "cpu", "--dtype", "fp32")
 
 
@@ -48,6 +54,12 @@ def test_a_folders_own_tokenizer_is_what_counts(served):
     assert [i for i in tokens if i in markers] == [i for i in prompt if i in markers]
     scored = ask(server, {"prompt": "7 + 15", "max_tokens": 0, "echo": True, "logprobs": 1}, "/v1/completions")
     assert "7 + 15" in scored["choices"][0]["text"]
+
+
+def test_what_the_template_refuses_is_the_clients_fault(served):
+    server, _, _ = served
+    error = ask(server, {"messages": [{"role": "assistant", "content": "hi"}, *USER]}, status=400)["error"]
+    assert "a user first" in error["message"] and error["param"] == "messages"
 
 
 def test_json_by_a_schema_in_foreign_tokens(served):
