@@ -262,12 +262,15 @@ class ChatTokenizer:
         return text is not None and text.strip() != TEMPLATE_FILE.read_text(encoding="utf-8").strip()
 
     @property
+    def brings_template(self) -> bool:
+        return bool(self.files.get("chat_template.jinja") or self._config.get("chat_template"))
+
+    @property
     def chat_files(self) -> dict[str, str]:
         """`files`, and the template by which chats are rendered if they hold none."""
-        has_one = self.files.get("chat_template.jinja") or self._config.get("chat_template")
-        return (
-            self.files if has_one or not self.template_text else self.files | {TEMPLATE_FILE.name: self.template_text}
-        )
+        if self.brings_template or not self.template_text:
+            return self.files
+        return self.files | {TEMPLATE_FILE.name: self.template_text}
 
     @cached_property
     def turn_end_id(self) -> int | None:
