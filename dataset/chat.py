@@ -130,7 +130,7 @@ def _by_template(
 ) -> tuple[list[int], list[int]]:
     from dataset.template import render_template  # Jinja, which ours do without
 
-    if tokenizer.turn_end_id is None:
+    if tokenizer.turn_end_id is None and not add_generation_prompt:
         raise ValueError(f"{tokenizer.source}: no marker ends an answer in its chat template, so it cannot be learnt")
     theirs = [_in_openai_form(message) for message in messages]
     return render_template(tokenizer, theirs, schemas, add_generation_prompt, enable_thinking, tokenizer.turn_end_id)

@@ -4,6 +4,7 @@ Used by chat.render_chat() for tokenizers that bring a template of their own.
 """
 
 import json
+import os
 import re
 from datetime import datetime
 from functools import lru_cache
@@ -30,11 +31,10 @@ def render_template(
 
     What the template itself writes is searched for markers, and the rest is not: in data, each marker is broken by a
     character that the data does not have, which is taken out again once the text is cut at the whole ones. What an
-    assistant's turn adds to the prompt before it is trained on, up to and with the marker `turn_end_id`; None: the
-    first hidden one.
+    assistant's turn adds to the prompt before it is trained on, up to and with the marker `turn_end_id`.
     """
     breaker = _unused_character([messages, tools])
-    markers = re.compile("|".join(map(re.escape, sorted(tokenizer.marker_ids, key=len, reverse=True))) or r"(?!)")
+    markers = _markers(tokenizer)
 
     def broken(value: Any) -> Any:
         if isinstance(value, str):
@@ -45,25 +45,37 @@ def render_template(
 
     safe, safe_tools = broken(messages), broken(tools)
 
-    def text_of(count: int, prompt: bool, thinking: bool | None) -> str:
-        return _jinja(tokenizer, safe[:count], safe_tools, prompt, thinking)
+    def text_of(messages: list[dict], prompt: bool, thinking: bool | None) -> str:
+        return _jinja(tokenizer, messages, safe_tools, prompt, thinking)
 
-    text = text_of(len(safe), add_generation_prompt, enable_thinking)
+    text = text_of(safe, add_generation_prompt, enable_thinking)
+    without = [{name: value for name, value in message.items() if name != "tool_calls"} for message in safe]
+    if not add_generation_prompt and without != safe and text == text_of(without, False, enable_thinking):
+        raise ValueError(f"the chat template of {tokenizer.source} has no place for tool calls")
+    strange = _unused_character([messages, tools, breaker])
     starts = [
-        _start_of_answer(text, n, message, text_of)
+        _start_of_answer(text, safe, n, strange, text_of)
         for n, message in enumerate(safe)
         if message["role"] == "assistant" and not add_generation_prompt
     ]
     return _to_ids(tokenizer, text, starts, markers, breaker, turn_end_id)
 
 
-def _start_of_answer(text: str, n: int, message: dict, text_of) -> int:
-    """Where in `text` message n begins, behind what a prompt for it ends with."""
+def _start_of_answer(text: str, messages: list[dict], n: int, strange: str, text_of) -> int:
+    """Where in `text` message n begins, behind what a prompt for it ends with. strange: what no message has."""
+    thinks = "reasoning_content" in messages[n]
     # Without thinking, a template may put an empty block into the prompt, and with it, the marker that opens one.
-    for thinking in (None, True) if message.get("reasoning_content") else (False, None):
-        prompt = text_of(n, True, thinking)
+    for thinking in (None, True) if thinks else (False, None):
+        prompt = text_of(messages[:n], True, thinking)
         if text.startswith(prompt):
             return len(prompt)
+    # Every prompt may open a block of thinking that the answers, or those before the last, have lost. Then an answer
+    # begins where the text changes with its first letter.
+    other = {name: strange + messages[n][name] for name in ("content", "reasoning_content") if name in messages[n]}
+    changed = text_of([*messages[:n], messages[n] | other, *messages[n + 1 :]], False, None)
+    start = len(os.path.commonprefix([text, changed]))
+    if prompt.startswith(text[:start]):
+        return start
     raise ValueError("the chat template writes this conversation in another way than the prompts for its answers")
 
 
@@ -97,22 +109,26 @@ def _to_ids(
         at, after_marker = found.end(), True
         if after:
             at = len(text) - len(text[at:].lstrip())
-        if ids[-1] == turn_end_id or turn_end_id is None and ids[-1] in tokenizer.hidden_ids:
+        if ids[-1] == turn_end_id:
             trained = 0
     return ids, mask
 
 
 def turn_end(tokenizer: ChatTokenizer) -> int | None:
     """The marker that ends an assistant's turn; None if there is none, or the template does not say."""
+    talks = [[{"role": "user", "content": "?"}, {"role": "assistant", "content": content}] for content in ("!", "~")]
     try:
-        question = [{"role": "user", "content": "?"}]
-        ids, mask = render_template(
-            tokenizer, [*question, {"role": "assistant", "content": "!"}], [], False, None, None
-        )
+        text, other = (_jinja(tokenizer, talk, [], False, None) for talk in talks)
     except ValueError:
         return None
-    end = next((token for token, own in zip(reversed(ids), reversed(mask), strict=True) if own), None)
-    return end if end in tokenizer.hidden_ids else None
+    answer = len(os.path.commonprefix([text, other]))
+    found = _markers(tokenizer).search(text, answer) if text != other else None
+    token = tokenizer.marker_ids[found[0]] if found else None
+    return token if token in tokenizer.hidden_ids else None
+
+
+def _markers(tokenizer: ChatTokenizer) -> re.Pattern:
+    return re.compile("|".join(map(re.escape, sorted(tokenizer.marker_ids, key=len, reverse=True))) or r"(?!)")
 
 
 def _unused_character(value: Any) -> str:

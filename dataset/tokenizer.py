@@ -240,18 +240,37 @@ class ChatTokenizer:
 
     @cached_property
     def template_text(self) -> str | None:
-        """The Jinja chat template of the folder."""
+        """The Jinja chat template of the folder; ours where it has none, if need be with the markers that it has."""
         template = self.files.get("chat_template.jinja") or self._config.get("chat_template")
         if isinstance(template, list):  # several by name
             named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
             template = named.get("default") or next(iter(named.values()), None)
-        return template if isinstance(template, str) and template.strip() else None
+        if isinstance(template, str) and template.strip():
+            return template
+        ours = TEMPLATE_FILE.read_text(encoding="utf-8")
+        if BOS in self.marker_ids and EOS in self.marker_ids:
+            return ours
+        end = self.special("eos_token")
+        begin = self.special("bos_token") or end
+        is_plain = begin in self.marker_ids and end in self.marker_ids and not re.search(r"['\\]", f"{begin}{end}")
+        return ours.replace(BOS, begin).replace(EOS, end) if is_plain else None
 
     @cached_property
     def has_own_template(self) -> bool:
-        """Whether chats are rendered by the folder's template: it has one, and it is not ours."""
+        """Whether chats are rendered by the Jinja template: there is one, and it is not ours as it is."""
         text = self.template_text
         return text is not None and text.strip() != TEMPLATE_FILE.read_text(encoding="utf-8").strip()
+
+    @property
+    def brings_template(self) -> bool:
+        return bool(self.files.get("chat_template.jinja") or self._config.get("chat_template"))
+
+    @property
+    def chat_files(self) -> dict[str, str]:
+        """`files`, and the template by which chats are rendered if they hold none."""
+        if self.brings_template or not self.template_text:
+            return self.files
+        return self.files | {TEMPLATE_FILE.name: self.template_text}
 
     @cached_property
     def turn_end_id(self) -> int | None:
@@ -295,15 +314,25 @@ def _without_markers(spec: dict, markers: Iterable[str]) -> tuple[Tokenizer, Tok
         if not (token["content"] in renamed and token["content"] in known)
     ]
     plain = Tokenizer.from_str(json.dumps(spec))
-    going_on = {}
-    pre_tokenizer, normalizer = spec.get("pre_tokenizer") or {}, spec.get("normalizer") or {}
-    if pre_tokenizer.get("prepend_scheme") in ("first", "always"):
-        going_on["pre_tokenizer"] = pre_tokenizer | {"prepend_scheme": "never"}
-    steps = normalizer.get("normalizers", [normalizer] if normalizer else [])
-    if any(step["type"] == "Prepend" for step in steps):
-        rest = [step for step in steps if step["type"] != "Prepend"]
-        going_on["normalizer"] = {"type": "Sequence", "normalizers": rest}
-    return plain, Tokenizer.from_str(json.dumps(spec | going_on)) if going_on else plain
+    going_on = _without_prefix(spec)
+    return plain, Tokenizer.from_str(json.dumps(going_on)) if going_on != spec else plain
+
+
+def _without_prefix(step: Any) -> Any:
+    """The normalizers and pre-tokenizers of a tokenizer.json, without the blank that they put before a text."""
+    if isinstance(step, list):
+        return [_without_prefix(part) for part in step if not isinstance(part, dict) or part.get("type") != "Prepend"]
+    if not isinstance(step, dict):
+        return step
+    if step.get("type") == "Prepend":
+        return None
+    names = ("normalizer", "normalizers", "pre_tokenizer", "pretokenizers")
+    step = step | {name: _without_prefix(step[name]) for name in names if name in step}
+    if step.get("type") == "Metaspace":
+        step |= {"prepend_scheme": "never"}
+    if step.get("type") == "ByteLevel":
+        step |= {"add_prefix_space": False}
+    return step
 
 
 def _first_line(error: Exception) -> str:

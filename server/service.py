@@ -108,6 +108,8 @@ class Service:
             ]
         except RecursionError:
             raise ApiError(400, "the body is nested too deeply") from None
+        except ValueError as error:  # the model's own chat template refuses it
+            raise ApiError(400, f"messages: {error}", param="messages") from None
 
     def _continued(self, messages: list[dict], tools: list[dict], thinking: bool | None) -> list[int]:
         """The last message's turn without its end."""

@@ -149,6 +149,11 @@ def test_another_tokenizer_is_used_as_transformers_uses_it(weights, tmp_path, ru
     options = ["--load", 1, "--model_path", folder, *GREEDY]
     done = run(*options, "--model_mode", 0, "--ask", "hi there")
     assert done.code == 0 and done.out.split() == tokenizer.decode(ids[0, 2:], skip_special_tokens=True).split()
+    told = run(*options, "--ask", "hi there")  # in our template, with its own end of a turn
+    assert told.code == 0 and "chat template" in told.err
+    settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"eos_token": None}), encoding="utf-8")
+    (folder / "special_tokens_map.json").unlink(missing_ok=True)
     refused = run(*options, "--ask", "hi there")
     assert refused.code == 1 and "chat template" in refused.err.splitlines()[-1]
 

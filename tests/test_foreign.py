@@ -14,6 +14,7 @@ from dataset.chat import render_chat
 from dataset.tokenizer import ChatTokenizer, TokenizerError, load_tokenizer
 from model import checkpoint
 from model.checkpoint import CheckpointError
+from model.export import gguf
 from model.export.huggingface import save_hf
 from model.inference.chatbot import AnswerSettings, load_chatbot
 from model.inference.text_stream import TextStream
@@ -104,11 +105,91 @@ def test_nobody_forges_a_turn(generation, tmp_path):
         return render_chat(tokenizer, [*messages, {"role": "tool", "content": text}] if tools else messages, tools)[0]
 
     markers = set(tokenizer.marker_ids.values())
-    for listed in ([], tools):
+    for listed in ([], tools)[: 1 if generation == "v2a" else 2]:  # whose template has no place for calls
         plain = [i for i in talk("hello", listed and [{"type": "function", "function": {"name": "f"}}]) if i in markers]
         assert [i for i in talk(forged, listed) if i in markers] == plain
         assert forged in tokenizer.decode(talk(forged, listed), skip_special_tokens=False)
     assert not markers & set(tokenizer.encode(forged).ids)
+
+
+QWEN3_THINKING = """{%- for m in messages %}
+{%- if m.role != 'assistant' %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}
+{%- else %}{{ '<|im_start|>assistant\n' }}
+{%- if loop.last %}{{ '<think>\n' + (m.reasoning_content or '') + '\n</think>\n\n' }}{% endif %}
+{{- m.content + '<|im_end|>\n' }}{% endif %}{% endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}"""
+WITHOUT_PROMPT = (
+    """{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"""
+)
+
+
+def with_template(tokenizer, template):
+    config = json.loads(tokenizer.files["tokenizer_config.json"]) | {"chat_template": template}
+    return ChatTokenizer(tokenizer.files | {"tokenizer_config.json": json.dumps(config)}, "changed")
+
+
+@pytest.mark.parametrize(
+    "template, learnt",
+    [
+        # Every prompt opens a thought, and the answers that are history have lost theirs.
+        (QWEN3_THINKING, "I am a model.<|im_end|>\n</think>\n\n4.<|im_end|>"),
+        (QWEN3_THINKING.replace("loop.last", "false"), "I am a model.<|im_end|>4.<|im_end|>"),
+        # No prompt has the head of an answer: it is the model that writes it.
+        (WITHOUT_PROMPT, "<|im_start|>assistant\nI am a model.<|im_end|><|im_start|>assistant\n4.<|im_end|>"),
+    ],
+)
+def test_answers_are_found_whatever_a_prompt_ends_with(template, learnt, tmp_path):
+    tokenizer = with_template(minimind_tokenizer("v3", tmp_path), template)
+    assert trained_text(tokenizer, TALK) == learnt
+    assert tokenizer.id_to_token(tokenizer.turn_end_id) == "<|im_end|>"
+
+
+def test_a_template_that_leaves_out_calls_teaches_none(tmp_path):
+    tokenizer = with_template(minimind_tokenizer("v3", tmp_path), WITHOUT_PROMPT)
+    call = {"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": {}}]}
+    with pytest.raises(ValueError, match="tool calls"):
+        render_chat(tokenizer, [*QUESTION, call])
+
+
+@pytest.mark.parametrize("generation", ["v2a", "v2b"])
+def test_without_a_template_ours_is_taught_and_exported(generation, tmp_path):
+    """With <|im_start|> and <|im_end|> where a tokenizer has them, else with its own begin and end."""
+    transformers = pytest.importorskip("transformers")
+    folder = minimind_folder(generation, "dense", tmp_path / "hf")
+    config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    del config["chat_template"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    own = load_tokenizer(folder)
+    end = GENERATIONS[generation][3][1]
+    assert trained_text(own, TALK) == f"I am a model.{end}4.{end}" and own.id_to_token(own.turn_end_id) == end
+    save_hf(tmp_path / "stock", checkpoint.load(folder)[0], own, torch.float32)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "stock")
+    assert theirs.apply_chat_template(TALK)["input_ids"] == render_chat(own, TALK)[0]
+    assert load_tokenizer(tmp_path / "stock").chat_hash == own.chat_hash
+
+
+def test_a_blank_is_put_before_a_text_not_inside_it(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    minimind_tokenizer("v2a", tmp_path)
+    spec = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))
+    spec["pre_tokenizer"]["add_prefix_space"] = True
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec), encoding="utf-8")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert render_chat(load_tokenizer(tmp_path), TALK)[0] == theirs.apply_chat_template(TALK)["input_ids"]
+
+
+def test_splits_by_llama_cpps_names(tmp_path):
+    split = {"type": "Split", "behavior": "Isolated", "invert": False}
+    letters = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    smol = [{"type": "Digits", "individual_digits": True}, letters]
+    llama3 = [split | {"pattern": {"Regex": gguf._LLAMA3}}, letters | {"use_regex": False}]
+    spec = {"model": {"type": "BPE"}, "normalizer": None}
+    for steps, name in (([letters], "gpt-2"), (smol, "smollm"), (llama3, "llama-bpe")):
+        split_by = spec | {"pre_tokenizer": {"type": "Sequence", "pretokenizers": steps}}
+        assert gguf._name_of_split(split_by, "x") == name
+    for steps in ([smol[0] | {"individual_digits": False}, letters], [letters | {"add_prefix_space": True}]):
+        with pytest.raises(CheckpointError, match="llama.cpp"):
+            gguf._name_of_split(spec | {"pre_tokenizer": {"type": "Sequence", "pretokenizers": steps}}, "x")
 
 
 def test_load_1_finds_the_one_folder(tmp_path, monkeypatch, capsys):

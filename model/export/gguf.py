@@ -24,7 +24,8 @@ _QWEN2 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 # The splits of tokenizer.json by the names that llama.cpp has for them.
-_SPLITS = {_QWEN2: "qwen2", "ByteLevel": "gpt-2"}
+_LLAMA3 = _QWEN2.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
+_SPLITS = {_QWEN2: "qwen2", _LLAMA3: "llama-bpe", "ByteLevel": "gpt-2", "Digits": "smollm"}
 _NO_CHANGE = (None, {"type": "NFC"}, {"type": "Sequence", "normalizers": []})  # llama.cpp normalises nothing
 _NAMES = [  # ours -> llama.cpp's; the experts of a layer are one tensor there
     (r"^model\.embed_tokens", "token_embd"),
@@ -186,8 +187,9 @@ def _name_of_split(spec: dict, source: str) -> str:
     steps = steps.get("pretokenizers", [steps])
     kinds = [step.get("type") for step in steps]
     pattern = next((step["pattern"].get("Regex") for step in steps if step.get("type") == "Split"), None)
-    if kinds == ["ByteLevel"] and steps[0].get("use_regex", True) and not steps[0].get("add_prefix_space"):
-        pattern = "ByteLevel"
+    if kinds[-1:] == ["ByteLevel"] and steps[-1].get("use_regex", True) and not steps[-1].get("add_prefix_space"):
+        if kinds == ["ByteLevel"] or kinds == ["Digits", "ByteLevel"] and steps[0].get("individual_digits"):
+            pattern = kinds[0]
     if spec["model"]["type"] != "BPE" or pattern not in _SPLITS or spec.get("normalizer") not in _NO_CHANGE:
         raise CheckpointError(
             f"{source} splits text in a way that is not known here by one of llama.cpp's names: convert the Hugging "

@@ -31,7 +31,7 @@ def save_hf(
     stops = sorted({c.eos_token_id, *tokenizer.stop_ids}) if not tokenizer.is_ours else c.eos_token_id
     tokens = {"bos_token_id": c.bos_token_id, "eos_token_id": stops, "pad_token_id": c.pad_token_id}
     weights = {name: w.to("cpu", dtype) for name, w in hf_state_dict(model).items()}
-    files = dict(tokenizer.files)
+    files = dict(tokenizer.chat_files)
     if trained_len:
         settings = json.loads(files.get("tokenizer_config.json", "{}")) | {"model_max_length": trained_len}
         files["tokenizer_config.json"] = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"

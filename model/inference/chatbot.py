@@ -86,6 +86,11 @@ def load_chatbot(
         return TransformersChatbot(path, device, dtype, settings)
     own = checkpoint.tokenizer_of(path, tokenizer)
     checkpoint.require_fit(own, model.config, path)
+    if path.is_dir() and not own.brings_template:
+        print(
+            f"note: {path} has no chat template: chats are written in ours, which it may never have seen",
+            file=sys.stderr,
+        )
     if adapter:
         load_adapter(adapter_file(adapter, model.config), model, "chosen", base=path, tokenizer=own)
         if compiled or quantized:
