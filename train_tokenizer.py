@@ -289,7 +289,7 @@ def check_identity(tokenizer: Tokenizer) -> None:
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     """tokenizer.json and tokenizer_config.json, each written whole or not at all."""
-    from model.checkpoint import to_json, write_bytes  # torch takes seconds to import, and --help does without
+    from model.files import to_json, write_bytes  # torch takes seconds to import, and --help does without
 
     template = Path(__file__).resolve().parent / "dataset" / "chat_template.jinja"
     config = {

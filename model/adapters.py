@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from dataset.tokenizer import ChatTokenizer
-from model.checkpoint import check_plain, checkpoint_path, is_ours, read_file, run_arguments, write_file
+from model.checkpoint import checkpoint_path, is_ours, run_arguments
+from model.files import check_plain, read_file, write_file
 from model.formats import CheckpointError
 from model.model import LoRAConfig, MiniMindConfig, MiniMindLM, add_lora, base_state_dict, lora_layers
 

@@ -7,30 +7,23 @@ A file is complete or absent: it is written beside its destination, synced and r
 `weights_only=True`: a file that would have to run code is refused.
 """
 
-import errno
-import glob
-import json
 import os
 import re
 import sys
-import zipfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor
 
 from dataset.tokenizer import ChatTokenizer, load_tokenizer
-from model.device import is_out_of_memory
+from model.files import check_plain, missing, read_file, read_json, read_safetensors, write_file
 from model.formats import CheckpointError, from_hf, from_minimind
 from model.model import MiniMindConfig, MiniMindLM, base_state_dict
 
 UNKNOWN_CONTEXT = 2048  # tokens of a model that does not say for how many it was trained, or for more
 UNKNOWN = "unknown"  # as meta["tokenizer"]: weights of which nobody knows the tokenizer
-LFS_HEAD = b"version https://git-lfs"
-LFS_TEXT = "is a Git LFS pointer, not the file itself: run `git lfs pull` in its folder, or download the file"
 
 # ------------------------------------------------------------------------------------------------ paths
 
@@ -50,7 +43,7 @@ def find_weights(
     names = [name] if isinstance(name, str) else list(name)
     if len(names) == 1 and (os.sep in names[0] or "/" in names[0] or names[0].endswith(".pth")):
         if not Path(names[0]).exists():
-            raise _missing(Path(names[0]))
+            raise missing(Path(names[0]))
         return Path(names[0])
     kind = {None: "(_moe)?", False: "", True: "_moe"}[use_moe]
     stages = "|".join(map(re.escape, names))
@@ -61,7 +54,7 @@ def find_weights(
     if not found:
         kind = "_moe" if use_moe else "[_moe]" if use_moe is None else ""
         wanted = [Path(out_dir) / f"{name}_{hidden_size or 'SIZE'}{kind}.pth" for name in names]
-        raise _missing(*wanted)
+        raise missing(*wanted)
     found.sort(key=lambda path: path.stat().st_mtime)
     if len(found) > 1 and os.environ.get("RANK", "0") == "0":
         listed = ", ".join(path.name for path in found)
@@ -87,116 +80,6 @@ def find_folder(places: Iterable[Path]) -> Path:
     (folder,) = found.values()
     print(f"note: taking {folder}", file=sys.stderr)
     return folder
-
-
-def _missing(path: Path, *others: Path) -> CheckpointError:
-    folder, text = path.parent, " and ".join(map(str, (path, *others)))
-    text += " do not exist" if others else " does not exist"
-    if not folder.is_dir():
-        return CheckpointError(f"{text}, nor does the folder {folder}; check the path")
-    here = sorted(folder.glob("*.pth")) + sorted(file.parent for file in folder.glob("*/config.json"))
-    near = f"there are {', '.join(p.name for p in here[:8])}" if here else "no weights are there: train some first"
-    return CheckpointError(f"{text}; in {folder} {near}")
-
-
-# ------------------------------------------------------------------------------------------------ files
-
-
-def write_file(path: Path, write: Callable[[BinaryIO], None]) -> None:
-    """Let write(file) fill a temporary file, then put it in the place of `path`, durably and in one step."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        for stale in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):  # of a run that was killed while it wrote
-            stale.unlink(missing_ok=True)
-        try:
-            with open(temporary, "wb") as file:
-                write(file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-        _sync_folder(path.parent)
-    except (OSError, RuntimeError) as error:
-        # torch.save turns the OSError of a full disk into a RuntimeError about positions in the file
-        cause = error if isinstance(error, OSError) else error.__context__
-        if not isinstance(cause, OSError):
-            raise
-        full = cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        raise CheckpointError(
-            f"cannot write {path}: {cause.strerror or cause}; what was saved before is kept"
-            + (", free some space and go on" if full else "")
-        ) from None
-
-
-def _sync_folder(folder: Path) -> None:
-    if os.name == "posix":  # elsewhere a folder cannot be opened, and the rename is durable without
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def check_plain(value: Any, where: str) -> None:
-    """TypeError if `value` holds something that could not be read back with weights_only=True."""
-    if isinstance(value, dict):
-        for key, item in value.items():
-            check_plain(key, f"a key of {where}")
-            check_plain(item, f"{where}[{key!r}]")
-    elif isinstance(value, (list, tuple)):
-        for i, item in enumerate(value):
-            check_plain(item, f"{where}[{i}]")
-    elif value is not None and not isinstance(value, Tensor) and type(value) not in (str, int, float, bool):
-        raise TypeError(f"{where} is a {type(value).__name__}: only tensors and plain Python values can be saved")
-
-
-def read_file(path: Path, mmap: bool = False) -> Any:
-    """torch.load of tensors and plain values, nothing else; CheckpointError for any other file."""
-    if path.suffix == ".safetensors":
-        raise CheckpointError(f"{path} is only the weights: give the folder that holds it and its config.json")
-    is_unicode = not any("\ud800" <= letter <= "\udfff" for letter in str(path))  # which mapping needs
-    try:
-        mmap = mmap and is_unicode and zipfile.is_zipfile(path)
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except FileNotFoundError:
-        raise _missing(path) from None
-    except Exception as error:  # unpickling, zip and memory-map faults raise nearly anything
-        if is_out_of_memory(error):
-            raise
-        raise CheckpointError(f"{path} {_looks_like(path, error)}") from None
-
-
-def _looks_like(path: Path, error: Exception) -> str:
-    if isinstance(error, OSError):
-        return f"cannot be read: {error.strerror or error}"
-    with open(path, "rb") as file:
-        head = file.read(512)
-    if not head:
-        return "is empty (0 bytes): copy or train it again"
-    if head.startswith(b"GGUF"):
-        return "is a GGUF file, which only llama.cpp reads: give the .pth or the Hugging Face folder it was made from"
-    if head.startswith(LFS_HEAD):
-        return LFS_TEXT
-    if head.startswith(b"PK"):
-        if not zipfile.is_zipfile(path):
-            return f"is cut off ({path.stat().st_size:,} bytes): copy or download it again"
-        with zipfile.ZipFile(path) as archive:
-            if not any(name.endswith("data.pkl") for name in archive.namelist()):
-                return "is a zip archive, not PyTorch weights: unpack it and give the .pth or the folder inside"
-    if "eights_only" in str(error) or "Unsupported" in str(error):
-        named = re.search(r"GLOBAL ([\w.]+)", str(error))
-        what = f" ({named[1]})" if named else ""
-        return (
-            f"holds Python objects{what} that would run code when loaded, so it was refused: "
-            "ask its author for a plain state dict of tensors"
-        )
-    if all(byte >= 32 or byte in b"\t\n\r" for byte in head):
-        return "looks like text, not PyTorch weights: give a .pth file or a Hugging Face folder"
-    first_line = str(error).strip().split("\n")[0][:120]
-    return f"is not readable as PyTorch weights ({first_line}): it is damaged or something else"
 
 
 # ------------------------------------------------------------------------------------------------ save and load
@@ -348,18 +231,6 @@ def _build(config: MiniMindConfig, tensors: dict[str, Tensor]) -> MiniMindLM:
 # ------------------------------------------------------------------------------------------------ Hugging Face folders
 
 
-def read_json(path: Path) -> dict:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        if is_lfs_pointer(path):
-            raise CheckpointError(f"{path} {LFS_TEXT}") from None
-        raise CheckpointError(f"{path} is not readable as JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} is not a JSON object")
-    return content
-
-
 def _read_folder(folder: Path) -> tuple[MiniMindConfig, dict[str, Tensor]]:
     if not (folder / "config.json").exists():
         weights = ", ".join(path.name for path in sorted(folder.glob("*.pth"))[:8])
@@ -385,44 +256,6 @@ def _weight_files(folder: Path) -> list[str]:
                 raise CheckpointError(f"{folder} lacks {', '.join(absent)}: copy or download the folder again")
             return names
     raise CheckpointError(f"{folder} has a config.json but no model.safetensors: copy or download the folder again")
-
-
-def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """CheckpointError if the file is damaged."""
-    try:
-        return safetensors.torch.load_file(path)
-    except (safetensors.SafetensorError, OSError) as error:
-        if is_out_of_memory(error):
-            raise
-        if is_lfs_pointer(path):
-            raise CheckpointError(f"{path} {LFS_TEXT}") from None
-        raise CheckpointError(f"{path} is not readable ({error}): it is cut off or damaged") from None
-
-
-def is_lfs_pointer(path: Path) -> bool:
-    """Whether a clone without Git LFS left this in the place of the file."""
-    try:
-        with open(path, "rb") as file:
-            return file.read(len(LFS_HEAD)) == LFS_HEAD
-    except OSError:
-        return False
-
-
-def not_finite(tensors: dict[str, Tensor]) -> str | None:
-    """What to say of weights that hold NaN or infinity; None if none does."""
-    for name, w in tensors.items():
-        bad = int((~w.isfinite()).sum())
-        if bad:
-            return f"{name} holds NaN or infinity ({bad:,} of {w.numel():,} values)"
-    return None
-
-
-def to_json(content: dict) -> bytes:
-    return (json.dumps(content, indent=2) + "\n").encode()
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    write_file(path, lambda file: file.write(content))
 
 
 # ------------------------------------------------------------------------------------------------ resume state

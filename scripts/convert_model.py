@@ -26,7 +26,7 @@ from _path import ROOT
 import cli
 from cli import ArgumentParser, UsageError
 from dataset.tokenizer import ChatTokenizer, TokenizerError
-from model import checkpoint
+from model import checkpoint, files
 from model.adapters import adapter_matrices, adapter_path, load_adapter, save_adapter
 from model.checkpoint import CheckpointError
 from model.device import DTYPES
@@ -82,7 +82,7 @@ def to_pth(args: argparse.Namespace, staged: Path, model: MiniMindLM, meta: dict
 
 def to_hf(args: argparse.Namespace, staged: Path, model: MiniMindLM, meta: dict, prompts: list) -> None:
     save_hf(staged, model, args.tokenizer, DTYPES[args.dtype], checkpoint.context_of(meta, args.tokenizer))
-    checkpoint.write_bytes(staged / "README.md", model_card(args.dest.name, model, meta).encode())
+    files.write_bytes(staged / "README.md", model_card(args.dest.name, model, meta).encode())
     reference, _ = read_back(args, staged, model, prompts)
     transformers = need("transformers", "a comparison with transformers")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(staged, dtype=torch.float32).eval()
@@ -183,7 +183,7 @@ def add_adapter(args: argparse.Namespace, model: MiniMindLM) -> None:
 
 def require_finite(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     """CheckpointError if a comparison of what they compute would mean nothing."""
-    fault = checkpoint.not_finite(tensors)
+    fault = files.not_finite(tensors)
     if fault:
         raise CheckpointError(f"{path}: {fault}: its training has diverged; take an earlier file, or train it again")
 
@@ -229,7 +229,7 @@ def main() -> None:
         shutil.rmtree(staged, ignore_errors=True) if staged.is_dir() else staged.unlink(missing_ok=True)
     if args.to == "gguf":
         text = modelfile(args.dest.name, model.config, args.tokenizer, may_think(meta))
-        checkpoint.write_bytes(args.dest.with_suffix(".Modelfile"), text.encode())
+        files.write_bytes(args.dest.with_suffix(".Modelfile"), text.encode())
     print(f"{verdict}: wrote {args.dest} ({args.to}, {args.dtype})")
 
 

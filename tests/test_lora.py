@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from dataset.tokenizer import load_tokenizer
-from model import checkpoint
+from model import checkpoint, files
 from model.adapters import fingerprint, load_adapter, save_adapter
 from model.checkpoint import CheckpointError
 from model.export.huggingface import save_hf
@@ -142,8 +142,8 @@ def test_peft_folder_both_ways(tiny, tmp_path, kind):
 def test_peft_folders_that_are_refused(tiny, tmp_path, change, part):
     model = with_adapter(tiny(), rank=4)
     save_peft(tmp_path, model, "a")
-    config = checkpoint.read_json(tmp_path / "adapter_config.json") | change
-    (tmp_path / "adapter_config.json").write_bytes(checkpoint.to_json(config))
+    config = files.read_json(tmp_path / "adapter_config.json") | change
+    (tmp_path / "adapter_config.json").write_bytes(files.to_json(config))
     other = tiny()
     with pytest.raises(CheckpointError, match=re.escape(part)) as caught:
         load_peft(tmp_path, other, "a")

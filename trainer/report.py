@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 
 from cli import UsageError
-from model.checkpoint import write_bytes
+from model.files import write_bytes
 from model.model import MiniMindLM
 from trainer.outputs import copies
 from trainer.parallel import Processes

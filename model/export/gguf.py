@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from dataset.tokenizer import ChatTokenizer
-from model.checkpoint import write_file
 from model.export.optional import need
+from model.files import write_file
 from model.formats import CheckpointError, half_rotation, hf_config, hf_state_dict, pair_rotation
 from model.model import MiniMindConfig, MiniMindLM
 

@@ -10,7 +10,7 @@ import safetensors.torch
 import torch
 
 from dataset.tokenizer import ChatTokenizer
-from model.checkpoint import to_json, write_bytes
+from model.files import to_json, write_bytes
 from model.formats import hf_config, hf_state_dict
 from model.model import MiniMindLM
 

@@ -10,7 +10,7 @@ import safetensors.torch
 from torch import Tensor
 
 from model.adapters import adapter_matrices, fingerprint
-from model.checkpoint import read_file, read_json, read_safetensors, to_json, write_bytes
+from model.files import read_file, read_json, read_safetensors, to_json, write_bytes
 from model.formats import CheckpointError
 from model.model import LoRAConfig, MiniMindLM, add_lora, lora_targets
 
