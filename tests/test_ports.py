@@ -53,16 +53,17 @@ def test_quickstart_runs_all_stages_in_the_folder_asked_for(commands, monkeypatc
         commands.clear()
         monkeypatch.setattr(sys, "argv", argv)
         quickstart.main()
-        corpus, pretrain, sft, score, chat = commands
+        corpus, pretrain, short, long, score, chat = commands
         assert corpus == ["-m", "dataset.starter"]
-        scripts = ["train_pretrain.py", "train_full_sft.py", "eval_model.py", "eval_model.py"]
+        scripts = ["train_pretrain.py", "train_full_sft.py", "train_full_sft.py", "eval_model.py", "eval_model.py"]
         assert [command[0] for command in commands[1:]] == scripts
         assert all(command[command.index("--out_dir") + 1] == out for command in commands[1:])
-        assert all(command[-2:] == ["--from_resume", "1"] for command in (pretrain, sft))
+        assert all(command[-2:] == ["--from_resume", "1"] for command in (pretrain, short, long))
+        assert long[long.index("--from_weight") + 1] == short[short.index("--save_weight") + 1]
         assert "--score" in score
-    budgets = [float(command[command.index("--minutes") + 1]) for command in (pretrain, sft)]
-    assert budgets == [1, 2]
-    assert capsys.readouterr().out.count("==") == 12
+    budgets = [float(command[command.index("--minutes") + 1]) for command in (pretrain, short, long)]
+    assert sum(budgets) == pytest.approx(3, rel=1e-4)
+    assert capsys.readouterr().out.count("==") == 14
 
 
 def test_quickstart_ends_as_the_stage_that_ends_it(commands, monkeypatch):

@@ -4,6 +4,7 @@ claim(weights, "--out_dir out", processes)      # before anything is written
 copy = keep_earlier(weights)                    # NAME.pth.1, NAME.jsonl.1, NAME.png.1
 """
 
+import contextlib
 import errno
 import filecmp
 import glob
@@ -81,9 +82,9 @@ def _lock(path: Path) -> str:
         if os.name == "posix" and not os.fstat(file.fileno()).st_nlink:
             file.close()  # its last owner removed it between our two calls
             continue
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
+        with contextlib.suppress(OSError):  # a full disk: the lock is held all the same
+            file.truncate(0)
+            os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}".encode())
         held[path] = file
         cli.at_exit.callback(release, path.with_name(path.name.removeprefix(".").removesuffix("lock") + "pth"))
     return ""

@@ -257,6 +257,9 @@ def make_long(rng: random.Random, rows: int) -> list[list]:
     """Conversations of up to a thousand tokens, of the subjects of the SFT."""
     names, weights = list(SKILLS), [share for share, _ in SKILLS.values()]
 
+    def opening() -> list[dict]:
+        return make_conversation(rng, rng.choices(names, weights)[0], lang)
+
     def exchange() -> list[dict]:
         while (item := draw_item(rng, rng.choices(names, weights)[0], lang)).system:
             pass
@@ -265,7 +268,7 @@ def make_long(rng: random.Random, rows: int) -> list[list]:
     conversations = []
     for i in range(rows):
         lang = LANGUAGES[i % 2]
-        conversations.append(long_chats.long_chat(rng, lang, exchange))
+        conversations.append(long_chats.long_chat(rng, lang, opening, exchange))
     return conversations
 
 

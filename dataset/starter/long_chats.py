@@ -45,15 +45,19 @@ def function(rng: random.Random, lang: str) -> dict:
     return {"type": "function", "function": {"name": f"{verb}_{noun}", "description": text, "parameters": schema}}
 
 
-def long_chat(rng: random.Random, lang: str, exchange) -> list[dict]:
-    """A chat; exchange() gives the messages of a question and its answer, of any subject."""
+def long_chat(rng: random.Random, lang: str, opening, exchange) -> list[dict]:
+    """A chat; exchange() gives the messages of a question and its answer, of any subject; opening() those that a chat
+    begins with, a system message among them now and then."""
     if rng.random() < SHORT:
-        return exchange()
+        return opening()
     messages, calls = [], False
-    if rng.random() < WITH_FUNCTIONS:
+    if rng.random() >= WITH_FUNCTIONS:
+        messages += opening()
+    else:
         calls = rng.random() < OURS
         listed = [function(rng, lang) for _ in range(rng.randint(1, 6))]
         messages.append(dict(stages.TOOLS_OFFERED) if calls else stages.TOOLS_OFFERED | {"tools": json.dumps(listed)})
+        messages += exchange()
     goal = rng.randint(300, LONGEST)
     while size(messages) < goal:
         if not calls or rng.random() < 0.5:
