@@ -126,3 +126,17 @@ def test_the_new_identity_is_nobody_else(corpus):
     rows = [row["conversations"] for row in read(corpus, "lora_identity")]
     assert not any("MiniMind" in message["content"] for messages in rows for message in messages[1:])
     assert sum("小雨" in messages[-1]["content"] or "Rain" in messages[-1]["content"] for messages in rows) > 50
+
+
+def test_long_chats_are_long_and_short_and_show_functions(corpus):
+    """Whole conversations that end with an answer, most of one exchange; the others fill a context, and in a part of
+    them functions stand first. Nothing in them is a held-out question with its answer."""
+    rows = read(corpus, "long")
+    assert all(fault.level != "error" for row in rows for fault in conversation_faults(row))
+    sizes = [sum(len((m.get("content") or "").encode()) for m in row["conversations"]) for row in rows]
+    assert 0.7 < sum(size < 300 for size in sizes) / len(rows) < 0.9 and sum(size > 1500 for size in sizes) > 20
+    assert 0.03 < sum(bool(row["conversations"][0].get("tools")) for row in rows) / len(rows) < 0.12
+    asked = {json.dumps(row["conversations"]): row.get("answers", []) for row in read(corpus, "tools_heldout")}
+    for row in rows:
+        assert row["conversations"][-1]["role"] == "assistant"
+        assert json.dumps(row["conversations"][:-1]) not in asked
