@@ -12,6 +12,7 @@ import pytest
 
 from dataset.checks import conversation_faults, preference_faults
 from dataset.starter import corpus as starter
+from dataset.starter import long_chats
 from dataset.starter.words import WEEKDAYS
 from evaluation.scoreboard import read_heldout
 from model.inference.tools import run_tool
@@ -133,7 +134,7 @@ def test_long_chats_are_long_and_short_and_show_functions(corpus):
     them functions stand first. Nothing in them is a held-out question with its answer."""
     rows = read(corpus, "long")
     assert all(fault.level != "error" for row in rows for fault in conversation_faults(row))
-    sizes = [sum(len((m.get("content") or "").encode()) for m in row["conversations"]) for row in rows]
+    sizes = [long_chats.size(row["conversations"]) for row in rows]
     assert 0.7 < sum(size < 300 for size in sizes) / len(rows) < 0.9 and sum(size > 1500 for size in sizes) > 20
     assert 0.03 < sum(bool(row["conversations"][0].get("tools")) for row in rows) / len(rows) < 0.12
     asked = {json.dumps(row["conversations"]): row.get("answers", []) for row in read(corpus, "tools_heldout")}
