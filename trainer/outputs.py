@@ -8,7 +8,6 @@ import contextlib
 import errno
 import filecmp
 import glob
-import hashlib
 import os
 import re
 import shutil
@@ -151,12 +150,3 @@ def _copy(path: Path, copy: Path, link: bool) -> None:
     half = copy.with_name(f".{copy.name}.tmp")
     shutil.copy2(path, half)
     os.replace(half, copy)
-
-
-def file_hash(path: str | Path) -> str:
-    """SHA-256 of a file's bytes."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()

@@ -118,8 +118,8 @@ class Run:
         paths = data_paths(self.args, starter)
         options = dict(seq_len=self.args.max_seq_len, cache_dir=self.cache_dir, quiet=not self.processes.is_main)
         rows = [make(path, self.tokenizer, **options) if path else None for path in paths]
-        for flag, path, part in zip(("data_path", "val_path"), paths, rows, strict=True):
-            self.inputs[flag] = part and (summary(part).get("sha256") or outputs.file_hash(path))
+        for flag, part in zip(("data_path", "val_path"), rows, strict=True):
+            self.inputs[flag] = part and summary(part)["sha256"]
         return tuple(rows)
 
     def steps(self, rows) -> Iterator[Iterator[dict]]:
