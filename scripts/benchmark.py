@@ -3,6 +3,7 @@
 python scripts/benchmark.py train --preset small --seq_len 512 --seconds 60
 python scripts/benchmark.py decode --preset small --batch 8 --new_tokens 256 --quantize int8 --compare 1
 python scripts/benchmark.py quality --model out/pretrain_512.pth --data_path texts.jsonl
+python scripts/benchmark.py all --nano out/full_sft_256.pth --markdown docs/experiments/performance.md
 
 --markdown FILE appends the figures to it as a table, with machine, commit and command.
 train: whole steps (forward, backward, clipping, optimizer) on random tokens. `mfu` is 6 * active parameters * tokens/s
@@ -26,8 +27,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import _path  # noqa: F401
+import _performance
 import torch
-from _report import append_markdown
+from _report import append_markdown, command
 
 import cli
 from cli import ArgumentParser, find_device
@@ -185,18 +187,23 @@ def transformers_speed(model: MiniMindLM, prompts: list[list[int]], args: argpar
     return args.batch * args.new_tokens / min(times[1:])
 
 
-def llama_cpp_speed(model: MiniMindLM, prompts: list[list[int]], args: argparse.Namespace) -> float | None:
-    """Tokens per second of llama.cpp on the same weights as F32, BF16 or Q8_0, by its own account, prefill left out;
-    the best of --repeat. None where it has no such weights, for more than one prompt, or if it is not installed."""
-    kind = {None: "f32", "bf16": "bf16", "int8": "q8_0"}.get(args.quantize)
-    if kind is None or args.batch > 1 or importlib.util.find_spec("xllamacpp") is None:
+def llama_cpp_speed(
+    model: MiniMindLM, prompt: list[int], long: list[int], args: argparse.Namespace
+) -> tuple[float, float] | None:
+    """Tokens per second of llama.cpp on the same weights as F32, BF16, Q8_0 or Q4_0, by its own account: new ones, and
+    those of a long prompt; the best of --repeat. None for more than one prompt at once, or if it is not installed."""
+    kind = {None: "f32", "bf16": "bf16", "int8": "q8_0", "int4": "q4_0"}[args.quantize]
+    if args.batch > 1 or importlib.util.find_spec("xllamacpp") is None:
         return None
-    request = {"prompt": prompts[0], "n_predict": args.new_tokens, "temperature": 0, "ignore_eos": True}
+    request = {"n_predict": args.new_tokens, "temperature": 0, "ignore_eos": True, "cache_prompt": False}
     with tempfile.TemporaryDirectory() as folder:
         save_gguf(f"{folder}/model.gguf", model, load_tokenizer(), kind)
         with LlamaCpp(f"{folder}/model.gguf", threads=torch.get_num_threads(), exact=False) as engine:
-            answers = [engine.post("/completion", request | {"cache_prompt": False}) for _ in range(args.repeat)]
-    return max(answer["timings"]["predicted_per_second"] for answer in answers)
+            timings = [
+                [engine.post("/completion", request | more)["timings"] for _ in range(args.repeat)]
+                for more in ({"prompt": prompt}, {"prompt": long, "n_predict": 1})
+            ]
+    return max(t["predicted_per_second"] for t in timings[0]), max(t["prompt_per_second"] for t in timings[1])
 
 
 def benchmark_decode(args: argparse.Namespace) -> dict:
@@ -205,7 +212,7 @@ def benchmark_decode(args: argparse.Namespace) -> dict:
     prompts = torch.randint(16, model.config.vocab_size, (args.batch, args.prompt_len), generator=generator).tolist()
     long = torch.randint(16, model.config.vocab_size, (512,), generator=generator).tolist()
     theirs = transformers_speed(model, prompts, args) if args.compare else None
-    llama = llama_cpp_speed(model, prompts, args) if args.compare else None
+    llama = llama_cpp_speed(model, prompts[0], long, args) if args.compare else None
     parameters = model.num_parameters()
     if args.quantize:
         quantize(model, args.quantize)
@@ -243,7 +250,8 @@ def benchmark_decode(args: argparse.Namespace) -> dict:
         "peak_rss_mb": round(peak_rss_mb()),
         "transformers_tokens_per_second": theirs and round(theirs, 1),
         "ratio": theirs and round(tokens_per_second / theirs, 2),
-        "llama_cpp_tokens_per_second": llama and round(llama, 1),
+        "llama_cpp_tokens_per_second": llama and round(llama[0], 1),
+        "llama_cpp_prefill_tokens_per_second": llama and round(llama[1], 1),
     } | environment()
 
 
@@ -298,6 +306,14 @@ def read_documents(path: str, most: int) -> tuple[list[list[int]], int]:
     return documents, n_bytes
 
 
+def benchmark_all(args: argparse.Namespace) -> None:
+    results = _performance.measure_all(args.rounds, args.nano)
+    text = _performance.table(results, args.rounds, command())
+    print(text)
+    if args.markdown:
+        _performance.append(args.markdown, text)
+
+
 def main() -> None:
     parser = ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -307,7 +323,7 @@ def main() -> None:
     add("--seq_len", type=int, default=512)
     add("--batch_size", type=int, default=8)
     add("--seconds", type=float, default=60)
-    add("--optimizer", choices=list(LEARNING_RATES), default="adamw")
+    add("--optimizer", choices=list(LEARNING_RATES), default="muon")
     add("--compile", type=int, choices=(0, 1), default=1)
     add("--activation_checkpointing", type=int, choices=(0, 1), default=0)
     add("--device")
@@ -337,9 +353,15 @@ def main() -> None:
     add("--bytes", type=int, default=100_000, help="of the file's beginning")
     add("--seq_len", type=int, default=340)
     quality.set_defaults(function=benchmark_quality)
-    for command in (train, decode, quality):
-        command.add_argument("--markdown", type=Path, metavar="FILE", help="append the figures to this file")
+
+    everything = commands.add_parser("all", help="one table of training, decoding with its peers, and serving")
+    everything.add_argument("--rounds", type=int, default=5, help="measurements of each, of which the median is taken")
+    everything.add_argument("--nano", metavar="PATH", help="weights to serve, such as the quickstart's")
+    for subparser in (train, decode, quality, everything):
+        subparser.add_argument("--markdown", type=Path, metavar="FILE", help="append the figures to this file")
     args = parser.parse_args()
+    if args.command == "all":
+        return benchmark_all(args)
     figures = args.function(args)
     print(json.dumps(figures))
     if args.markdown:
