@@ -6,11 +6,11 @@ python serve_openai_api.py --model PATH                 # any .pth file or Huggi
 python serve_openai_api.py --host 0.0.0.0 --api_key SECRET        # for others too
 curl http://127.0.0.1:8000/v1/models
 
-POST /v1/chat/completions, /v1/completions, /v1/responses, /v1/messages (Anthropic's), /tokenize and /detokenize; GET
-/v1/models, /health and /metrics (Prometheus); the page is at /. Fields that are not known are ignored, with a line in
-the log; those that would change the answer and cannot be honoured are refused by name (server/fields.py). The adapters
-in out_dir/lora are models of their own, NAME:ADAPTER. Ctrl-C or SIGTERM: what runs is finished, what comes is refused;
-a second one ends at once.
+POST /v1/chat/completions, /v1/completions, /v1/responses, /v1/messages (Anthropic's), their counts of tokens, /tokenize
+and /detokenize; GET /v1/models, /health and /metrics (Prometheus); the page is at /. Fields that are not known are
+ignored, with a line in the log; those that would change the answer and cannot be honoured are refused by name
+(server/fields.py). The adapters in out_dir/lora are models of their own, NAME:ADAPTER. Ctrl-C or SIGTERM: what runs is
+finished, what comes is refused; a second one ends at once.
 """
 
 import argparse

@@ -26,7 +26,7 @@ from server.anthropic_messages import MessagesReply, count_message_tokens, prepa
 from server.errors import ApiError
 from server.reading import parse_body
 from server.replies import ChatReply, CompletionReply
-from server.responses import ResponsesReply, prepare_response
+from server.responses import ResponsesReply, count_response_tokens, prepare_response
 from server.runner import Runner
 from server.service import Service
 from server.web import ClientGone, Metrics, Plumbing, read_limited
@@ -172,6 +172,11 @@ def answer_routes(answering: Answering) -> APIRouter:
     @router.post("/v1/responses")
     async def responses(request: Request) -> Response:
         return await answering.answer(request, partial(prepare_response, answering.service), ResponsesReply)
+
+    @router.post("/v1/responses/input_tokens")
+    async def count_input_tokens(request: Request) -> dict:
+        body = await answering.body(request)
+        return await asyncio.to_thread(count_response_tokens, answering.service, body)
 
     @router.post("/v1/messages")
     async def messages(request: Request) -> Response:

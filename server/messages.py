@@ -56,7 +56,7 @@ class Part(BaseModel):
 
 
 class FunctionCall(Part):
-    name: str = Field(min_length=1)
+    name: str
     # Some servers, and so some clients, have objects where OpenAI has JSON in a string.
     arguments: Annotated[str, BeforeValidator(lambda v: json.dumps(v) if isinstance(v, dict) else v)] = ""
 
@@ -170,7 +170,21 @@ def conversation(messages: list[Message]) -> list[dict]:
 
 
 def _calls(message: Message, where: str) -> list[dict]:
+    calls = [call.function.model_dump() for call in message.tool_calls or ()]
+    for call in calls:
+        call["name"] = call["name"] or "unknown"  # cut off before its first letter
+        call["arguments"] = _readable(call["arguments"])
     try:
-        return parse_tool_calls([call.function.model_dump() for call in message.tool_calls or ()])
+        return parse_tool_calls(calls)
     except ValueError as error:
         raise ApiError(400, f"{where}: {error}", param=f"{where}.tool_calls") from None
+
+
+def _readable(arguments: str) -> str:
+    """The JSON of a call's arguments. What is no object, as of a call that the limit of tokens cut off, is kept as the
+    text of one: a client sends it back with the error, and asks for another try."""
+    try:
+        readable = isinstance(json.loads(arguments or "{}"), dict)
+    except (ValueError, RecursionError):
+        readable = False
+    return arguments if readable else json.dumps({"invalid_arguments": arguments}, ensure_ascii=False)

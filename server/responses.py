@@ -7,6 +7,8 @@ ResponsesReply(request, job, tokenizer, model)      # as ChatReply, in items and
 import re
 import time
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from pydantic import Field
@@ -37,12 +39,30 @@ class ResponseRequest(ChatRequest):
 
 
 def prepare_response(service: Service, body: bytes) -> tuple[ResponseRequest, Job]:
+    with _own_names():
+        return service.prepare_conversation(_read(body))
+
+
+def count_response_tokens(service: Service, body: bytes) -> dict:
+    with _own_names():
+        request = _read(body)
+        thinking = service.settings.thinking if request.thinks is None else request.thinks
+        tokens = len(service.chat_prompt(request, thinking))
+    return {"object": "response.input_tokens", "input_tokens": tokens}
+
+
+def _read(body: bytes) -> ResponseRequest:
     asked = parse_body(body)
-    chat = as_chat(asked)
+    request = check_request(as_chat(asked), ResponseRequest)
+    request.asked = asked
+    return request
+
+
+@contextmanager
+def _own_names() -> Iterator[None]:
+    """Faults of a chat under the names that its fields have here."""
     try:
-        request = check_request(chat, ResponseRequest)
-        request.asked = asked
-        return service.prepare_conversation(request)
+        yield
     except ApiError as error:
         name = re.match(r"\w*", error.param or "")[0]
         if name not in NAMES:

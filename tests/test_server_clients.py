@@ -274,6 +274,8 @@ def test_a_forced_call_that_is_cut_off_is_a_call(server, max_tokens, tools):
     assert "paint".startswith(call["function"]["name"]) or call["function"]["name"] == "go"
     assert WHERE.startswith(call["function"]["arguments"]) or len(tools) == 2
     assert call["function"]["arguments"] or max_tokens < 24
+    said = {"role": "tool", "tool_call_id": call["id"], "content": "cut off: once more"}
+    ask(server, fields | {"messages": [*USER, whole["message"], said]})  # it may come back as it was
     chunks = list(
         server.client.chat.completions.create(model="full_sft_64", messages=USER, temperature=0, stream=True, **fields)
     )
@@ -314,6 +316,10 @@ def test_responses_by_the_official_package(server):
     items = [{"role": "user", "content": [{"type": "input_text", "text": "Who are you?"}]}]
     assert create(**fields | {"input": items}).output_text == whole.output_text
     assert create(**fields, instructions="Be brief.").usage.input_tokens > whole.usage.input_tokens
+    counted = server.client.responses.input_tokens.count(model="full_sft_64", input=items)
+    assert (counted.object, counted.input_tokens) == ("response.input_tokens", whole.usage.input_tokens)
+    refused = ask(server, {"input": []}, "/v1/responses/input_tokens", status=400)
+    assert refused["error"]["param"] == "input"
     events = list(create(**fields, stream=True))
     assert [event.sequence_number for event in events] == list(range(len(events)))
     kinds = [event.type.removeprefix("response.") for event in events if not event.type.endswith("text.delta")]
