@@ -347,12 +347,12 @@ def test_finish_reasons_and_texts(model, tokenizer):
     goodbye = encode("Good day")
     parrot = Parrot(model, [[30, *goodbye, 2], [31, *encode("cats, dogs and birds")], [32, *encode("x" * 60)]])
     params = [SamplingParams(0), SamplingParams(0, stop=["and b", "zebra"]), greedy(3)]
-    stop, stop_string, length = generate(parrot, [[30], [31], [32]], params, tokenizer)
+    stop, stop_string, length = generate(parrot, [[30], [31], [32]], params, tokenizer, compiled=False)
     assert (stop.finish_reason, stop.text, stop.token_ids) == ("stop", "Good day", [*goodbye, 2])
     assert (stop_string.finish_reason, stop_string.text) == ("stop", "cats, dogs ")
     assert (length.finish_reason, len(length.token_ids)) == ("length", 3)
     assert length.text == tokenizer.decode(length.token_ids)
-    own = generate(parrot, [[30]], SamplingParams(0, stop_token_ids=goodbye[-1:]), tokenizer)[0]
+    own = generate(parrot, [[30]], SamplingParams(0, stop_token_ids=goodbye[-1:]), tokenizer, compiled=False)[0]
     assert own.finish_reason == "stop" and own.token_ids == goodbye
 
 

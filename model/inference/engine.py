@@ -9,10 +9,12 @@ while engine.busy:
     for event in engine.step(): ...   # requests may be added and cancelled between any two steps
 """
 
+import sys
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import groupby
 from typing import NamedTuple
 
@@ -90,8 +92,8 @@ class Engine:
 
     slots: sequences that run at once, the others wait in order. max_len: prompt and answer together, at most (default
     and limit: the model's max_position_embeddings). prefill_chunk: tokens of prompts that one step takes, so that a
-    long prompt holds up the others by no more than that. compiled: decode by cpu_step, several times as fast; raises
-    ValueError or RuntimeError where that cannot work. Requests with an adapter take torch's way all the same.
+    long prompt holds up the others by no more than that. compiled: as decoding_step()'s. Requests with an adapter take
+    torch's way all the same.
     Not for several threads at once. The weights must not change while requests run or caches are to be reused.
     """
 
@@ -103,7 +105,7 @@ class Engine:
         slots: int = 8,
         max_len: int | None = None,
         prefill_chunk: int = PREFILL_CHUNK,
-        compiled: bool = False,
+        compiled: bool | None = None,
     ):
         if slots < 1 or prefill_chunk < 1:
             raise ValueError(f"slots {slots} and prefill_chunk {prefill_chunk} must be at least 1")
@@ -114,7 +116,7 @@ class Engine:
         self.cache = KVCache(model.config, slots, capacity, weight.device, weight.dtype)
         self.slots = [Slot() for _ in range(slots)]  # in the order of the cache's rows
         self.queue: deque[Sequence] = deque()
-        self.cpu_step = CpuStep(model) if compiled else None
+        self.cpu_step = decoding_step(model, compiled)
         self.sampler: Sampler | None = None
         self.requests = self.steps = 0  # so far
 
@@ -334,6 +336,29 @@ def active_adapter(model: MiniMindLM, name: str | None) -> Iterator[None]:
     finally:
         for layer, active in zip(layers, before, strict=True):
             layer.active = active
+
+
+def decoding_step(model: MiniMindLM, compiled: bool | None = None) -> CpuStep | None:
+    """The compiled step, which decodes several times as fast, or None for torch's way.
+
+    compiled None: wherever it works; a model in fp32 or packed on a CPU that has to do without is told so, once. True:
+    raises OSError, RuntimeError or ValueError where it does not work. False: never."""
+    if compiled is False:
+        return None
+    try:
+        return CpuStep(model)
+    except (OSError, RuntimeError, ValueError) as error:
+        if compiled:
+            raise
+        weight = model.model.norm.weight
+        if weight.device.type == "cpu" and weight.dtype == torch.float32:
+            _say_once(f"note: {error}: decoding without it, which is slower")
+        return None
+
+
+@cache
+def _say_once(text: str) -> None:
+    print(text, file=sys.stderr)
 
 
 # ------------------------------------------------------------------------------------------------ many prompts at once
