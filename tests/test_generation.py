@@ -16,7 +16,7 @@ from model.inference.engine import (
     generate_stream,
 )
 from model.inference.kv_cache import KVCache
-from model.inference.sampling import Sampler, SamplingParams, SamplingState, sample
+from model.inference.sampling import Sampler, SamplingParams, SamplingState, outside_nucleus, sample
 from model.inference.text_stream import TextStream
 from model.model import MiniMindConfig, MiniMindLM
 
@@ -203,7 +203,7 @@ def test_filters_equal_transformers(spread):
     cpu = torch.device("cpu")
     states = [SamplingState(p, prompt, vocab, cpu, set()) for p, prompt in zip(params, prompts, strict=True)]
     sampler = Sampler(states, vocab, cpu)
-    ours = sampler.filter(sampler.adjust(logits))
+    probs = sampler.probabilities(sampler.adjust(logits))
     for row, p in enumerate(params):
         processors = [
             (p.repetition_penalty != 1, transformers.RepetitionPenaltyLogitsProcessor, p.repetition_penalty),
@@ -216,8 +216,27 @@ def test_filters_equal_transformers(spread):
         for used, kind, value in processors:
             if used:
                 theirs = kind(value)(torch.tensor([prompts[row]]), theirs)
-        assert torch.equal(ours[row].isinf(), theirs[0].isinf()), f"row {row}: {FILTERS[row]}"
-        assert torch.allclose(ours[row], theirs[0], atol=1e-5)
+        outside = outside_nucleus(probs[row].expand(vocab, -1), torch.arange(vocab), sampler.top_p[row])
+        ours = probs[row].masked_fill(outside | (probs[row] < p.min_p * probs[row].max()), 0)
+        assert torch.equal(ours == 0, theirs[0].isinf()), f"row {row}: {FILTERS[row]}"
+        assert torch.allclose(ours / ours.sum(), theirs[0].softmax(-1), rtol=1e-4)
+
+
+@pytest.mark.parametrize("changes", [dict(top_p=0.6), dict(top_p=0.95, min_p=0.3), dict(top_p=1e-6), dict(top_p=1.0)])
+def test_draws_follow_the_probabilities_within_the_nucleus(changes):
+    probs = torch.tensor([0.02, 0.3, 0.0, 0.25, 0.2, 0.08, 0.15])  # a nucleus of 0.6: 1, 3 and 4
+    n = 10_000
+    params = [SamplingParams(1.0, seed=i, **changes) for i in range(n)]
+    sampler = Sampler([SamplingState(p, [], 7, probs.device, set()) for p in params], 7, probs.device)
+    counts = torch.bincount(torch.tensor(sampler(probs.log().expand(n, -1))), minlength=7)
+    expected = probs.clone()
+    expected[{0.6: [0, 5, 6], 0.95: [0], 1e-6: [0, 3, 4, 5, 6], 1.0: []}[changes["top_p"]]] = 0
+    if "min_p" in changes:
+        expected[5] = 0
+    expected *= n / expected.sum()
+    assert not counts[expected == 0].any()
+    seen = expected > 0
+    assert ((counts[seen] - expected[seen]) ** 2 / expected[seen]).sum() < 20.5  # 5 degrees: once in a thousand
 
 
 def test_sample_follows_the_probabilities():
