@@ -171,10 +171,10 @@ def test_the_compiled_step_is_taken_wherever_it_works(weights, step_there):
 
 
 def test_where_the_step_does_not_work_a_line_says_so_or_it_is_an_error(weights, monkeypatch, capsys):
-    def fails(model):
+    def build():
         raise RuntimeError("the compiled step needs a C++ compiler")
 
-    monkeypatch.setattr(engine, "CpuStep", fails)
+    monkeypatch.setattr(cpu_step, "load_library", build)
     engine._say_once.cache_clear()
     for _ in range(2):
         bot = weights()

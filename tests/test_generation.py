@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from dataset.chat import load_tokenizer
+from model.inference import sampling
 from model.inference.engine import (
     decode,
     generate,
@@ -16,7 +17,14 @@ from model.inference.engine import (
     generate_stream,
 )
 from model.inference.kv_cache import KVCache
-from model.inference.sampling import Sampler, SamplingParams, SamplingState, outside_nucleus, sample
+from model.inference.sampling import (
+    Sampler,
+    SamplingParams,
+    SamplingState,
+    make_samplers,
+    outside_nucleus,
+    sample,
+)
 from model.inference.text_stream import TextStream
 from model.model import MiniMindConfig, MiniMindLM
 
@@ -250,6 +258,20 @@ def test_sample_follows_the_probabilities():
     assert chi_square < 16.3  # 3 degrees of freedom: exceeded once in a thousand
     edges = torch.tensor([0.0, 1 - 2**-24])  # the smallest and largest number that torch.rand gives
     assert sample(probs.expand(2, -1), edges).tolist() == [1, 5]
+
+
+def test_rows_are_sampled_alike_in_parts_and_together(monkeypatch):
+    logits = torch.randn(7, 1000, generator=torch.Generator().manual_seed(0))
+    tokens = []
+    for room in (1, 3000, 1 << 20):
+        monkeypatch.setattr(sampling, "CACHED", room)
+        params = [SamplingParams(1.0, top_p=0.5 + i / 14, seed=i) for i in range(7)]
+        states = [SamplingState(p, [], 1000, logits.device, set()) for p in params]
+        samplers = make_samplers(states, 1000, logits.device)
+        assert [len(sampler.states) for sampler in samplers] == {1: [1] * 7, 3000: [3, 3, 1]}.get(room, [7])
+        parts = logits.split([len(sampler.states) for sampler in samplers])
+        tokens.append([token for sampler, part in zip(samplers, parts, strict=True) for token in sampler(part)])
+    assert tokens[0] == tokens[1] == tokens[2]
 
 
 def test_greedy_and_sampled_rows_mix(model):

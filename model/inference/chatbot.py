@@ -9,7 +9,7 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -29,6 +29,7 @@ from model.inference.answers import (
     Piece,
     to_message,
 )
+from model.inference.cpu_step import CpuStep
 from model.inference.engine import SamplingParams, decode, decoding_step, generate_each
 from model.inference.quantization import quantize, quantized_kind
 from model.inference.text_stream import TextStream
@@ -183,6 +184,12 @@ class Chatbot:
         self.title = f"{path.name}: {size}, {precision} on {weight.device}, context {self.max_len} tokens"
         self.name = str(path)
 
+    @cached_property
+    def step(self) -> CpuStep | bool:
+        """Engine's `compiled`. Made once, as it may copy the weights; and when it is needed, with the adapters that the
+        model has by then."""
+        return decoding_step(self.model, self.compiled) or False
+
     def encode(self, prompt: str | list[dict]) -> list[int]:
         if isinstance(prompt, str):
             return [*self.tokenizer.text_prefix, *self.tokenizer.encode(prompt).ids]
@@ -207,7 +214,7 @@ class Chatbot:
         else:
             parser, opening = self._parser(ids)
         yield from opening
-        options = {"max_len": self.max_len, "compiled": self.compiled}
+        options = {"max_len": self.max_len, "compiled": self.step}
         for (event,) in decode(self.model, [ids], sampling, **options):
             self.tokens += 1
             yield from parser.push(event.token_id)
@@ -235,7 +242,7 @@ class Chatbot:
 
     def _answers(self, prompts: list[list[dict]], sampling: list[SamplingParams], batch_size: int) -> Iterator:
         ids = [self.encode(prompt) for prompt in prompts]
-        options = {"batch_size": batch_size, "max_len": self.max_len, "compiled": self.compiled}
+        options = {"batch_size": batch_size, "max_len": self.max_len, "compiled": self.step}
         for i, result in generate_each(self.model, ids, sampling, **options):
             self.tokens += len(result.token_ids)
             parser, opening = self._parser(ids[i])

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from model.inference.cpu_step import CpuStep
 from model.inference.kv_cache import KVCache
-from model.inference.sampling import Sampler, SamplingParams, SamplingState
+from model.inference.sampling import Sampler, SamplingParams, SamplingState, make_samplers
 from model.inference.text_stream import TextStream
 from model.model import MiniMindLM, lora_layers
 
@@ -92,8 +92,8 @@ class Engine:
 
     slots: sequences that run at once, the others wait in order. max_len: prompt and answer together, at most (default
     and limit: the model's max_position_embeddings). prefill_chunk: tokens of prompts that one step takes, so that a
-    long prompt holds up the others by no more than that. compiled: as decoding_step()'s. Requests with an adapter take
-    torch's way all the same.
+    long prompt holds up the others by no more than that. compiled: what decoding_step() takes, or has returned.
+    Requests with an adapter take torch's way all the same.
     Not for several threads at once. The weights must not change while requests run or caches are to be reused.
     """
 
@@ -105,7 +105,7 @@ class Engine:
         slots: int = 8,
         max_len: int | None = None,
         prefill_chunk: int = PREFILL_CHUNK,
-        compiled: bool | None = None,
+        compiled: CpuStep | bool | None = None,
     ):
         if slots < 1 or prefill_chunk < 1:
             raise ValueError(f"slots {slots} and prefill_chunk {prefill_chunk} must be at least 1")
@@ -116,8 +116,9 @@ class Engine:
         self.cache = KVCache(model.config, slots, capacity, weight.device, weight.dtype)
         self.slots = [Slot() for _ in range(slots)]  # in the order of the cache's rows
         self.queue: deque[Sequence] = deque()
-        self.cpu_step = decoding_step(model, compiled)
-        self.sampler: Sampler | None = None
+        self.cpu_step = compiled if isinstance(compiled, CpuStep) else decoding_step(model, compiled)
+        self.sampled: list[SamplingState] = []  # whom the samplers are for
+        self.samplers: list[Sampler] = []
         self.requests = self.steps = 0  # so far
 
     @property
@@ -187,7 +188,7 @@ class Engine:
             ready += [slot for slot in batch if slot.pending == 0]
         if not ready:
             return []
-        events = self._sample([slot.sequence for slot in ready], torch.cat(logits))
+        events = self._sample([slot.sequence for slot in ready], torch.cat(logits) if len(logits) > 1 else logits[0])
         for slot, event in zip(ready, events, strict=True):
             slot.used = self.steps
             if event.finish_reason:
@@ -286,11 +287,13 @@ class Engine:
         if not logits.amax(-1).isfinite().all():  # nan and inf both show in the maximum
             raise ValueError("the model's logits are not finite: damaged weights, or too large for their dtype")
         states = [sequence.state for sequence in sequences]
-        if self.sampler is None or self.sampler.states != states:
-            self.sampler = Sampler(states, logits.shape[-1], logits.device)
+        if states != self.sampled:
+            self.sampled, self.samplers = states, make_samplers(states, logits.shape[-1], logits.device)
         logprobs = self._logprobs(sequences, logits)
+        parts = logits.split([len(sampler.states) for sampler in self.samplers])
+        tokens = [token for sampler, part in zip(self.samplers, parts, strict=True) for token in sampler(part)]
         events = []
-        for row, (sequence, token) in enumerate(zip(sequences, self.sampler(logits), strict=True)):
+        for row, (sequence, token) in enumerate(zip(sequences, tokens, strict=True)):
             sequence.ids.append(token)
             reason, text, stream = None, "", sequence.stream
             if token in sequence.state.stop_ids:

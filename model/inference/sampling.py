@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+CACHED = 1 << 17  # logits whose sampling stays in the second-level cache
 RANDOM_BLOCK = 64  # random numbers drawn at a time
 
 
@@ -208,6 +209,12 @@ class Sampler:
     def random(self, rows: Iterable[int], device: torch.device) -> Tensor:
         """The next random number of each of these rows."""
         return torch.tensor([self.states[row].random() for row in rows], device=device)
+
+
+def make_samplers(states: list[SamplingState], vocab_size: int, device: torch.device) -> list[Sampler]:
+    """One for all rows; on a CPU for as many as fit its cache each, as their intermediate results do then."""
+    rows = max(1, CACHED // vocab_size) if device.type == "cpu" else len(states)
+    return [Sampler(states[at : at + rows], vocab_size, device) for at in range(0, len(states), rows)]
 
 
 def outside_nucleus(probs: Tensor, tokens: Tensor, top_p: Tensor) -> Tensor:
