@@ -117,6 +117,7 @@ class Engine:
         self.slots = [Slot() for _ in range(slots)]  # in the order of the cache's rows
         self.queue: deque[Sequence] = deque()
         self.cpu_step = compiled if isinstance(compiled, CpuStep) else decoding_step(model, compiled)
+        self.lora_layers = list(lora_layers(model).values())  # with the adapters that requests may name
         self.sampled: list[SamplingState] = []  # whom the samplers are for
         self.samplers: list[Sampler] = []
         self.requests = self.steps = 0  # so far
@@ -151,7 +152,7 @@ class Engine:
             raise ValueError(f"top_logprobs {params.top_logprobs}: the vocabulary has {vocab} tokens")
         if params.stop and self.tokenizer is None:
             raise ValueError("stop strings need a tokenizer")
-        layers = lora_layers(self.model).values()
+        layers = self.lora_layers
         if adapter is None:
             adapter = next((layer.active for layer in layers if layer.adapts), None)
         else:
@@ -193,7 +194,8 @@ class Engine:
             slot.used = self.steps
             if event.finish_reason:
                 slot.sequence = None
-        self._arrange()
+        if batch or any(event.finish_reason for event in events):
+            self._arrange()
         return events
 
     def _arrange(self) -> None:
@@ -210,6 +212,8 @@ class Engine:
     def _next_prefill(self) -> list[Slot]:
         """The slots whose prompts are computed in this step: the one that is under way, and as many new ones as fit."""
         batch = [slot for slot in self.slots if slot.pending > 1]
+        if not batch and not self.queue:
+            return []
         longest = max((min(slot.pending, self.prefill_chunk) for slot in batch), default=0)
         while self.queue and self.running < len(self.slots):
             sequence = self.queue[0]

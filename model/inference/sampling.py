@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 CACHED = 1 << 17  # logits whose sampling stays in the second-level cache
+SUM_BLOCK = 64  # probabilities added up together
 RANDOM_BLOCK = 64  # random numbers drawn at a time
 
 
@@ -225,9 +226,23 @@ def outside_nucleus(probs: Tensor, tokens: Tensor, top_p: Tensor) -> Tensor:
 
 
 def sample(probs: Tensor, random: Tensor) -> Tensor:
-    """One token of each row of probs (B, vocab), by inverting the cumulative distribution at random (B,) in [0, 1)."""
-    cumulative = probs.cumsum(-1)
+    """One token of each row of probs (B, vocab), by inverting the cumulative distribution at random (B,) in [0, 1): the
+    block of the token first, then its place there, as adding up a whole row is a chain of as many additions."""
+    missing = -probs.shape[-1] % SUM_BLOCK
+    probs = torch.nn.functional.pad(probs, (0, missing)) if missing else probs
+    blocks = probs.unflatten(-1, (-1, SUM_BLOCK))
+    sums = blocks.sum(-1)
+    at = random[:, None] * sums.sum(-1, keepdim=True)
+    block, at = invert(sums, at)
+    place, _ = invert(blocks[torch.arange(len(probs), device=probs.device), block[:, 0]], at)
+    return (block * SUM_BLOCK + place)[:, 0]
+
+
+def invert(weights: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the cumulative sum of each row of weights (B, n) passes at (B, 1), and what is left of `at` there: (B, 1).
+    The weight found is above 0, whatever was rounded."""
+    cumulative = weights.cumsum(-1)
     total = cumulative[:, -1:]
-    # Below the total even after rounding, so that the token found has a probability above 0.
-    at = torch.minimum(random[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(cumulative, at, right=True)[:, 0].clamp(max=probs.shape[-1] - 1)
+    at = torch.minimum(at, torch.nextafter(total, torch.zeros_like(total))).clamp(min=0)
+    found = torch.searchsorted(cumulative, at, right=True).clamp(max=weights.shape[-1] - 1)
+    return found, at - (cumulative - weights).gather(1, found)
