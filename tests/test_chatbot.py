@@ -158,6 +158,7 @@ def test_the_compiled_step_is_taken_wherever_it_works(weights, step_there):
     expected = spelled(plain.stream(question, None))
     exact = weights(torch.float32)
     assert exact.compiled and not plain.compiled and "float32" in exact.title
+    assert isinstance(exact.step, cpu_step.CpuStep) and exact.step is exact.step and plain.step is False
     assert spelled(exact.stream(question, None)) == expected
     assert [message.text for _, message in exact.answer_all([question] * 3)] == [expected.strip()] * 3
     for kind in ("int8", "int4"):
@@ -172,7 +173,7 @@ def test_the_compiled_step_is_taken_wherever_it_works(weights, step_there):
 
 def test_where_the_step_does_not_work_a_line_says_so_or_it_is_an_error(weights, monkeypatch, capsys):
     def build():
-        raise RuntimeError("the compiled step needs a C++ compiler")
+        raise RuntimeError("it needs a C++ compiler")
 
     monkeypatch.setattr(cpu_step, "load_library", build)
     engine._say_once.cache_clear()
@@ -181,11 +182,11 @@ def test_where_the_step_does_not_work_a_line_says_so_or_it_is_an_error(weights, 
         assert not bot.compiled and bot.model.model.norm.weight.dtype == compute_dtype("cpu")
         assert spelled(bot.stream([{"role": "user", "content": "Hi"}], None))
     err = capsys.readouterr().err
-    assert err == "note: the compiled step needs a C++ compiler: decoding without it, which is slower\n"
+    assert err == "note: decoding without the compiled step, which is slower: it needs a C++ compiler\n"
     weights(compiled=False)
     weights(torch.float16)  # nobody expects it there
     assert not capsys.readouterr().err
-    with pytest.raises(CheckpointError, match=r"--compile 1: .* needs a C\+\+ compiler; without --compile 1"):
+    with pytest.raises(CheckpointError, match=r"--compile 1: it needs a C\+\+ compiler; leave it out"):
         weights(compiled=True)
 
 

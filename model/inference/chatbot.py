@@ -134,7 +134,7 @@ def set_precision(
     try:
         works = decoding_step(model, compiled) is not None
     except (OSError, RuntimeError, ValueError) as error:
-        raise CheckpointError(f"--compile 1: {error}; without --compile 1 it answers all the same, slower") from None
+        raise CheckpointError(f"--compile 1: {error}; leave it out to go on without") from None
     if bf16_is_fine and works:
         quantize(model, "bf16")
     elif bf16_is_fine:

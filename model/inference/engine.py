@@ -359,7 +359,7 @@ def decoding_step(model: MiniMindLM, compiled: bool | None = None) -> CpuStep | 
             raise
         weight = model.model.norm.weight
         if weight.device.type == "cpu" and weight.dtype == torch.float32:
-            _say_once(f"note: {error}: decoding without it, which is slower")
+            _say_once(f"note: decoding without the compiled step, which is slower: {error}")
         return None
 
 
