@@ -132,7 +132,7 @@ def main() -> None:
     )  # fmt: skip
     service = Service(bot, adapters, settings)
     # Without a tokenizer the engine gives token ids: which of them are text depends on the markers among them.
-    engine = Engine(bot.model, slots=args.slots, max_len=bot.max_len, compiled=bot.compiled)
+    engine = Engine(bot.model, slots=args.slots, max_len=bot.max_len, compiled=bot.step)
     limits = Limits(args.api_key, tuple(args.cors_origin), args.timeout, int(args.max_body_mb * (1 << 20)))
     app = build_app(service, Runner(engine, tuple(bot.stop_ids), args.max_queue), limits)
     config = uvicorn.Config(

@@ -55,7 +55,7 @@ def arguments() -> argparse.Namespace:
     add("--batch_size", type=int, default=32, help="prompts that a .pth teacher answers together (default: 32)")
     add("--max_seq_len", type=int, help="tokens of prompt and answer (default: as it was trained)")
     add("--device", help="cuda, mps or cpu (default: the best one found)")
-    add("--dtype", choices=list(DTYPES), help="default: bf16 where the hardware computes in it, else fp32")
+    add("--dtype", choices=list(DTYPES), help="default: as in eval_model.py")
     add("--concurrency", type=int, default=4, help="requests to an endpoint at a time (default: 4)")
     add("--timeout", type=float, default=300, help="seconds that an endpoint may take for an answer (default: 300)")
     args = parser.parse_args()

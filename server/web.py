@@ -16,6 +16,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from server.errors import ApiError
 
+encode_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode  # json.dumps() would make one anew
 DISCARD = 64 << 20  # bytes of a too large body that are read nevertheless: most clients hear nothing while they send
 LAST_WORDS = 1.0  # seconds to tell a client that its time is up
 
@@ -126,8 +127,8 @@ async def until_gone(receive: Receive, work: Awaitable, seconds: float) -> Any:
 
 
 def sse(data: dict, event: str | None = None) -> bytes:
-    name = f"event: {event}\n".encode() if event else b""
-    return name + b"data: " + json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+    name = f"event: {event}\n" if event else ""
+    return f"{name}data: {encode_json(data)}\n\n".encode()
 
 
 class Plumbing:

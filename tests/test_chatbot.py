@@ -8,8 +8,10 @@ import torch
 
 from dataset.chat import END_THINK_ID, EOS_ID, THINK_ID, load_tokenizer
 from model import checkpoint
+from model.checkpoint import CheckpointError
+from model.device import compute_dtype
 from model.export.huggingface import save_hf
-from model.inference import chatbot as chatbot_module
+from model.inference import cpu_step, engine
 from model.inference.answers import to_message
 from model.inference.chatbot import AnswerSettings, Chatbot, TransformersChatbot, load_chatbot
 from model.inference.tools import SCHEMAS
@@ -130,6 +132,14 @@ def test_answers_of_many_prompts_end_for_the_same_reason_through_transformers(ch
 
 
 @pytest.fixture
+def step_there():
+    try:
+        cpu_step.build()
+    except RuntimeError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture
 def weights(tiny, tmp_path):
     """load(**options) -> a chatbot on a saved model of 128 trained tokens."""
     model = tiny(vocab_size=6400, num_hidden_layers=1)
@@ -142,28 +152,42 @@ def weights(tiny, tmp_path):
     return load
 
 
-def test_compiled_and_quantised_bots_answer(weights, capsys):
+def test_the_compiled_step_is_taken_wherever_it_works(weights, step_there):
     question = [{"role": "user", "content": "Who are you?"}]
-    plain = weights(torch.float32)
+    plain = weights(torch.float32, compiled=False)
     expected = spelled(plain.stream(question, None))
-    compiled = weights(torch.float32, compiled=True)
-    assert spelled(compiled.stream(question, None)) == expected
+    exact = weights(torch.float32)
+    assert exact.compiled and not plain.compiled and "float32" in exact.title
+    assert isinstance(exact.step, cpu_step.CpuStep) and exact.step is exact.step and plain.step is False
+    assert spelled(exact.stream(question, None)) == expected
+    assert [message.text for _, message in exact.answer_all([question] * 3)] == [expected.strip()] * 3
     for kind in ("int8", "int4"):
-        eager, fast = weights(quantized=kind), weights(quantized=kind, compiled=True)
-        assert f"{kind} on cpu" in eager.title
+        eager, fast = weights(quantized=kind, compiled=False), weights(quantized=kind)
+        assert f"{kind} on cpu" in eager.title and fast.compiled
         assert spelled(eager.stream(question, None)) == spelled(fast.stream(question, None))
-    assert "bf16 on cpu" in weights(torch.bfloat16, compiled=True).title
-    assert [message.text for _, message in compiled.answer_all([question] * 3)] == [expected.strip()] * 3
+    for dtype in (None, torch.bfloat16):
+        assert weights(dtype).compiled and "parameters, bf16 on cpu" in weights(dtype).title
+    assert not weights(torch.float16).compiled  # it computes in fp32 alone
+    assert weights(compiled=False).model.model.norm.weight.dtype == compute_dtype("cpu")
 
 
-def test_without_a_compiler_it_answers_all_the_same(weights, monkeypatch, capsys):
-    def fails(model):
-        raise RuntimeError("the compiled step needs a C++ compiler")
+def test_where_the_step_does_not_work_a_line_says_so_or_it_is_an_error(weights, monkeypatch, capsys):
+    def build():
+        raise RuntimeError("it needs a C++ compiler")
 
-    monkeypatch.setattr(chatbot_module, "CpuStep", fails)
-    bot = weights(torch.float32, compiled=True)
-    assert "C++ compiler: answering without it" in capsys.readouterr().err
-    assert spelled(bot.stream([{"role": "user", "content": "Hi"}], None))
+    monkeypatch.setattr(cpu_step, "load_library", build)
+    engine._say_once.cache_clear()
+    for _ in range(2):
+        bot = weights()
+        assert not bot.compiled and bot.model.model.norm.weight.dtype == compute_dtype("cpu")
+        assert spelled(bot.stream([{"role": "user", "content": "Hi"}], None))
+    err = capsys.readouterr().err
+    assert err == "note: decoding without the compiled step, which is slower: it needs a C++ compiler\n"
+    weights(compiled=False)
+    weights(torch.float16)  # nobody expects it there
+    assert not capsys.readouterr().err
+    with pytest.raises(CheckpointError, match=r"--compile 1: it needs a C\+\+ compiler; leave it out"):
+        weights(compiled=True)
 
 
 def test_yarn_gives_four_times_the_context(weights):

@@ -155,7 +155,7 @@ def test_a_continued_chat_computes_only_what_is_new(model, monkeypatch):
 
 
 def test_a_running_slots_prefix_is_copied_while_it_runs(model, monkeypatch):
-    engine = Engine(model, slots=2)
+    engine = Engine(model, slots=2, compiled=False)
     prompt, tail = make_prompts(50, 4)
     engine.add(prompt, greedy(20))
     engine.step()

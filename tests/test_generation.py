@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from dataset.chat import load_tokenizer
+from model.inference import sampling
 from model.inference.engine import (
     decode,
     generate,
@@ -16,7 +17,14 @@ from model.inference.engine import (
     generate_stream,
 )
 from model.inference.kv_cache import KVCache
-from model.inference.sampling import Sampler, SamplingParams, SamplingState, sample
+from model.inference.sampling import (
+    Sampler,
+    SamplingParams,
+    SamplingState,
+    make_samplers,
+    outside_nucleus,
+    sample,
+)
 from model.inference.text_stream import TextStream
 from model.model import MiniMindConfig, MiniMindLM
 
@@ -203,7 +211,7 @@ def test_filters_equal_transformers(spread):
     cpu = torch.device("cpu")
     states = [SamplingState(p, prompt, vocab, cpu, set()) for p, prompt in zip(params, prompts, strict=True)]
     sampler = Sampler(states, vocab, cpu)
-    ours = sampler.filter(sampler.adjust(logits))
+    probs = sampler.probabilities(sampler.adjust(logits))
     for row, p in enumerate(params):
         processors = [
             (p.repetition_penalty != 1, transformers.RepetitionPenaltyLogitsProcessor, p.repetition_penalty),
@@ -216,8 +224,27 @@ def test_filters_equal_transformers(spread):
         for used, kind, value in processors:
             if used:
                 theirs = kind(value)(torch.tensor([prompts[row]]), theirs)
-        assert torch.equal(ours[row].isinf(), theirs[0].isinf()), f"row {row}: {FILTERS[row]}"
-        assert torch.allclose(ours[row], theirs[0], atol=1e-5)
+        outside = outside_nucleus(probs[row].expand(vocab, -1), torch.arange(vocab), sampler.top_p[row])
+        ours = probs[row].masked_fill(outside | (probs[row] < p.min_p * probs[row].max()), 0)
+        assert torch.equal(ours == 0, theirs[0].isinf()), f"row {row}: {FILTERS[row]}"
+        assert torch.allclose(ours / ours.sum(), theirs[0].softmax(-1), rtol=1e-4)
+
+
+@pytest.mark.parametrize("changes", [dict(top_p=0.6), dict(top_p=0.95, min_p=0.3), dict(top_p=1e-6), dict(top_p=1.0)])
+def test_draws_follow_the_probabilities_within_the_nucleus(changes):
+    probs = torch.tensor([0.02, 0.3, 0.0, 0.25, 0.2, 0.08, 0.15])  # a nucleus of 0.6: 1, 3 and 4
+    n = 10_000
+    params = [SamplingParams(1.0, seed=i, **changes) for i in range(n)]
+    sampler = Sampler([SamplingState(p, [], 7, probs.device, set()) for p in params], 7, probs.device)
+    counts = torch.bincount(torch.tensor(sampler(probs.log().expand(n, -1))), minlength=7)
+    expected = probs.clone()
+    expected[{0.6: [0, 5, 6], 0.95: [0], 1e-6: [0, 3, 4, 5, 6], 1.0: []}[changes["top_p"]]] = 0
+    if "min_p" in changes:
+        expected[5] = 0
+    expected *= n / expected.sum()
+    assert not counts[expected == 0].any()
+    seen = expected > 0
+    assert ((counts[seen] - expected[seen]) ** 2 / expected[seen]).sum() < 20.5  # 5 degrees: once in a thousand
 
 
 def test_sample_follows_the_probabilities():
@@ -231,6 +258,20 @@ def test_sample_follows_the_probabilities():
     assert chi_square < 16.3  # 3 degrees of freedom: exceeded once in a thousand
     edges = torch.tensor([0.0, 1 - 2**-24])  # the smallest and largest number that torch.rand gives
     assert sample(probs.expand(2, -1), edges).tolist() == [1, 5]
+
+
+def test_rows_are_sampled_alike_in_parts_and_together(monkeypatch):
+    logits = torch.randn(7, 1000, generator=torch.Generator().manual_seed(0))
+    tokens = []
+    for room in (1, 3000, 1 << 20):
+        monkeypatch.setattr(sampling, "CACHED", room)
+        params = [SamplingParams(1.0, top_p=0.5 + i / 14, seed=i) for i in range(7)]
+        states = [SamplingState(p, [], 1000, logits.device, set()) for p in params]
+        samplers = make_samplers(states, 1000, logits.device)
+        assert [len(sampler.states) for sampler in samplers] == {1: [1] * 7, 3000: [3, 3, 1]}.get(room, [7])
+        parts = logits.split([len(sampler.states) for sampler in samplers])
+        tokens.append([token for sampler, part in zip(samplers, parts, strict=True) for token in sampler(part)])
+    assert tokens[0] == tokens[1] == tokens[2]
 
 
 def test_greedy_and_sampled_rows_mix(model):
@@ -347,12 +388,12 @@ def test_finish_reasons_and_texts(model, tokenizer):
     goodbye = encode("Good day")
     parrot = Parrot(model, [[30, *goodbye, 2], [31, *encode("cats, dogs and birds")], [32, *encode("x" * 60)]])
     params = [SamplingParams(0), SamplingParams(0, stop=["and b", "zebra"]), greedy(3)]
-    stop, stop_string, length = generate(parrot, [[30], [31], [32]], params, tokenizer)
+    stop, stop_string, length = generate(parrot, [[30], [31], [32]], params, tokenizer, compiled=False)
     assert (stop.finish_reason, stop.text, stop.token_ids) == ("stop", "Good day", [*goodbye, 2])
     assert (stop_string.finish_reason, stop_string.text) == ("stop", "cats, dogs ")
     assert (length.finish_reason, len(length.token_ids)) == ("length", 3)
     assert length.text == tokenizer.decode(length.token_ids)
-    own = generate(parrot, [[30]], SamplingParams(0, stop_token_ids=goodbye[-1:]), tokenizer)[0]
+    own = generate(parrot, [[30]], SamplingParams(0, stop_token_ids=goodbye[-1:]), tokenizer, compiled=False)[0]
     assert own.finish_reason == "stop" and own.token_ids == goodbye
 
 

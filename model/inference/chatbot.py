@@ -9,7 +9,7 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -30,7 +30,7 @@ from model.inference.answers import (
     to_message,
 )
 from model.inference.cpu_step import CpuStep
-from model.inference.engine import SamplingParams, decode, generate_each
+from model.inference.engine import SamplingParams, decode, decoding_step, generate_each
 from model.inference.quantization import quantize, quantized_kind
 from model.inference.text_stream import TextStream
 from model.model import lora_layers, merge_lora
@@ -64,26 +64,26 @@ def load_chatbot(
     tokenizer: str | Path | None = None,
     adapter: Path | None = None,
     quantized: str | None = None,
-    compiled: bool = False,
+    compiled: bool | None = None,
     extrapolate: bool = False,
 ) -> "Chatbot | TransformersChatbot":
     """A Chatbot, or for a Hugging Face folder of another architecture than ours a TransformersChatbot.
 
     path: what checkpoint.load() takes. dtype None: the best one. tokenizer: the folder of one, for weights that do not
-    say theirs. adapter: a .pth file, or FOLDER/NAME, which stands
-    for FOLDER/NAME_<hidden>[_moe].pth. quantized: "int8" or "int4". compiled: decode by the compiled step, if this
-    machine can. extrapolate: YaRN, for YARN_FACTOR times the context that the model was trained with.
-    Raises CheckpointError.
+    say theirs. adapter: a .pth file, or FOLDER/NAME, which stands for FOLDER/NAME_<hidden>[_moe].pth; it is merged into
+    the weights. quantized: "int8" or "int4". compiled: decode by the compiled step; None: wherever it works.
+    extrapolate: YaRN, for YARN_FACTOR times the context that the model was trained with. Raises CheckpointError.
     """
-    path, dtype = Path(path), dtype or compute_dtype(device)
+    path = Path(path)
     try:
         model, meta = checkpoint.load(path, device)
     except OtherArchitecture as error:
         ours = {"an adapter": adapter, "quantised weights": quantized, "YaRN": extrapolate, "--tokenizer": tokenizer}
+        ours["--compile 1"] = compiled
         if refused := [what for what, given in ours.items() if given]:
             raise CheckpointError(f"{error}; so {refused[0]} cannot be used with it") from None
         print(f"note: {error}: answering through transformers", file=sys.stderr)
-        return TransformersChatbot(path, device, dtype, settings)
+        return TransformersChatbot(path, device, dtype or compute_dtype(device), settings)
     own = checkpoint.tokenizer_of(path, tokenizer)
     checkpoint.require_fit(own, model.config, path)
     if path.is_dir() and not own.brings_template:
@@ -93,15 +93,12 @@ def load_chatbot(
         )
     if adapter:
         load_adapter(adapter_file(adapter, model.config), model, "chosen", base=path, tokenizer=own)
-        if compiled or quantized:
-            merge_lora(model)
+        merge_lora(model)
     trained_len = checkpoint.context_of(meta, own) or checkpoint.UNKNOWN_CONTEXT
     if extrapolate:
         trained_len = extend_context(model, trained_len)
-    if compiled and device.type == "cpu" and dtype == torch.bfloat16:
-        quantized = quantized or "bf16"  # the step computes in fp32 with weights that are bf16 in memory
-    model = quantize(model, quantized) if quantized else model.to(dtype)
-    return Chatbot(path, model, own, trained_len, settings, compiled and can_compile(model))
+    compiled = set_precision(model, device, dtype, quantized, compiled)
+    return Chatbot(path, model, own, trained_len, settings, compiled)
 
 
 def adapter_file(adapter: Path, config) -> Path:
@@ -121,14 +118,28 @@ def extend_context(model, trained_len: int) -> int:
     return int(YARN_FACTOR * trained_len)
 
 
-def can_compile(model) -> bool:
-    """Whether the compiled step works for this model and machine; says why not."""
+def set_precision(
+    model, device: torch.device, dtype: torch.dtype | None, quantized: str | None, compiled: bool | None
+) -> bool:
+    """Converts an fp32 model in place; returns whether it decodes by the compiled step.
+
+    The step computes in fp32. bf16, and no dtype, mean for it that the weights are rounded to bf16 in memory: half as
+    much to read for each token, nearer to fp32 than torch's bf16 arithmetic, and the same on every CPU.
+    Raises CheckpointError if the step was asked for and does not work."""
+    bf16_is_fine = not quantized and dtype in (None, torch.bfloat16)
+    if quantized:
+        quantize(model, quantized)
+    elif not bf16_is_fine:
+        model.to(dtype)
     try:
-        CpuStep(model)
+        works = decoding_step(model, compiled) is not None
     except (OSError, RuntimeError, ValueError) as error:
-        print(f"note: {error}: answering without it", file=sys.stderr)
-        return False
-    return True
+        raise CheckpointError(f"--compile 1: {error}; leave it out to go on without") from None
+    if bf16_is_fine and works:
+        quantize(model, "bf16")
+    elif bf16_is_fine:
+        model.to(dtype or compute_dtype(device))
+    return works
 
 
 def load_adapters(bot: "Chatbot", folder: Path) -> list[str]:
@@ -160,7 +171,7 @@ class Chatbot:
         tokenizer: ChatTokenizer,
         trained_len: int,
         settings: AnswerSettings,
-        compiled: bool = False,
+        compiled: bool | None = None,
     ):
         self.compiled = compiled
         self.model, self.tokenizer, self.settings = model, tokenizer, settings
@@ -172,6 +183,12 @@ class Chatbot:
         size = f"{model.num_parameters() / 1e6:.1f} M parameters"
         self.title = f"{path.name}: {size}, {precision} on {weight.device}, context {self.max_len} tokens"
         self.name = str(path)
+
+    @cached_property
+    def step(self) -> CpuStep | bool:
+        """Engine's `compiled`. Made once, as it may copy the weights; and when it is needed, with the adapters that the
+        model has by then."""
+        return decoding_step(self.model, self.compiled) or False
 
     def encode(self, prompt: str | list[dict]) -> list[int]:
         if isinstance(prompt, str):
@@ -197,7 +214,7 @@ class Chatbot:
         else:
             parser, opening = self._parser(ids)
         yield from opening
-        options = {"max_len": self.max_len, "compiled": self.compiled}
+        options = {"max_len": self.max_len, "compiled": self.step}
         for (event,) in decode(self.model, [ids], sampling, **options):
             self.tokens += 1
             yield from parser.push(event.token_id)
@@ -225,7 +242,7 @@ class Chatbot:
 
     def _answers(self, prompts: list[list[dict]], sampling: list[SamplingParams], batch_size: int) -> Iterator:
         ids = [self.encode(prompt) for prompt in prompts]
-        options = {"batch_size": batch_size, "max_len": self.max_len, "compiled": self.compiled}
+        options = {"batch_size": batch_size, "max_len": self.max_len, "compiled": self.step}
         for i, result in generate_each(self.model, ids, sampling, **options):
             self.tokens += len(result.token_ids)
             parser, opening = self._parser(ids[i])

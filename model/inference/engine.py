@@ -9,10 +9,12 @@ while engine.busy:
     for event in engine.step(): ...   # requests may be added and cancelled between any two steps
 """
 
+import sys
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import groupby
 from typing import NamedTuple
 
@@ -22,7 +24,7 @@ from torch import Tensor
 
 from model.inference.cpu_step import CpuStep
 from model.inference.kv_cache import KVCache
-from model.inference.sampling import Sampler, SamplingParams, SamplingState
+from model.inference.sampling import Sampler, SamplingParams, SamplingState, make_samplers
 from model.inference.text_stream import TextStream
 from model.model import MiniMindLM, lora_layers
 
@@ -90,8 +92,8 @@ class Engine:
 
     slots: sequences that run at once, the others wait in order. max_len: prompt and answer together, at most (default
     and limit: the model's max_position_embeddings). prefill_chunk: tokens of prompts that one step takes, so that a
-    long prompt holds up the others by no more than that. compiled: decode by cpu_step, several times as fast; raises
-    ValueError or RuntimeError where that cannot work. Requests with an adapter take torch's way all the same.
+    long prompt holds up the others by no more than that. compiled: what decoding_step() takes, or has returned.
+    Requests with an adapter take torch's way all the same.
     Not for several threads at once. The weights must not change while requests run or caches are to be reused.
     """
 
@@ -103,7 +105,7 @@ class Engine:
         slots: int = 8,
         max_len: int | None = None,
         prefill_chunk: int = PREFILL_CHUNK,
-        compiled: bool = False,
+        compiled: CpuStep | bool | None = None,
     ):
         if slots < 1 or prefill_chunk < 1:
             raise ValueError(f"slots {slots} and prefill_chunk {prefill_chunk} must be at least 1")
@@ -114,8 +116,10 @@ class Engine:
         self.cache = KVCache(model.config, slots, capacity, weight.device, weight.dtype)
         self.slots = [Slot() for _ in range(slots)]  # in the order of the cache's rows
         self.queue: deque[Sequence] = deque()
-        self.cpu_step = CpuStep(model) if compiled else None
-        self.sampler: Sampler | None = None
+        self.cpu_step = compiled if isinstance(compiled, CpuStep) else decoding_step(model, compiled)
+        self.lora_layers = list(lora_layers(model).values())  # with the adapters that requests may name
+        self.sampled: list[SamplingState] = []  # whom the samplers are for
+        self.samplers: list[Sampler] = []
         self.requests = self.steps = 0  # so far
 
     @property
@@ -148,7 +152,7 @@ class Engine:
             raise ValueError(f"top_logprobs {params.top_logprobs}: the vocabulary has {vocab} tokens")
         if params.stop and self.tokenizer is None:
             raise ValueError("stop strings need a tokenizer")
-        layers = lora_layers(self.model).values()
+        layers = self.lora_layers
         if adapter is None:
             adapter = next((layer.active for layer in layers if layer.adapts), None)
         else:
@@ -185,12 +189,13 @@ class Engine:
             ready += [slot for slot in batch if slot.pending == 0]
         if not ready:
             return []
-        events = self._sample([slot.sequence for slot in ready], torch.cat(logits))
+        events = self._sample([slot.sequence for slot in ready], torch.cat(logits) if len(logits) > 1 else logits[0])
         for slot, event in zip(ready, events, strict=True):
             slot.used = self.steps
             if event.finish_reason:
                 slot.sequence = None
-        self._arrange()
+        if batch or any(event.finish_reason for event in events):
+            self._arrange()
         return events
 
     def _arrange(self) -> None:
@@ -207,6 +212,8 @@ class Engine:
     def _next_prefill(self) -> list[Slot]:
         """The slots whose prompts are computed in this step: the one that is under way, and as many new ones as fit."""
         batch = [slot for slot in self.slots if slot.pending > 1]
+        if not batch and not self.queue:
+            return []
         longest = max((min(slot.pending, self.prefill_chunk) for slot in batch), default=0)
         while self.queue and self.running < len(self.slots):
             sequence = self.queue[0]
@@ -284,11 +291,13 @@ class Engine:
         if not logits.amax(-1).isfinite().all():  # nan and inf both show in the maximum
             raise ValueError("the model's logits are not finite: damaged weights, or too large for their dtype")
         states = [sequence.state for sequence in sequences]
-        if self.sampler is None or self.sampler.states != states:
-            self.sampler = Sampler(states, logits.shape[-1], logits.device)
+        if states != self.sampled:
+            self.sampled, self.samplers = states, make_samplers(states, logits.shape[-1], logits.device)
         logprobs = self._logprobs(sequences, logits)
+        parts = logits.split([len(sampler.states) for sampler in self.samplers])
+        tokens = [token for sampler, part in zip(self.samplers, parts, strict=True) for token in sampler(part)]
         events = []
-        for row, (sequence, token) in enumerate(zip(sequences, self.sampler(logits), strict=True)):
+        for row, (sequence, token) in enumerate(zip(sequences, tokens, strict=True)):
             sequence.ids.append(token)
             reason, text, stream = None, "", sequence.stream
             if token in sequence.state.stop_ids:
@@ -334,6 +343,29 @@ def active_adapter(model: MiniMindLM, name: str | None) -> Iterator[None]:
     finally:
         for layer, active in zip(layers, before, strict=True):
             layer.active = active
+
+
+def decoding_step(model: MiniMindLM, compiled: bool | None = None) -> CpuStep | None:
+    """The compiled step, which decodes several times as fast, or None for torch's way.
+
+    compiled None: wherever it works; a model in fp32 or packed on a CPU that has to do without is told so, once. True:
+    raises OSError, RuntimeError or ValueError where it does not work. False: never."""
+    if compiled is False:
+        return None
+    try:
+        return CpuStep(model)
+    except (OSError, RuntimeError, ValueError) as error:
+        if compiled:
+            raise
+        weight = model.model.norm.weight
+        if weight.device.type == "cpu" and weight.dtype == torch.float32:
+            _say_once(f"note: decoding without the compiled step, which is slower: {error}")
+        return None
+
+
+@cache
+def _say_once(text: str) -> None:
+    print(text, file=sys.stderr)
 
 
 # ------------------------------------------------------------------------------------------------ many prompts at once

@@ -4,14 +4,15 @@ sampler = Sampler([SamplingState(params, prompt, vocab_size, device) for params,
 tokens = sampler(logits)  # (B, vocab) -> B ids
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-NUCLEUS = 256  # top-p looks at so many tokens first: sorting the whole vocabulary takes longer than a nano model's step
+CACHED = 1 << 17  # logits whose sampling stays in the second-level cache
+SUM_BLOCK = 64  # probabilities added up together
 RANDOM_BLOCK = 64  # random numbers drawn at a time
 
 
@@ -146,13 +147,14 @@ class Sampler:
             return torch.tensor(values, dtype=dtype, device=device)[:, None]  # (B, 1)
 
         self.states = states
-        self.params = params = [state.params for state in states]
+        params = [state.params for state in states]
+        self.adjusting = [row for row, state in enumerate(states) if state.adjusts]
         self.greedy = column([p.temperature == 0 for p in params], torch.bool)
         self.temperature = column([p.temperature or 1.0 for p in params])
         self.top_k = column([min(p.top_k or vocab_size, vocab_size) for p in params], torch.long)
-        self.top_p = column([p.top_p for p in params])
+        self.top_p = column([p.top_p if p.top_p < 1 else float("inf") for p in params])
         self.min_p = column([p.min_p for p in params])
-        self.all_greedy = all(p.temperature == 0 for p in params)
+        self.any_greedy, self.all_greedy = bool(self.greedy.any()), bool(self.greedy.all())
         self.any_top_k = any(0 < p.top_k < vocab_size for p in params)
         self.any_top_p = any(p.top_p < 1 for p in params)
         self.any_min_p = any(p.min_p > 0 for p in params)
@@ -160,51 +162,87 @@ class Sampler:
     def __call__(self, logits: Tensor) -> list[int]:
         """The next token of each row."""
         logits = self.adjust(logits.float())
-        tokens = logits.argmax(-1)
-        if not self.all_greedy:
-            random = [0.0 if p.temperature == 0 else s.random() for s, p in zip(self.states, self.params, strict=True)]
-            sampled = sample(self.filter(logits).softmax(-1), torch.tensor(random, device=logits.device))
-            tokens = torch.where(self.greedy[:, 0], tokens, sampled)
+        if self.all_greedy:
+            tokens = logits.argmax(-1)
+        else:
+            tokens = self.draw(self.probabilities(logits))
+            if self.any_greedy:
+                tokens = torch.where(self.greedy[:, 0], logits.argmax(-1), tokens)
         tokens = tokens.tolist()
-        for state, token in zip(self.states, tokens, strict=True):
-            state.accept(token)
+        for row in self.adjusting:
+            self.states[row].accept(tokens[row])
         return tokens
 
     def adjust(self, logits: Tensor) -> Tensor:
         """Penalties, bias and constraints of the rows that have some."""
-        rows = [row for row, state in enumerate(self.states) if state.adjusts]
-        if not rows:
+        if not self.adjusting:
             return logits
-        adjusted = torch.stack([self.states[row].adjust(logits[row]) for row in rows])
-        return logits.index_copy(0, torch.tensor(rows, device=logits.device), adjusted)
+        adjusted = torch.stack([self.states[row].adjust(logits[row]) for row in self.adjusting])
+        return logits.index_copy(0, torch.tensor(self.adjusting, device=logits.device), adjusted)
 
-    def filter(self, logits: Tensor) -> Tensor:
-        """Temperature, then top-k, top-p (Holtzman et al. 2020, arXiv:1904.09751) and min-p (Nguyen et al. 2024,
-        arXiv:2407.01082): what is filtered out becomes -inf."""
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """Temperature, then top-k: (B, vocab)."""
         logits = logits / self.temperature
         if self.any_top_k:
             ordered = logits.topk(int(self.top_k.max()), dim=-1).values
             logits = logits.masked_fill(logits < ordered.gather(1, self.top_k - 1), float("-inf"))
-        if self.any_top_p:
-            logits = logits.masked_fill(~self.nucleus(logits.softmax(-1)), float("-inf"))
-        if self.any_min_p:
-            probs = logits.softmax(-1)
-            logits = logits.masked_fill(probs < self.min_p * probs.amax(-1, keepdim=True), float("-inf"))
-        return logits
+        return logits.softmax(-1)
 
-    def nucleus(self, probs: Tensor) -> Tensor:
-        """Which tokens top-p keeps, (B, vocab) bool: those with less than top_p of the mass on likelier ones."""
-        top, order = probs.topk(min(NUCLEUS, probs.shape[-1]), dim=-1)
-        if (top.sum(-1, keepdim=True) < self.top_p)[self.top_p < 1].any():
-            top, order = probs.sort(dim=-1, descending=True)
-        keep = top.cumsum(-1) - top < self.top_p
-        return torch.zeros_like(probs, dtype=torch.bool).scatter(1, order, keep) | (self.top_p == 1)
+    def draw(self, probs: Tensor) -> Tensor:
+        """A token of each row of probs (B, vocab), by top-p (Holtzman et al. 2020, arXiv:1904.09751) and min-p (Nguyen
+        et al. 2024, arXiv:2407.01082), which is relative to the likeliest token and so the same before top-p.
+
+        Top-p without sorting: draw, and draw again among likelier ones if the token is not in the nucleus."""
+        left = probs
+        if self.any_min_p:
+            left = probs.masked_fill(probs < self.min_p * probs.amax(-1, keepdim=True), 0)
+        tokens = sample(left, self.random(range(len(probs)), probs.device))
+        if not self.any_top_p:
+            return tokens
+        rows = outside_nucleus(probs, tokens, self.top_p).nonzero()[:, 0]
+        while len(rows):
+            own = probs[rows]
+            drawn = own.gather(1, tokens[rows, None])
+            tokens[rows] = sample(left[rows].masked_fill(own <= drawn, 0), self.random(rows.tolist(), probs.device))
+            rows = rows[outside_nucleus(own, tokens[rows], self.top_p[rows])]
+        return tokens
+
+    def random(self, rows: Iterable[int], device: torch.device) -> Tensor:
+        """The next random number of each of these rows."""
+        return torch.tensor([self.states[row].random() for row in rows], device=device)
+
+
+def make_samplers(states: list[SamplingState], vocab_size: int, device: torch.device) -> list[Sampler]:
+    """One for all rows; on a CPU for as many as fit its cache each, as their intermediate results do then."""
+    rows = max(1, CACHED // vocab_size) if device.type == "cpu" else len(states)
+    return [Sampler(states[at : at + rows], vocab_size, device) for at in range(0, len(states), rows)]
+
+
+def outside_nucleus(probs: Tensor, tokens: Tensor, top_p: Tensor) -> Tensor:
+    """Of tokens (B,) drawn from probs (B, vocab): whether likelier ones have top_p (B, 1) of the mass by themselves."""
+    own = probs.gather(1, tokens[:, None])
+    likelier = torch.nn.functional.threshold(probs / own, 1.0, 0.0)  # each row in units of its token's probability
+    return (likelier.sum(-1, keepdim=True) * own >= top_p)[:, 0]
 
 
 def sample(probs: Tensor, random: Tensor) -> Tensor:
-    """One token of each row of probs (B, vocab), by inverting the cumulative distribution at random (B,) in [0, 1)."""
-    cumulative = probs.cumsum(-1)
+    """One token of each row of probs (B, vocab), by inverting the cumulative distribution at random (B,) in [0, 1): the
+    block of the token first, then its place there, as adding up a whole row is a chain of as many additions."""
+    missing = -probs.shape[-1] % SUM_BLOCK
+    probs = torch.nn.functional.pad(probs, (0, missing)) if missing else probs
+    blocks = probs.unflatten(-1, (-1, SUM_BLOCK))
+    sums = blocks.sum(-1)
+    at = random[:, None] * sums.sum(-1, keepdim=True)
+    block, at = invert(sums, at)
+    place, _ = invert(blocks[torch.arange(len(probs), device=probs.device), block[:, 0]], at)
+    return (block * SUM_BLOCK + place)[:, 0]
+
+
+def invert(weights: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the cumulative sum of each row of weights (B, n) passes at (B, 1), and what is left of `at` there: (B, 1).
+    The weight found is above 0, whatever was rounded."""
+    cumulative = weights.cumsum(-1)
     total = cumulative[:, -1:]
-    # Below the total even after rounding, so that the token found has a probability above 0.
-    at = torch.minimum(random[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(cumulative, at, right=True)[:, 0].clamp(max=probs.shape[-1] - 1)
+    at = torch.minimum(at, torch.nextafter(total, torch.zeros_like(total))).clamp(min=0)
+    found = torch.searchsorted(cumulative, at, right=True).clamp(max=weights.shape[-1] - 1)
+    return found, at - (cumulative - weights).gather(1, found)

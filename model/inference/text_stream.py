@@ -6,8 +6,15 @@ print(stream.push(token_id), end="")
 
 import codecs
 from collections.abc import Sequence
+from functools import lru_cache
 
 from dataset.tokenizer import ChatTokenizer
+
+
+@lru_cache(1 << 18)
+def token_bytes(tokenizer: ChatTokenizer, token_id: int) -> bytes:
+    """The tokenizer's, which spells a token out anew each time."""
+    return tokenizer.token_bytes(token_id)
 
 
 class TextStream:
@@ -24,7 +31,7 @@ class TextStream:
 
     def push(self, token_id: int) -> str:
         """The text that is certain after this token, possibly none."""
-        new = self.decoder.decode(self.tokenizer.token_bytes(token_id))
+        new = self.decoder.decode(token_bytes(self.tokenizer, token_id))
         if self.first and new:
             new, self.first = new.removeprefix(" "), False
         return self._release(new)
