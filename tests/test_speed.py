@@ -139,15 +139,17 @@ def test_a_torch_without_grouped_mm_trains_all_the_same(tiny, monkeypatch):
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is told to keep memory")
 def test_freed_memory_is_kept_for_the_next_step():
-    """Of 64 MB that are freed and taken again, hardly a page comes from the system."""
+    """Of 64 MB that are freed and taken again and again, hardly a page comes from the system, once there is room."""
     script = """
-import resource, torch
+import resource, statistics, torch
 from trainer.speed import keep_freed_memory
 keep_freed_memory()
-torch.ones(1 << 24)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-torch.ones(1 << 24)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)"""
+counts = []
+for _ in range(20):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(1 << 24)
+    counts.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(int(statistics.median(counts)))"""
     run = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
     assert int(run.stdout) < 1000
 
