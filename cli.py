@@ -50,6 +50,9 @@ def _take_ctrl_c() -> None:
 
 
 _take_ctrl_c()
+# Threads that wait for others do so asleep rather than spinning for milliseconds: with another busy process on the
+# machine a training step would take several times as long. OpenMP reads it when torch is imported.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 
 class UsageError(Exception):

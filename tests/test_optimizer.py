@@ -1,5 +1,6 @@
 """Learning-rate schedule, parameter groups, and that both optimizers learn."""
 
+import copy
 import math
 from functools import partial
 
@@ -9,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from model.model import MiniMindConfig, MiniMindLM
 from tests.helpers import next_token_loss
+from trainer import optimizer as optimizer_module
 from trainer.optimizer import Muon, build_optimizers, learning_rate_scale, orthogonalize, set_learning_rate
 
 
@@ -58,8 +60,13 @@ def test_frozen_parameters_are_left_out(tiny):
     assert all(p is not model.model.embed_tokens.weight for p in owned)
 
 
-def test_muon_equals_torch():
-    """Bit for bit in torch's bf16, over several steps, for tall, wide and square matrices."""
+def test_muon_is_torchs_but_for_the_iteration(monkeypatch):
+    """With torch's own, bit for bit in bf16, over several steps, for tall, wide and square matrices."""
+
+    def jordans(matrix, dtype):
+        return torch.optim._muon._zeropower_via_newtonschulz(matrix, (3.4445, -4.7750, 2.0315), 5, 1e-7)
+
+    monkeypatch.setattr(optimizer_module, "orthogonalize", jordans)
     torch.manual_seed(0)
     ours = [torch.nn.Parameter(torch.randn(shape)) for shape in ((48, 32), (32, 48), (32, 32))]
     theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
@@ -72,6 +79,45 @@ def test_muon_equals_torch():
         a.step()
         b.step()
         assert all(torch.equal(p, q) for p, q in zip(ours, theirs, strict=True))
+
+
+def test_matrices_take_turns_and_go_as_far_as_without():
+    torch.manual_seed(0)
+    start = [torch.randn(16, 24) for _ in range(5)]
+    gradients = [torch.randn(16, 24) for _ in range(5)]
+
+    def train(every: int) -> list[list[torch.Tensor]]:
+        """The matrices after each of 60 steps; halfway, all goes on from a saved state."""
+        params = [torch.nn.Parameter(p.clone()) for p in start]
+        muon, after = Muon([{"params": params, "every": every}], lr=1e-3, weight_decay=0.1), []
+        for step in range(60):
+            if step == 29:
+                state = copy.deepcopy(muon.state_dict())
+                muon = Muon([{"params": params, "every": every}], lr=1e-3, weight_decay=0.1)
+                muon.load_state_dict(state)
+            for p, g in zip(params, gradients, strict=True):
+                p.grad = g
+            muon.step()
+            after.append([p.detach().clone() for p in params])
+        return after
+
+    each, third = train(1), train(3)
+    for step in range(59):
+        changed = [not torch.equal(a, b) for a, b in zip(third[step], third[step + 1], strict=True)]
+        assert changed == [(i + step + 1) % 3 == 0 for i in range(5)]
+    for p, q, p0 in zip(each[-1], third[-1], start, strict=True):
+        assert (p - q).norm() < 0.02 * (p - p0).norm()
+
+
+def test_experts_take_turns(tiny):
+    """Each step computes as many of an expert's matrices as a token sees."""
+    model = tiny(num_experts=4, num_experts_per_tok=2, num_shared_experts=1)
+    muon = build_optimizers(model, "muon")[0]
+    every = {id(p): group["every"] for group in muon.param_groups for p in group["params"]}
+    for name, p in model.named_parameters():
+        if id(p) in every:
+            assert every[id(p)] == (2 if ".experts." in name else 1), name
+    assert [g["every"] for g in build_optimizers(tiny(), "muon")[0].param_groups] == [1]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -95,14 +141,27 @@ def test_muon_multiplies_in_the_precision_of_the_run(dtype):
     assert set(seen) == {torch.bfloat16 if dtype == torch.bfloat16 else torch.float32}
 
 
-@pytest.mark.parametrize("shape", [(96, 40), (40, 96)])
-def test_orthogonalize_keeps_the_directions_and_evens_out_their_sizes(shape):
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e4])
+@pytest.mark.parametrize("shape", [(96, 40), (40, 96), (64, 64)])
+def test_orthogonalize_keeps_the_directions_and_evens_out_their_sizes(shape, scale):
+    """Singular values over two orders of magnitude, in fp32 against the singular value decomposition."""
     torch.manual_seed(0)
-    matrix = torch.randn(shape)
-    u, _, vh = torch.linalg.svd(matrix, full_matrices=False)
+    u, _, vh = torch.linalg.svd(torch.randn(shape), full_matrices=False)
+    sizes = torch.logspace(0, -2, min(shape))
+    matrix = scale * (u * sizes) @ vh
     along = u.T @ orthogonalize(matrix, torch.float32) @ vh.T  # diagonal, if the singular vectors are the same
-    assert (along - along.diag().diag()).abs().max() < 1e-4
-    assert along.diag().min() > 0.6 and along.diag().max() < 1.3
+    assert (along - along.diag().diag()).abs().max() < 1e-3
+    assert along.diag().min() > 0.35 and along.diag().max() < 1.4
+    assert along.diag().square().mean().sqrt() == pytest.approx(0.95, abs=0.1)
+    rounded = u.T @ orthogonalize(matrix, torch.bfloat16).float() @ vh.T
+    assert (rounded - along).abs().max() < 0.1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_orthogonalize_bears_what_is_of_one_rank_or_nothing(dtype):
+    assert not orthogonalize(torch.zeros(8, 12), dtype).any()
+    one = torch.outer(torch.randn(96), torch.randn(40))
+    assert 0.3 < torch.linalg.matrix_norm(orthogonalize(one, dtype).float(), 2) < 1.5
 
 
 @pytest.mark.parametrize("name", ["muon", "adamw"])

@@ -1,11 +1,16 @@
 """The faster forms of trainer/speed.py against the plain ones."""
 
 import math
+import os
+import platform
+import subprocess
+import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from cli import ROOT
 from model.model import LoRAConfig, MiniMindConfig, MoEFeedForward, add_lora, attention, each_expert
 from tests.helpers import next_token_loss, shifted
 from trainer import speed
@@ -130,6 +135,32 @@ def test_a_torch_without_grouped_mm_trains_all_the_same(tiny, monkeypatch):
     with torch.autocast("cpu", torch.bfloat16):
         next_token_loss(model, ids, shifted(ids)).backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is told to keep memory")
+def test_freed_memory_is_kept_for_the_next_step():
+    """Of 64 MB that are freed and taken again and again, hardly a page comes from the system, once there is room."""
+    script = """
+import resource, statistics, torch
+from trainer.speed import keep_freed_memory
+keep_freed_memory()
+counts = []
+for _ in range(20):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(1 << 24)
+    counts.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(int(statistics.median(counts)))"""
+    run = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert int(run.stdout) < 1000
+
+
+def test_threads_do_not_spin_for_long_while_they_wait():
+    """Else a training step beside another busy process takes several times as long."""
+    script = "import os, sys, cli; print(os.environ['GOMP_SPINCOUNT'], 'torch' in sys.modules)"
+    for env, count in (({}, "1000"), ({"GOMP_SPINCOUNT": "77"}, "77")):
+        environment = {k: v for k, v in os.environ.items() if k != "GOMP_SPINCOUNT"} | env
+        run = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert run.stdout.split() == [count, "False"]
 
 
 @pytest.mark.slow

@@ -4,7 +4,10 @@ install(model, torch.bfloat16, device)      # kernels for this device and precis
 compile_blocks(model)                       # torch.compile, block by block
 """
 
+import contextlib
+import ctypes
 import math
+import sys
 import time
 from collections.abc import Callable
 from functools import cache
@@ -80,6 +83,8 @@ def _grouped_linear(x: Tensor, layers: list[nn.Linear], ends: Tensor) -> Tensor:
 
 def install(model: MiniMindLM, dtype: torch.dtype, device: torch.device) -> None:
     """Give the model the forms that train fastest in this precision on this device, of those that torch has."""
+    if device.type == "cpu":
+        keep_freed_memory()
     bf16, adapted = dtype == torch.bfloat16, bool(lora_layers(model))
     for layer in model.modules():
         if isinstance(layer, Attention):
@@ -88,6 +93,17 @@ def install(model: MiniMindLM, dtype: torch.dtype, device: torch.device) -> None
             # The kernel over all experts sees their weights alone, without an adapter.
             grouped = bf16 and hasattr(F, "grouped_mm") and not adapted
             layer.compute = grouped_experts if grouped else each_expert
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep what is freed for the next step. It hands large tensors back to the system otherwise, which gives
+    them page by page and filled with zeros again: a tenth of a step."""
+    mmap_threshold, trim_threshold = -3, -1  # names of malloc.h
+    if sys.platform == "linux":
+        with contextlib.suppress(AttributeError):  # another C library
+            mallopt = ctypes.CDLL(None).mallopt
+            mallopt(mmap_threshold, 1 << 30)
+            mallopt(trim_threshold, (1 << 31) - 1)
 
 
 # ------------------------------------------------------------------------------------------------ compiling
