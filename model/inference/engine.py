@@ -90,8 +90,8 @@ class Engine:
 
     slots: sequences that run at once, the others wait in order. max_len: prompt and answer together, at most (default
     and limit: the model's max_position_embeddings). prefill_chunk: tokens of prompts that one step takes, so that a
-    long prompt holds up the others by no more than that. compiled: decode by cpu_step, several times as fast; raises
-    ValueError or RuntimeError where that cannot work. Requests with an adapter take torch's way all the same.
+    long prompt holds up the others by no more than that. compiled: compute by cpu_step, several times as fast; raises
+    ValueError or RuntimeError where that cannot work.
     Not for several threads at once. The weights must not change while requests run or caches are to be reused.
     """
 
@@ -111,10 +111,11 @@ class Engine:
         self.max_len = min(max_len or model.config.max_position_embeddings, model.config.max_position_embeddings)
         weight = model.model.norm.weight
         capacity = min(self.max_len, FIRST_CAPACITY)
-        self.cache = KVCache(model.config, slots, capacity, weight.device, weight.dtype)
+        self.cpu_step = CpuStep(model) if compiled else None
+        lanes = self.cpu_step.lanes if self.cpu_step else None
+        self.cache = KVCache(model.config, slots, capacity, weight.device, weight.dtype, lanes)
         self.slots = [Slot() for _ in range(slots)]  # in the order of the cache's rows
         self.queue: deque[Sequence] = deque()
-        self.cpu_step = CpuStep(model) if compiled else None
         self.sampler: Sampler | None = None
         self.requests = self.steps = 0  # so far
 
@@ -256,11 +257,12 @@ class Engine:
         """Compute the pending tokens, at most a chunk, of slots that are side by side and have one adapter; logits of
         those that then have none pending, (n, vocab)."""
         first = self.slots.index(slots[0])
-        if self.cpu_step and slots[0].adapter is None and all(slot.pending == 1 for slot in slots):
-            logits = self.cpu_step([slot.sequence.ids[-1] for slot in slots], first, self.cache)
-            self._hold(first, [slot.sequence.ids[-1:] for slot in slots])
-            return logits
         new = [slot.sequence.ids[len(slot.tokens) :][: self.prefill_chunk] for slot in slots]
+        if self.cpu_step:
+            logits = self.cpu_step(new, first, self.cache, slots[0].adapter)
+            ended = [len(tokens) == slot.pending for slot, tokens in zip(slots, new, strict=True)]
+            self._hold(first, new)
+            return logits if all(ended) else logits[ended]
         T = max(map(len, new))
         device = self.cache.k.device
         ids = torch.tensor([tokens + [0] * (T - len(tokens)) for tokens in new], device=device)  # (B, T)
