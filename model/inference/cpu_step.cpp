@@ -162,7 +162,8 @@ struct Own {  // by each thread for itself: to compute a row again is cheaper th
         normed = arena.take(B * m.hidden), chosen = arena.take(B * m.hidden), low = arena.take(B * rank);
         weights = arena.take(B), router = arena.take(B * (2 * m.experts + 15)), rows = (int64_t*)arena.take(2 * B);
         scores = arena.take(QUERIES * (longest + LANES));
-        in = {nullptr, 0, 0, (int32_t*)arena.take(B * widest / 2), (int32_t*)arena.take(B * widest / 32), arena.take(B)};
+        in = {nullptr, 0, 0, (int32_t*)arena.take(B * widest / 2), (int32_t*)arena.take(B),
+              (int32_t*)arena.take(B * widest / 32), arena.take(B)};
     }
 };
 

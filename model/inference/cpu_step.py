@@ -272,5 +272,5 @@ def padded(x: Tensor, rows: int) -> Tensor:
 
 
 def panels(words: Tensor) -> Tensor:
-    """(N, n) of 4 bytes each -> (N / 16, n, 16)."""
-    return words.unflatten(0, (-1, 16)).transpose(1, 2).contiguous()
+    """(N, n) of 4 bytes each, rows in panels of 64 and what is left: the first words of a panel's rows, the second, ..."""
+    return torch.cat([panel.T.flatten() for panel in words.split(64)])

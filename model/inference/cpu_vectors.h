@@ -72,16 +72,16 @@ struct Input {
     const float* x;  // (count, cols)
     int64_t count, cols;
     int32_t* narrow;  // bf16 or int8 (count, cols)
-    int32_t* sums;    // of int8, (count, cols / 32)
-    float* scale;     // of int8, (count,)
+    int32_t *sum, *group_sums;  // of int8, (count,) and (count, cols / 32)
+    float* scale;               // of int8, (count,)
 };
 
 struct Range { int64_t begin, end; };
 
-// This thread's share of n, in multiples of 16.
+// This thread's share of n, in multiples of 64, the last one perhaps of 16.
 static Range share(int64_t n) {
-    int64_t threads = omp_get_num_threads(), id = omp_get_thread_num();
-    return {n / 16 * id / threads * 16, n / 16 * (id + 1) / threads * 16};
+    int64_t threads = omp_get_num_threads(), id = omp_get_thread_num(), panels = (n + 63) / 64;
+    return {panels * id / threads * 64, std::min(panels * (id + 1) / threads * 64, n)};
 }
 
 // f(how many rows, the first of them), at most MOST at once; their number is known at compile time.
