@@ -68,10 +68,11 @@ template <int KIND> struct Panel {
         words = (const int32_t*)m.data + begin * count + first - begin;
         scale = KIND == INT4 ? m.scale + begin * (m.cols / 32) + first - begin : m.scale + first;
     }
+    int64_t at(int n) const { return n / 4 * 64 * count + n % 4 * 16; }  // of the n-th vector's words
 };
 
 #define EACH_R _Pragma("GCC unroll 8") for (int r = 0; r < R; r++)
-#define EACH_N _Pragma("GCC unroll 8") for (int n = 0; n < N; n++)
+#define EACH_N _Pragma("GCC unroll 16") for (int n = 0; n < N; n++)
 
 // y (R, 16 N) = R rows of inputs times N vectors of rows of a panel, what is loaded once being used R and N times. Every
 // sum runs over the columns in order, whatever R and N.
@@ -83,7 +84,7 @@ static inline void tile(const Panel<KIND>& p, const Input& in, int64_t row, floa
     if constexpr (KIND == FP32 || KIND == BF16) {
         for (int64_t k = 0; k < p.count; k++, w += p.width) {
             vi weights[N];
-            EACH_N weights[n] = *(const unaligned_vi*)(w + 16 * n);
+            EACH_N weights[n] = *(const unaligned_vi*)(w + p.at(n));
             EACH_R EACH_N total[n][r] = multiply_add(total[n][r], weights[n], broadcast(x[r * x_words + k]),
                                                      std::integral_constant<int, KIND>());
         }
@@ -92,7 +93,7 @@ static inline void tile(const Panel<KIND>& p, const Input& in, int64_t row, floa
         EACH_R EACH_N acc[n][r] = broadcast(-128 * in.sum[row + r]);
         for (int64_t k = 0; k < p.count; k++, w += p.width) {
             vi weights[N];
-            EACH_N weights[n] = *(const unaligned_vi*)(w + 16 * n);
+            EACH_N weights[n] = *(const unaligned_vi*)(w + p.at(n));
             EACH_R EACH_N acc[n][r] = multiply_add(acc[n][r], weights[n], broadcast(x[r * x_words + k]));
         }
         EACH_R EACH_N total[n][r] = __builtin_convertvector(acc[n][r], vf) * load(p.scale + 16 * n);
@@ -104,13 +105,13 @@ static inline void tile(const Panel<KIND>& p, const Input& in, int64_t row, floa
             for (int k = 0; k < 4; k++, w += p.width) {  // a word has columns c to c + 3 and c + 8 to c + 11 of 16
                 const int64_t at = 8 * g + k / 2 * 4 + k % 2;
                 EACH_N {
-                    const vi pairs = *(const unaligned_vi*)(w + 16 * n);
+                    const vi pairs = *(const unaligned_vi*)(w + p.at(n));
                     const vi low = pairs & 0x0f0f0f0f, high = (pairs >> 4) & 0x0f0f0f0f;
                     EACH_R acc[n][r] = multiply_add(acc[n][r], low, broadcast(x[r * x_words + at]));
                     EACH_R acc[n][r] = multiply_add(acc[n][r], high, broadcast(x[r * x_words + at + 2]));
                 }
             }
-            EACH_R EACH_N total[n][r] += __builtin_convertvector(acc[n][r], vf) * load(p.scale + g * p.width + 16 * n);
+            EACH_R EACH_N total[n][r] += __builtin_convertvector(acc[n][r], vf) * load(p.scale + g * p.width + n / 4 * 64 * groups + n % 4 * 16);
         }
     }
     EACH_R EACH_N store(y + r * next_y + 16 * n, KIND >= INT8 ? total[n][r] * in.scale[row + r] : total[n][r]);
@@ -118,10 +119,16 @@ static inline void tile(const Panel<KIND>& p, const Input& in, int64_t row, floa
 
 // Rows of the matrix from a multiple of 64 on.
 template <int KIND> static void multiply_as(const Matrix& m, Range rows, const Input& in, float* y) {
+    constexpr int STREAMS = 4;  // panels at once for one row: memory is read fastest from a few places
     constexpr int R_MOST = KIND == INT4 ? 3 : 6;  // what fits 32 registers
     for (int64_t n = rows.begin; n < rows.end;) {
         const Panel<KIND> panel(m, n);
         const bool whole = panel.width == 64;
+        if (in.count == 1 && n + 64 * STREAMS <= rows.end) {
+            tile<KIND, 4 * STREAMS, 1>(panel, in, 0, y + n, m.rows);
+            n += 64 * STREAMS;
+            continue;
+        }
         by_rows<R_MOST>(in.count, [&](auto R, int64_t row) {
             if (whole) tile<KIND, 4, R>(panel, in, row, y + row * m.rows + n, m.rows);
             else tile<KIND, 1, R>(panel, in, row, y + row * m.rows + n, m.rows);
