@@ -2,6 +2,8 @@
 // fp32. Every sum runs in one order whatever the number of inputs.
 #pragma once
 
+#include <vector>
+
 #include "cpu_vectors.h"
 
 #ifdef __AVX2__  // what g++ makes of the portable form below is half as fast
@@ -75,7 +77,56 @@ template <int KIND, int N, int R> static inline void tile(const Matrix& m, int64
             y[r * m.rows + n + j] = sum(half[0][j][r] + half[1][j][r]) * (KIND == INT8 ? m.scale[n + j] : 1.0f);
 }
 
+// The same for many rows of x: R of them times 4 rows of the matrix, both in the order of narrow(), so that each of the
+// four sums reads neighbours.
+template <int R> static inline void wide_tile(const float* w, int64_t K, const float* x, vf (&out)[4][R]) {
+    vf half[2][4][R];
+    for (int i = 0; i < 4; i++) {
+        vf acc[4][R] = {};
+        for (int64_t k = 0; k < K / 4; k += 8) {
+            vf in[R];
+#pragma GCC unroll 4
+            for (int r = 0; r < R; r++) in[r] = load(x + r * K + i * K / 4 + k);
+#pragma GCC unroll 4
+            for (int j = 0; j < 4; j++) {
+                const vf weight = load(w + j * K + i * K / 4 + k);
+#pragma GCC unroll 4
+                for (int r = 0; r < R; r++) acc[j][r] += weight * in[r];
+            }
+        }
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; j++)
+#pragma GCC unroll 4
+            for (int r = 0; r < R; r++) half[i / 2][j][r] = i % 2 ? half[i / 2][j][r] + acc[j][r] : acc[j][r];
+    }
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; j++)
+#pragma GCC unroll 4
+        for (int r = 0; r < R; r++) out[j][r] = half[0][j][r] + half[1][j][r];
+}
+
+constexpr int64_t MANY = 12;  // rows of x for which it pays to widen weights in memory
+
+template <int KIND> static void multiply_many(const Matrix& m, Range rows, const Input& in, float* y) {
+    std::vector<float> wide(4 * m.cols);
+    const float* x = (const float*)in.narrow;
+    for (int64_t n = rows.begin; n < rows.end; n += 4) {
+        for (int64_t j = 0; j < 4; j++)
+            for (int64_t k = 0; k < m.cols; k += 32)
+                for (int i = 0; i < 4; i++)
+                    store(&wide[j * m.cols + i * m.cols / 4 + k / 4], weights<KIND>(m, n + j, k, i));
+        by_rows<3>(in.count, [&](auto R, int64_t first) {
+            vf out[4][R];
+            wide_tile<R>(wide.data(), m.cols, x + first * m.cols, out);
+            for (int j = 0; j < 4; j++)
+                for (int r = 0; r < R; r++)
+                    y[(first + r) * m.rows + n + j] = sum(out[j][r]) * (KIND == INT8 ? m.scale[n + j] : 1.0f);
+        });
+    }
+}
+
 template <int KIND> static void multiply_as(const Matrix& m, Range rows, const Input& in, float* y) {
+    if (in.count >= MANY) return multiply_many<KIND>(m, rows, in, y);
     if (in.count == 1) {
         for (int64_t n = rows.begin; n < rows.end; n++) y[n] = dot<KIND>(m, n, in.x);
         return;
@@ -95,7 +146,13 @@ template <int KIND> static void multiply_as(const Matrix& m, Range rows, const I
         }
 }
 
-static void narrow(int64_t, Input&) {}  // inputs stay fp32
+// Inputs stay fp32. Of many, each row's eights are sorted by the sum of dot() that they are part of.
+static void narrow(int64_t, Input& in) {
+    for (int64_t r = 0; r < in.count && in.count >= MANY; r++)
+        for (int64_t k = 0; k < in.cols; k += 32)
+            for (int i = 0; i < 4; i++)
+                store((float*)in.narrow + r * in.cols + i * in.cols / 4 + k / 4, load(in.x + r * in.cols + k + 8 * i));
+}
 
 template <int KIND> static void row_as(const Matrix& m, int64_t row, float* y) {
     for (int64_t k = 0; k < m.cols; k += 32)

@@ -156,14 +156,15 @@ struct Shared {  // by all threads, each of which writes its own columns or rows
 struct Own {  // by each thread for itself: to compute a row again is cheaper than to wait for another thread
     float *normed, *chosen, *weights, *router, *low, *scores;
     int64_t* rows;
-    Input in;
+    Input in, low_in;
     Own(const Model& m, int64_t B, int64_t longest, int64_t rank, Arena& arena) {
         const int64_t widest = std::max({m.hidden, m.heads * m.head_dim, m.intermediate});
         normed = arena.take(B * m.hidden), chosen = arena.take(B * m.hidden), low = arena.take(B * rank);
         weights = arena.take(B), router = arena.take(B * (2 * m.experts + 15)), rows = (int64_t*)arena.take(2 * B);
         scores = arena.take(QUERIES * (longest + LANES));
-        in = {nullptr, 0, 0, (int32_t*)arena.take(B * widest / 2), (int32_t*)arena.take(B),
+        in = {nullptr, 0, 0, (int32_t*)arena.take(B * widest), (int32_t*)arena.take(B),
               (int32_t*)arena.take(B * widest / 32), arena.take(B)};
+        low_in.narrow = (int32_t*)arena.take(B * rank);
     }
 };
 
@@ -176,11 +177,12 @@ struct Step {
     Own& own;
     const int64_t id = omp_get_thread_num(), team = omp_get_num_threads();
 
-    // Makes x (count, cols) what the next products multiply, by weights of this kind.
-    const Input& input(const float* x, int64_t count, const Matrix& m) {
-        own.in.x = x, own.in.count = count, own.in.cols = m.cols;
-        narrow(m.kind, own.in);
-        return own.in;
+    // x (count, cols) as products with matrices of this one's kind want it.
+    const Input& input(const float* x, int64_t count, const Matrix& m) { return input(x, count, m, own.in); }
+    static const Input& input(const float* x, int64_t count, const Matrix& m, Input& in) {
+        in.x = x, in.count = count, in.cols = m.cols;
+        narrow(m.kind, in);
+        return in;
     }
 
     // This thread's share of the columns of y (count, rows of the weight).
@@ -189,7 +191,7 @@ struct Step {
         multiply(l.weight, mine, in, y);
         if (l.a.rows == 0) return;
         multiply(l.a, {0, l.a.rows}, in, own.low);
-        multiply(l.b, mine, {own.low, in.count, l.b.cols}, all.adapted);
+        multiply(l.b, mine, input(own.low, in.count, l.b, own.low_in), all.adapted);
         for (int64_t r = 0; r < in.count; r++)
             for (int64_t i = mine.begin; i < mine.end; i++) y[r * l.b.rows + i] += all.adapted[r * l.b.rows + i];
     }
@@ -301,7 +303,7 @@ struct Step {
     void feed_forwards(const Layer& layer) {
         normalise(layer.post_norm);
         float* routed = own.router + rows.count * layer.router.rows;
-        if (m.experts) multiply(layer.router, {0, layer.router.rows}, {own.normed, rows.count, m.hidden}, own.router);
+        if (m.experts) multiply(layer.router, {0, layer.router.rows}, input(own.normed, rows.count, layer.router), own.router);
         for (int64_t r = 0; r < rows.count && m.experts; r++)
             route(own.router + r * layer.router.rows, routed + r * m.experts);
         for (int64_t e = 0; e < m.experts; e++) {
