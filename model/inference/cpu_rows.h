@@ -39,7 +39,6 @@ template <int KIND> static inline const char* address(const Matrix& m, int64_t r
 template <int KIND> static inline float dot(const Matrix& m, int64_t n, const float* x) {
     vf acc[4] = {};
     for (int64_t k = 0; k < m.cols; k += 32) {
-        __builtin_prefetch(address<KIND>(m, n, k) + 1024);
 #pragma GCC unroll 4
         for (int i = 0; i < 4; i++) acc[i] += weights<KIND>(m, n, k, i) * load(x + k + 8 * i);
     }

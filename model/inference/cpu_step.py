@@ -272,5 +272,5 @@ def padded(x: Tensor, rows: int) -> Tensor:
 
 
 def panels(words: Tensor) -> Tensor:
-    """(N, n) of 4 bytes each, rows in panels of 64 and what is left: the first words of a panel's rows, the second, ..."""
+    """(N, n) words of 4 bytes, in panels of 64 rows and what is left: the first of each of its rows, the second, ..."""
     return torch.cat([panel.T.flatten() for panel in words.split(64)])
