@@ -44,8 +44,8 @@ static void narrow(int64_t kind, Input& in) {
     }
 }
 
-static inline vf multiply_add(vf acc, vi weights, vi x, std::integral_constant<int, FP32>) { return acc + (vf)weights * (vf)x; }
-static inline vf multiply_add(vf acc, vi weights, vi x, std::integral_constant<int, BF16>) {
+template <int KIND> static inline vf multiply_add(vf acc, vi weights, vi x) {
+    if (KIND == FP32) return acc + (vf)weights * (vf)x;
 #ifdef __AVX512BF16__
     return (vf)_mm512_dpbf16_ps((__m512)acc, (__m512bh)weights, (__m512bh)x);
 #else
@@ -53,7 +53,7 @@ static inline vf multiply_add(vf acc, vi weights, vi x, std::integral_constant<i
     return acc + (vf)(weights & (int)0xffff0000) * (vf)(x & (int)0xffff0000);
 #endif
 }
-static inline vi multiply_add(vi acc, vi weights, vi x) {
+static inline vi multiply_add_ints(vi acc, vi weights, vi x) {
     return (vi)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)weights, (__m512i)x);
 }
 
@@ -74,7 +74,7 @@ template <int KIND> struct Panel {
 #define EACH_R _Pragma("GCC unroll 8") for (int r = 0; r < R; r++)
 #define EACH_N _Pragma("GCC unroll 16") for (int n = 0; n < N; n++)
 
-// y (R, 16 N) = R rows of inputs times N vectors of rows of a panel, what is loaded once being used R and N times. Every
+// y (R, 16 N) = R rows of inputs times N vectors of rows of the matrix: what is loaded once is used R and N times. Every
 // sum runs over the columns in order, whatever R and N.
 template <int KIND, int N, int R>
 static inline void tile(const Panel<KIND>& p, const Input& in, int64_t row, float* y, int64_t next_y) {
@@ -85,8 +85,7 @@ static inline void tile(const Panel<KIND>& p, const Input& in, int64_t row, floa
         for (int64_t k = 0; k < p.count; k++, w += p.width) {
             vi weights[N];
             EACH_N weights[n] = *(const unaligned_vi*)(w + p.at(n));
-            EACH_R EACH_N total[n][r] = multiply_add(total[n][r], weights[n], broadcast(x[r * x_words + k]),
-                                                     std::integral_constant<int, KIND>());
+            EACH_R EACH_N total[n][r] = multiply_add<KIND>(total[n][r], weights[n], broadcast(x[r * x_words + k]));
         }
     } else if constexpr (KIND == INT8) {
         vi acc[N][R];
@@ -94,7 +93,7 @@ static inline void tile(const Panel<KIND>& p, const Input& in, int64_t row, floa
         for (int64_t k = 0; k < p.count; k++, w += p.width) {
             vi weights[N];
             EACH_N weights[n] = *(const unaligned_vi*)(w + p.at(n));
-            EACH_R EACH_N acc[n][r] = multiply_add(acc[n][r], weights[n], broadcast(x[r * x_words + k]));
+            EACH_R EACH_N acc[n][r] = multiply_add_ints(acc[n][r], weights[n], broadcast(x[r * x_words + k]));
         }
         EACH_R EACH_N total[n][r] = __builtin_convertvector(acc[n][r], vf) * load(p.scale + 16 * n);
     } else {
@@ -107,11 +106,14 @@ static inline void tile(const Panel<KIND>& p, const Input& in, int64_t row, floa
                 EACH_N {
                     const vi pairs = *(const unaligned_vi*)(w + p.at(n));
                     const vi low = pairs & 0x0f0f0f0f, high = (pairs >> 4) & 0x0f0f0f0f;
-                    EACH_R acc[n][r] = multiply_add(acc[n][r], low, broadcast(x[r * x_words + at]));
-                    EACH_R acc[n][r] = multiply_add(acc[n][r], high, broadcast(x[r * x_words + at + 2]));
+                    EACH_R acc[n][r] = multiply_add_ints(acc[n][r], low, broadcast(x[r * x_words + at]));
+                    EACH_R acc[n][r] = multiply_add_ints(acc[n][r], high, broadcast(x[r * x_words + at + 2]));
                 }
             }
-            EACH_R EACH_N total[n][r] += __builtin_convertvector(acc[n][r], vf) * load(p.scale + g * p.width + n / 4 * 64 * groups + n % 4 * 16);
+            EACH_N {
+                const vf scale = load(p.scale + n / 4 * 64 * groups + g * p.width + n % 4 * 16);
+                EACH_R total[n][r] += __builtin_convertvector(acc[n][r], vf) * scale;
+            }
         }
     }
     EACH_R EACH_N store(y + r * next_y + 16 * n, KIND >= INT8 ? total[n][r] * in.scale[row + r] : total[n][r]);

@@ -1,5 +1,5 @@
-// Products for any CPU with vectors of 8 floats: weights lie row by row, are widened in registers, and all arithmetic is
-// fp32. Every sum runs in one order whatever the number of inputs.
+// Products for other CPUs, by vectors of 8 floats: weights lie row by row, are widened in registers, and all arithmetic
+// is fp32. Every sum runs in one order whatever the number of inputs: lane by lane, four of them, over each 32 columns.
 #pragma once
 
 #include <vector>

@@ -253,9 +253,11 @@ struct Step {
                 if (item++ % team != id) continue;
                 const float *keys = cache.k + cached(l, r, h), *values = cache.v + cached(l, r, h);
                 const int64_t n = rows.positions[r] + 1, first = r * Q + h * group * D;
-                if (count == 1) attend(all.q + first, D, group, n, 0, keys, values, D, own.scores, all.attended + first);
+                const float* q = all.q + first;
+                float* y = all.attended + first;
+                if (count == 1) attend(q, D, group, n, 0, keys, values, D, own.scores, y);
                 for (int64_t g = 0; g < group && count > 1; g++)
-                    attend(all.q + first + g * D, Q, count, n, 1, keys, values, D, own.scores, all.attended + first + g * D);
+                    attend(q + g * D, Q, count, n, 1, keys, values, D, own.scores, y + g * D);
             }
         }
         barrier.wait();
@@ -274,7 +276,7 @@ struct Step {
         linear(f.gate, in, all.gate);
         linear(f.up, in, all.up);
         for (int64_t r = 0; r < count; r++)
-            for (int64_t i = r * I + mine.begin; i < r * I + mine.end; i += LANES) {  // what this thread computed itself
+            for (int64_t i = r * I + mine.begin; i < r * I + mine.end; i += LANES) {  // this thread's own
                 vf g = load(all.gate + i);
                 store(all.gate + i, g / (1.0f + exp(-g)) * load(all.up + i));
             }
@@ -303,7 +305,8 @@ struct Step {
     void feed_forwards(const Layer& layer) {
         normalise(layer.post_norm);
         float* routed = own.router + rows.count * layer.router.rows;
-        if (m.experts) multiply(layer.router, {0, layer.router.rows}, input(own.normed, rows.count, layer.router), own.router);
+        if (m.experts)
+            multiply(layer.router, {0, layer.router.rows}, input(own.normed, rows.count, layer.router), own.router);
         for (int64_t r = 0; r < rows.count && m.experts; r++)
             route(own.router + r * layer.router.rows, routed + r * m.experts);
         for (int64_t e = 0; e < m.experts; e++) {
@@ -347,8 +350,8 @@ extern "C" int64_t scratch_size(const Model* m, int64_t count, int64_t longest, 
 
 // Writes the rows' keys and values into the cache, and logits (wanted_count, rows of the embedding).
 // longest: the largest position plus one; rank: rows of the adapters' largest matrix a.
-extern "C" void step(const Model* m, Cache cache, Rows rows, int64_t longest, int64_t rank, int64_t threads, float* scratch,
-                     float* logits) {
+extern "C" void step(const Model* m, Cache cache, Rows rows, int64_t longest, int64_t rank, int64_t threads,
+                     float* scratch, float* logits) {
     Barrier barrier;
     Arena arena = {scratch, 0};
     Shared all(*m, rows.count, arena);
