@@ -20,6 +20,7 @@ import tempfile
 from ctypes import POINTER, Structure, c_float, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +36,8 @@ KINDS = {"plain": 0, "bf16": 1, "int8": 2, "int4": 3}
 
 
 class Matrix(Structure):
+    held: list[Tensor]  # what the pointers point to
+
     _fields_ = [("data", c_void_p), ("scale", c_void_p), ("rows", c_int64), ("cols", c_int64), ("kind", c_int64)]
 
 
@@ -97,11 +100,12 @@ def _vector_flags() -> list[str]:
     """What the compiler may use of this CPU. RuntimeError if it lacks AVX2."""
     if platform.machine() not in ("x86_64", "AMD64"):
         return []
-    capability, can = torch.backends.cpu.get_cpu_capability(), torch.cpu.get_capabilities()
+    capability = torch.backends.cpu.get_cpu_capability()
     if capability not in ("AVX2", "AVX512"):
         raise RuntimeError("the compiled step needs a CPU with AVX2")
     flags = ["-mavx2", "-mfma"]
-    if capability == "AVX512" and can["avx512_vnni"]:
+    can = getattr(torch.cpu, "get_capabilities", dict)()  # an older torch cannot say
+    if capability == "AVX512" and can.get("avx512_vnni"):
         flags += [f"-mavx512{part}" for part in ("f", "bw", "dq", "vl", "vnni")]
         flags += ["-mavx512bf16"] * can["avx512_bf16"]
     return flags
@@ -141,6 +145,9 @@ def load_library() -> ctypes.CDLL:
     return library
 
 
+QUANTIZED: WeakKeyDictionary[nn.Module, dict[tuple, Matrix]] = WeakKeyDictionary()  # packed once for all steps
+
+
 class CpuStep:
     """The weights of an fp32 or quantised model on the CPU, as the library wants them: with 16 lanes a copy, in panels
     (cpu_panels.h), otherwise as they are.
@@ -157,7 +164,7 @@ class CpuStep:
         self.library, self.source = load_library(), model
         self.lanes = self.library.lanes()
         self.keep: list = []  # what the pointers point to
-        self.packed: dict[nn.Module, Matrix] = {}
+        self.plain: dict[nn.Module, Matrix] = {}
         self.models: dict[str | None, Model] = {}  # by adapter
         self.rank = 0
         self.model_with(None)
@@ -201,34 +208,46 @@ class CpuStep:
     def linear(self, layer: nn.Linear, adapter: str | None) -> Linear:
         if not isinstance(layer, LoRALinear) or adapter not in layer.configs:
             return Linear(self.matrix(layer))
-        A, B = (m.detach() for m in layer.matrices(adapter))
+        A, B = layer.matrices(adapter)
         missing = -A.shape[0] % 32
         self.rank = max(self.rank, A.shape[0] + missing)
-        a = F.pad(A, (0, 0, 0, missing))  # (rank, in)
-        b = F.pad(B * layer.configs[adapter].scaling, (0, missing))  # (out, rank)
-        return Linear(self.matrix(layer), self.pack("plain", a, None), self.pack("plain", b, None))
+        a = self.pack("plain", F.pad(A, (0, 0, 0, missing)), None)  # (rank, in)
+        b = self.pack("plain", F.pad(B * layer.configs[adapter].scaling, (0, missing)), None)  # (out, rank)
+        self.keep += [a, b]
+        return Linear(self.matrix(layer), a, b)
 
     def router(self, layer: nn.Linear, adapter: str | None) -> Matrix:
         if not isinstance(layer, LoRALinear) or adapter not in layer.configs:
             return self.matrix(layer)
         A, B = layer.matrices(adapter)
-        return self.pack("plain", layer.weight + layer.configs[adapter].scaling * B @ A, None)
+        self.keep.append(self.pack("plain", layer.weight + layer.configs[adapter].scaling * B @ A, None))
+        return self.keep[-1]
 
     def matrix(self, layer: nn.Module) -> Matrix:
-        if layer not in self.packed:
-            self.packed[layer] = self.pack(*packed(layer))
-        return self.packed[layer]
+        kind, data, scale = packed(layer)
+        if kind == "plain":  # training changes these: they are read anew by each step
+            if layer not in self.plain:
+                self.plain[layer] = self.pack(kind, data, scale)
+            return self.plain[layer]
+        known, key = QUANTIZED.setdefault(layer, {}), (self.lanes, data.data_ptr())
+        if key not in known:
+            known[key] = self.pack(kind, data, scale)
+        self.keep.append(known[key])
+        return known[key]
 
     def pack(self, kind: str, data: Tensor, scale: Tensor | None) -> Matrix:
         """data (N, in) fp32, bf16 or int8, or (N, in / 2) int4 pairs; scale (N, 1) or (N, in / 32)."""
         rows, cols = -(-data.shape[0] // 16) * 16, data.shape[1] * (2 if kind == "int4" else 1)
         data = padded(data.detach(), rows)
-        scale = None if scale is None else padded(scale, rows)
+        scale = None if scale is None else padded(scale.detach(), rows)
         if self.lanes == 16:
             data = data.view(torch.uint8) ^ 128 if kind == "int8" else data  # plus 128
             data = panels(data.contiguous().view(torch.int32))
             scale = panels(scale) if kind == "int4" else scale
-        return Matrix(self.pointer(data), None if scale is None else self.pointer(scale), rows, cols, KINDS[kind])
+        held = [data.contiguous(), *([] if scale is None else [scale.contiguous()])]
+        matrix = Matrix(*(tensor.data_ptr() for tensor in held), *[None] * (2 - len(held)), rows, cols, KINDS[kind])
+        matrix.held = held
+        return matrix
 
     def __call__(self, new: list[list[int]], first_slot: int, kv_cache: KVCache, adapter: str | None = None) -> Tensor:
         """Logits (B, vocab) fp32 after the last of each slot's new tokens, from first_slot on; writes their keys and
