@@ -74,7 +74,7 @@ template <int KIND> struct Panel {
 #define EACH_R _Pragma("GCC unroll 8") for (int r = 0; r < R; r++)
 #define EACH_N _Pragma("GCC unroll 16") for (int n = 0; n < N; n++)
 
-// y (R, 16 N) = R rows of inputs times N vectors of rows of the matrix: what is loaded once is used R and N times. Every
+// y (R, 16 N) = R rows of inputs times N vectors of rows of the matrix: what is loaded once is used R or N times. Each
 // sum runs over the columns in order, whatever R and N.
 template <int KIND, int N, int R>
 static inline void tile(const Panel<KIND>& p, const Input& in, int64_t row, float* y, int64_t next_y) {
