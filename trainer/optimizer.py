@@ -139,11 +139,12 @@ def _in_turns(model: nn.Module, matrices: list[nn.Parameter]) -> list[dict]:
     """Muon's groups. Experts take turns, so that a step computes as many of their matrices as work on one token: each
     learns from a share of the tokens, and all of them in each step would cost more than forward and backward."""
     layers = [m for m in model.modules() if isinstance(m, MoEFeedForward)]
-    routed = {id(p) for layer in layers for p in layer.experts.parameters()}
+    experts = [m for layer in layers for m in layer.experts.modules() if isinstance(m, nn.Linear)]
+    routed = {id(expert.weight) for expert in experts}  # not their adapters: those are small
     groups = [{"params": [p for p in matrices if id(p) not in routed]}]
     if routed:
-        experts = [p for p in matrices if id(p) in routed]
-        groups.append({"params": experts, "every": layers[0].num_experts // layers[0].k})
+        in_turns = [p for p in matrices if id(p) in routed]
+        groups.append({"params": in_turns, "every": layers[0].num_experts // layers[0].k})
     return [g for g in groups if g["params"]]
 
 

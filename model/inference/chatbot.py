@@ -30,7 +30,7 @@ from model.inference.answers import (
     to_message,
 )
 from model.inference.cpu_step import CpuStep
-from model.inference.engine import SamplingParams, decode, decoding_step, generate_each
+from model.inference.engine import SamplingParams, decode, decoding_step, generate_each, step_works
 from model.inference.quantization import quantize, quantized_kind
 from model.inference.text_stream import TextStream
 from model.model import lora_layers, merge_lora
@@ -123,8 +123,8 @@ def set_precision(
 ) -> bool:
     """Converts an fp32 model in place; returns whether it decodes by the compiled step.
 
-    The step computes in fp32. bf16, and no dtype, mean for it that the weights are rounded to bf16 in memory: half as
-    much to read for each token, nearer to fp32 than torch's bf16 arithmetic, and the same on every CPU.
+    The step adds up in fp32. bf16, and no dtype, mean for it that the weights are rounded to bf16 in memory: half as
+    much to read for each token, and nearer to fp32 than torch's bf16 arithmetic.
     Raises CheckpointError if the step was asked for and does not work."""
     bf16_is_fine = not quantized and dtype in (None, torch.bfloat16)
     if quantized:
@@ -132,7 +132,7 @@ def set_precision(
     elif not bf16_is_fine:
         model.to(dtype)
     try:
-        works = decoding_step(model, compiled) is not None
+        works = step_works(model, compiled)
     except (OSError, RuntimeError, ValueError) as error:
         raise CheckpointError(f"--compile 1: {error}; leave it out to go on without") from None
     if bf16_is_fine and works:

@@ -1,55 +1,17 @@
-// One token for each row of a batch through the whole dense decoder, on the CPU: what is left when a step of
-// torch operations is reduced to the reading of the weights. Compiled and called by cpu_step.py.
+// New tokens of some sequences through the whole decoder, on the CPU: what is left when a forward of torch operations
+// is reduced to the reading of the weights. Compiled and called by cpu_step.py.
 //
-// Weights are fp32, bf16, int8 (one scale a row) or int4 (one scale for 32 weights) and are widened in registers;
-// all arithmetic is fp32. Every sum runs in one order whatever the number of rows, so that a row's logits are the
-// same bits alone and in a batch.
+// A row is one token of one sequence; sequences may have several. Every sum runs in one order whatever the number of
+// rows, so that a token's logits are the same bits alone and in a batch, from a prompt and from decoding.
 
-#include <algorithm>
 #include <atomic>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <omp.h>
 
-typedef float f8 __attribute__((vector_size(32)));
-typedef int32_t i8 __attribute__((vector_size(32)));
-typedef float unaligned_f8 __attribute__((vector_size(32), aligned(4), may_alias));
-
-static inline f8 load(const float* p) { return *(const unaligned_f8*)p; }
-static inline void store(float* p, f8 v) { *(unaligned_f8*)p = v; }
-#ifdef __AVX2__  // what g++ makes of the portable form below is half as fast
-#include <immintrin.h>
-static inline i8 load_ints(const uint16_t* p) { return (i8)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)); }
-static inline i8 load_ints(const int8_t* p) { return (i8)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)); }
-static inline i8 load_ints(const uint8_t* p) { return (i8)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)); }
-static inline float sum(f8 v) {
-    __m128 s = _mm_add_ps(_mm256_castps256_ps128((__m256)v), _mm256_extractf128_ps((__m256)v, 1));
-    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
-    return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
-}
+#include "cpu_vectors.h"
+#if PANELS
+#include "cpu_panels.h"
 #else
-template <class T> static inline i8 load_ints(const T* p) {
-    typedef T t8 __attribute__((vector_size(8 * sizeof(T))));
-    t8 v;
-    memcpy(&v, p, sizeof v);
-    return __builtin_convertvector(v, i8);
-}
-static inline float sum(f8 v) { return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7])); }
+#include "cpu_rows.h"
 #endif
-
-// exp by 2^n * 2^f, |f| <= 1/2, with the Taylor polynomial of 2^f: relative error below 1e-6.
-static inline f8 exp(f8 x) {
-    x = x < -87.0f ? f8{} - 87.0f : x > 87.0f ? f8{} + 87.0f : x;
-    f8 t = x * 1.44269504f, rounded = (t + 12582912.0f) - 12582912.0f, f = t - rounded;
-    f8 p = 1.5403530e-4f * f + 1.3333558e-3f;
-    p = p * f + 9.6181291e-3f;
-    p = p * f + 5.5504109e-2f;
-    p = p * f + 2.4022651e-1f;
-    p = p * f + 6.9314718e-1f;
-    p = p * f + 1.0f;
-    return p * (f8)((__builtin_convertvector(rounded, i8) + 127) << 23);
-}
 
 // Waits for the other threads of a team: for some 50 us in a loop, then asleep. OpenMP's own barrier loops for
 // milliseconds, while the thread that it waits for may need this very core.
@@ -69,145 +31,47 @@ struct Barrier {
     }
 };
 
-// ------------------------------------------------------------------------------------------------ matrices
+// ------------------------------------------------------------------------------------------------ the model
 
-enum Kind { FP32, BF16, INT8, INT4 };
-struct Matrix { const void* data; const float* scale; int64_t rows, cols, kind; };  // (rows, cols), row-major
-
-// 8 weights of a row, the i-th of the four eights from column k; those of int8 still without their scale.
-template <int KIND> static inline f8 weights(const Matrix& m, int64_t row, int64_t k, int i) {
-    const int64_t at = row * m.cols + k;
-    if (KIND == FP32) return load((const float*)m.data + at + 8 * i);
-    if (KIND == BF16) return (f8)(load_ints((const uint16_t*)m.data + at + 8 * i) << 16);
-    if (KIND == INT8) return __builtin_convertvector(load_ints((const int8_t*)m.data + at + 8 * i), f8);
-    i8 pairs = load_ints((const uint8_t*)m.data + at / 2 + i / 2 * 8);  // a byte holds columns c and c + 8 of 16
-    return __builtin_convertvector((i % 2 ? pairs >> 4 : pairs & 15) - 8, f8) * m.scale[at / 32];
-}
-
-// Where the weights of a row from column k lie.
-template <int KIND> static inline const char* address(const Matrix& m, int64_t row, int64_t k) {
-    const uint64_t at = row * m.cols + k;
-    return (const char*)m.data + (KIND == FP32 ? 4 * at : KIND == BF16 ? 2 * at : KIND == INT8 ? at : at / 2);
-}
-
-// Row n times one row of x. Four sums keep the multipliers busy, and memory is read fastest in its own order.
-template <int KIND> static inline float dot(const Matrix& m, int64_t n, const float* x) {
-    f8 acc[4] = {};
-    for (int64_t k = 0; k < m.cols; k += 32) {
-        __builtin_prefetch(address<KIND>(m, n, k) + 1024);
-#pragma GCC unroll 4
-        for (int i = 0; i < 4; i++) acc[i] += weights<KIND>(m, n, k, i) * load(x + k + 8 * i);
-    }
-    return sum((acc[0] + acc[1]) + (acc[2] + acc[3])) * (KIND == INT8 ? m.scale[n] : 1.0f);
-}
-
-// N rows of the matrix times R rows of x: what is loaded once is used R and N times. The four sums of dot() are made
-// one after the other, because 12 fit the registers.
-template <int KIND, int N, int R> static inline void tile(const Matrix& m, int64_t n, const float* x, float* y) {
-    f8 half[2][N][R];
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; i++) {
-        f8 acc[N][R] = {};
-        for (int64_t k = 0; k < m.cols; k += 32) {
-            __builtin_prefetch(address<KIND>(m, n + 4 + i, k));
-            f8 in[R];
-#pragma GCC unroll 4
-            for (int r = 0; r < R; r++) in[r] = load(x + r * m.cols + k + 8 * i);
-#pragma GCC unroll 4
-            for (int j = 0; j < N; j++) {
-                f8 w = weights<KIND>(m, n + j, k, i);
-#pragma GCC unroll 4
-                for (int r = 0; r < R; r++) acc[j][r] += w * in[r];
-            }
-        }
-#pragma GCC unroll 4
-        for (int j = 0; j < N; j++)
-#pragma GCC unroll 4
-            for (int r = 0; r < R; r++) half[i / 2][j][r] = i % 2 ? half[i / 2][j][r] + acc[j][r] : acc[j][r];
-    }
-#pragma GCC unroll 4
-    for (int j = 0; j < N; j++)
-#pragma GCC unroll 4
-        for (int r = 0; r < R; r++)
-            y[r * m.rows + n + j] = sum(half[0][j][r] + half[1][j][r]) * (KIND == INT8 ? m.scale[n + j] : 1.0f);
-}
-
-template <int KIND> static void multiply(const Matrix& m, int64_t begin, int64_t end, const float* x, float* y, int B) {
-    if (B == 1) {
-        for (int64_t n = begin; n < end; n++) y[n] = dot<KIND>(m, n, x);
-        return;
-    }
-    for (int64_t n = begin; n < end; n += 4)
-        for (int b = 0, rows; b < B; b += rows) {
-            const int left = B - b;
-            const float* in = x + b * m.cols;
-            float* out = y + b * m.rows;
-            rows = left == 3 || left == 5 || left == 6 ? 3 : std::min(left, 4);
-            if (rows == 4) {
-                tile<KIND, 2, 4>(m, n, in, out);
-                tile<KIND, 2, 4>(m, n + 2, in, out);
-            } else if (rows == 3) tile<KIND, 4, 3>(m, n, in, out);
-            else if (rows == 2) tile<KIND, 4, 2>(m, n, in, out);
-            else tile<KIND, 4, 1>(m, n, in, out);
-        }
-}
-
-struct Range { int64_t begin, end; };
-
-// This thread's share of n, in multiples of 8.
-static Range share(int64_t n) {
-    int64_t threads = omp_get_num_threads(), id = omp_get_thread_num();
-    return {n / 8 * id / threads * 8, n / 8 * (id + 1) / threads * 8};
-}
-
-// This thread's share of y (B, rows) = x (B, cols) times the matrix transposed.
-static void linear(const Matrix& m, const float* x, float* y, int B) {
-    const auto [begin, end] = share(m.rows);
-    switch (m.kind) {
-        case FP32: return multiply<FP32>(m, begin, end, x, y, B);
-        case BF16: return multiply<BF16>(m, begin, end, x, y, B);
-        case INT8: return multiply<INT8>(m, begin, end, x, y, B);
-        default: return multiply<INT4>(m, begin, end, x, y, B);
-    }
-}
-
-template <int KIND> static void embed_as(const Matrix& m, int64_t token, float* x) {
-    for (int64_t k = 0; k < m.cols; k += 32)
-        for (int i = 0; i < 4; i++) {
-            f8 w = weights<KIND>(m, token, k, i);
-            store(x + k + 8 * i, KIND == INT8 ? w * m.scale[token] : w);
-        }
-}
-
-static void embed(const Matrix& m, int64_t token, float* x) {
-    switch (m.kind) {
-        case FP32: return embed_as<FP32>(m, token, x);
-        case BF16: return embed_as<BF16>(m, token, x);
-        case INT8: return embed_as<INT8>(m, token, x);
-        default: return embed_as<INT4>(m, token, x);
-    }
-}
-
-// ------------------------------------------------------------------------------------------------ the decoder
-
+struct Linear { Matrix weight, a, b; };  // with an adapter: weight + b a; without one, a has no rows
+struct FeedForward { Linear gate, up, down; };
 struct Layer {
-    Matrix q, k, v, o, gate, up, down;
+    Linear q, k, v, o;
+    Matrix router;
+    const FeedForward* feed_forwards;  // the experts, then those that see every row: of a dense model, the only one
     const float *input_norm, *post_norm, *q_norm, *k_norm;  // q_norm and k_norm: null without QK-norm
 };
 struct Model {
     int64_t layers, hidden, heads, kv_heads, head_dim, intermediate;
+    int64_t experts, experts_per_row, shared, normalise;
     float eps, rope_factor;
     const Layer* layer;
     Matrix embedding;
     const float *norm, *inv_freq;
 };
-struct Cache { float *k, *v; int64_t layer_stride, slot_stride, head_stride; };  // in floats; keys are head_dim apart
+
+// Blocks of LANES positions: of keys (head_dim, LANES), of values (LANES, head_dim). Strides in floats.
+struct Cache { float *k, *v; int64_t layer_stride, slot_stride, head_stride; };
+
+struct Rows {  // those of a slot are neighbours, their positions in order and without a gap
+    const int64_t *tokens, *slots, *positions, *wanted;  // (count,), and the rows whose logits are wanted
+    int64_t count, wanted_count;
+};
+
+static void multiply(const Matrix& m, Range rows, const Input& in, float* y) {
+    switch (m.kind) {
+        case FP32: return multiply_as<FP32>(m, rows, in, y);
+        case BF16: return multiply_as<BF16>(m, rows, in, y);
+        case INT8: return multiply_as<INT8>(m, rows, in, y);
+        default: return multiply_as<INT4>(m, rows, in, y);
+    }
+}
 
 static void rms_norm(const float* x, const float* weight, int64_t n, float eps, float* y) {
-    f8 squares = {};
-    for (int64_t i = 0; i < n; i += 8) squares += load(x + i) * load(x + i);
+    vf squares = {};
+    for (int64_t i = 0; i < n; i += LANES) squares += load(x + i) * load(x + i);
     float scale = 1.0f / std::sqrt(sum(squares) / n + eps);
-    for (int64_t i = 0; i < n; i += 8) store(y + i, load(x + i) * scale * load(weight + i));
+    for (int64_t i = 0; i < n; i += LANES) store(y + i, load(x + i) * scale * load(weight + i));
 }
 
 static void rotate(float* x, const float* cos, const float* sin, int64_t half) {
@@ -218,113 +82,286 @@ static void rotate(float* x, const float* cos, const float* sin, int64_t half) {
     }
 }
 
-// One query head against n keys: y (D) = softmax(q k^T / sqrt(D)) v.
-static void attend(const float* q, const float* keys, const float* values, int64_t n, int64_t D, float* scores, float* y) {
-    float largest = -INFINITY, scale = 1.0f / std::sqrt((float)D);
-    for (int64_t j = 0; j < n; j++) {
-        f8 acc = {};
-        for (int64_t d = 0; d < D; d += 8) acc += load(q + d) * load(keys + j * D + d);
-        scores[j] = sum(acc) * scale;
-        largest = std::fmax(largest, scores[j]);
-    }
-    for (int64_t j = n; j < (n + 7) / 8 * 8; j++) scores[j] = -INFINITY;
-    f8 total = {};
-    for (int64_t j = 0; j < n; j += 8) {
-        f8 p = exp(load(scores + j) - largest);
+// In place: the exponentials of n scores, then zeros up to `padded`; returns 1 / their sum.
+static float softmax(float* scores, int64_t n, int64_t padded) {
+    const int64_t end = (n + LANES - 1) / LANES * LANES;
+    for (int64_t j = n; j < end; j++) scores[j] = -INFINITY;
+    vf most = load(scores), total = {};
+    for (int64_t j = LANES; j < end; j += LANES) most = load(scores + j) > most ? load(scores + j) : most;
+    const float limit = largest(most);
+    for (int64_t j = 0; j < end; j += LANES) {
+        vf p = exp(load(scores + j) - limit);
         store(scores + j, p);
         total += p;
     }
-    float inverse = 1.0f / sum(total);
-    for (int64_t d = 0; d < D; d += 16) {
-        f8 low = {}, high = {};
-        for (int64_t j = 0; j < n; j++) {
-            low += scores[j] * load(values + j * D + d);
-            high += scores[j] * load(values + j * D + d + 8);
-        }
-        store(y + d, low * inverse);
-        store(y + d + 8, high * inverse);
-    }
+    for (int64_t j = n; j < padded; j++) scores[j] = 0;
+    return 1.0f / sum(total);
 }
 
-static void add_product(const Matrix& m, const float* x, float* product, float* residual, int B) {
-    linear(m, x, product, B);
-    const auto [begin, end] = share(m.rows);
-    for (int b = 0; b < B; b++)
-        for (int64_t i = begin; i < end; i++)
-            residual[b * m.rows + i] += product[b * m.rows + i];
+constexpr int QUERIES = PANELS ? 6 : 4;  // rows that an fp32 tile holds in registers, times VECTORS
+constexpr int VECTORS = PANELS ? 4 : 2;
+
+// Queries of one head, or of heads with one key head, against a slot's keys: y = softmax(q k^T / sqrt(D)) v.
+// Query r (of count, next_q apart, as the results y) sees n + r * grow keys.
+static void attend(const float* q, int64_t next_q, int64_t count, int64_t n, int64_t grow, const float* keys,
+                   const float* values, int64_t D, float* scores, float* y) {
+    by_rows<QUERIES>(count, [&](auto R, int64_t first) {
+        const float* x = q + first * next_q;
+        float* to = y + first * next_q;
+        const float scale = 1.0f / std::sqrt((float)D);
+        const int64_t most = n + (first + R - 1) * grow, padded = (most + LANES - 1) / LANES * LANES;
+        int64_t j = 0;
+        for (; j + VECTORS * LANES <= padded; j += VECTORS * LANES)
+            fp32_tile<VECTORS, R>(keys + j * D, LANES * D, LANES, D, x, next_q, scores + j, padded);
+        for (; j < padded; j += LANES) fp32_tile<1, R>(keys + j * D, 0, LANES, D, x, next_q, scores + j, padded);
+        float inverse[R];
+        for (int r = 0; r < R; r++) {
+            float* mine = scores + r * padded;
+            for (j = 0; j < padded; j += LANES) store(mine + j, load(mine + j) * scale);
+            inverse[r] = softmax(mine, n + (first + r) * grow, padded);
+        }
+        int64_t d = 0;
+        for (; d + VECTORS * LANES <= D; d += VECTORS * LANES)
+            fp32_tile<VECTORS, R>(values + d, LANES, D, most, scores, padded, to + d, next_q);
+        for (; d < D; d += LANES) fp32_tile<1, R>(values + d, 0, D, most, scores, padded, to + d, next_q);
+        for (int r = 0; r < R; r++)
+            for (d = 0; d < D; d += LANES) store(to + r * next_q + d, load(to + r * next_q + d) * inverse[r]);
+    });
 }
+
+// ------------------------------------------------------------------------------------------------ the step
+
+// Memory that is handed out piece by piece, in 64 bytes.
+struct Arena {
+    float* base;
+    int64_t used;
+    float* take(int64_t floats) {
+        float* p = base + used;
+        used += (floats + 15) / 16 * 16;
+        return p;
+    }
+};
+
+struct Shared {  // by all threads, each of which writes its own columns or rows
+    float *x, *q, *k, *v, *attended, *gate, *up, *product, *adapted, *cos, *sin;
+    Shared(const Model& m, int64_t B, Arena& arena) {
+        const int64_t Q = m.heads * m.head_dim, K = m.kv_heads * m.head_dim;
+        x = arena.take(B * m.hidden), q = arena.take(B * Q), k = arena.take(B * K), v = arena.take(B * K);
+        attended = arena.take(B * Q), gate = arena.take(B * m.intermediate), up = arena.take(B * m.intermediate);
+        product = arena.take(B * m.hidden), adapted = arena.take(B * std::max({m.hidden, Q, m.intermediate}));
+        cos = arena.take(B * m.head_dim / 2), sin = arena.take(B * m.head_dim / 2);
+    }
+};
+
+struct Own {  // by each thread for itself: to compute a row again is cheaper than to wait for another thread
+    float *normed, *chosen, *weights, *router, *low, *scores;
+    int64_t* rows;
+    Input in, low_in;
+    Own(const Model& m, int64_t B, int64_t longest, int64_t rank, Arena& arena) {
+        const int64_t widest = std::max({m.hidden, m.heads * m.head_dim, m.intermediate});
+        normed = arena.take(B * m.hidden), chosen = arena.take(B * m.hidden), low = arena.take(B * rank);
+        weights = arena.take(B), router = arena.take(B * (2 * m.experts + 15)), rows = (int64_t*)arena.take(2 * B);
+        scores = arena.take(QUERIES * (longest + LANES));
+        in = {nullptr, 0, 0, (int32_t*)arena.take(B * widest), (int32_t*)arena.take(B),
+              (int32_t*)arena.take(B * widest / 32), arena.take(B)};
+        low_in.narrow = (int32_t*)arena.take(B * rank);
+    }
+};
+
+struct Step {
+    const Model& m;
+    const Cache cache;
+    const Rows rows;
+    Barrier& barrier;
+    Shared& all;
+    Own& own;
+    const int64_t id = omp_get_thread_num(), team = omp_get_num_threads();
+
+    // x (count, cols) as products with matrices of this one's kind want it.
+    const Input& input(const float* x, int64_t count, const Matrix& m) { return input(x, count, m, own.in); }
+    static const Input& input(const float* x, int64_t count, const Matrix& m, Input& in) {
+        in.x = x, in.count = count, in.cols = m.cols;
+        narrow(m.kind, in);
+        return in;
+    }
+
+    // This thread's share of the columns of y (count, rows of the weight).
+    void linear(const Linear& l, const Input& in, float* y) {
+        const Range mine = share(l.weight.rows);
+        multiply(l.weight, mine, in, y);
+        if (l.a.rows == 0) return;
+        multiply(l.a, {0, l.a.rows}, in, own.low);
+        multiply(l.b, mine, input(own.low, in.count, l.b, own.low_in), all.adapted);
+        for (int64_t r = 0; r < in.count; r++)
+            for (int64_t i = mine.begin; i < mine.end; i++) y[r * l.b.rows + i] += all.adapted[r * l.b.rows + i];
+    }
+
+    void normalise(const float* weight) {
+        for (int64_t r = 0; r < rows.count; r++)
+            rms_norm(all.x + r * m.hidden, weight, m.hidden, m.eps, own.normed + r * m.hidden);
+    }
+
+    void embed() {
+        const int64_t half = m.head_dim / 2;
+        for (int64_t r = id; r < rows.count; r += team) {
+            row_of(m.embedding, rows.tokens[r], all.x + r * m.hidden);
+            for (int64_t i = 0; i < half; i++) {
+                float angle = rows.positions[r] * m.inv_freq[i];
+                all.cos[r * half + i] = std::cos(angle) * m.rope_factor;
+                all.sin[r * half + i] = std::sin(angle) * m.rope_factor;
+            }
+        }
+        barrier.wait();
+    }
+
+    int64_t cached(int64_t layer, int64_t row, int64_t head) {
+        return layer * cache.layer_stride + rows.slots[row] * cache.slot_stride + head * cache.head_stride;
+    }
+
+    // Norm and rotation of each row's queries and keys of one key head, which goes into the cache with its values.
+    void place(const Layer& layer, int64_t l, int64_t r, int64_t h) {
+        const int64_t D = m.head_dim, at = rows.positions[r], group = m.heads / m.kv_heads;
+        const float *cos = all.cos + r * D / 2, *sin = all.sin + r * D / 2;
+        for (int64_t g = h * group; g < (h + 1) * group; g++) {
+            float* q = all.q + (r * m.heads + g) * D;
+            if (layer.q_norm) rms_norm(q, layer.q_norm, D, m.eps, q);
+            rotate(q, cos, sin, D / 2);
+        }
+        float *k = all.k + (r * m.kv_heads + h) * D, *v = all.v + (r * m.kv_heads + h) * D;
+        if (layer.k_norm) rms_norm(k, layer.k_norm, D, m.eps, k);
+        rotate(k, cos, sin, D / 2);
+        float* key = cache.k + cached(l, r, h) + at / LANES * LANES * D + at % LANES;
+        for (int64_t d = 0; d < D; d++) key[d * LANES] = k[d];
+        memcpy(cache.v + cached(l, r, h) + at * D, v, D * sizeof(float));
+    }
+
+    void attention(const Layer& layer, int64_t l) {
+        const int64_t D = m.head_dim, Q = m.heads * D, group = m.heads / m.kv_heads;
+        normalise(layer.input_norm);
+        const Input& in = input(own.normed, rows.count, layer.q.weight);
+        linear(layer.q, in, all.q);
+        linear(layer.k, in, all.k);
+        linear(layer.v, in, all.v);
+        barrier.wait();
+        for (int64_t i = id; i < rows.count * m.kv_heads; i += team) place(layer, l, i / m.kv_heads, i % m.kv_heads);
+        barrier.wait();
+        int64_t item = 0;
+        for (int64_t r = 0, count; r < rows.count; r += count) {  // rows of one slot, as many as a tile takes
+            count = 1;
+            while (count < QUERIES && r + count < rows.count && rows.slots[r + count] == rows.slots[r]) count++;
+            for (int64_t h = 0; h < m.kv_heads; h++) {
+                if (item++ % team != id) continue;
+                const float *keys = cache.k + cached(l, r, h), *values = cache.v + cached(l, r, h);
+                const int64_t n = rows.positions[r] + 1, first = r * Q + h * group * D;
+                const float* q = all.q + first;
+                float* y = all.attended + first;
+                if (count == 1) attend(q, D, group, n, 0, keys, values, D, own.scores, y);
+                for (int64_t g = 0; g < group && count > 1; g++)
+                    attend(q + g * D, Q, count, n, 1, keys, values, D, own.scores, y + g * D);
+            }
+        }
+        barrier.wait();
+        linear(layer.o, input(all.attended, rows.count, layer.o.weight), all.product);
+        const Range mine = share(m.hidden);
+        for (int64_t r = 0; r < rows.count; r++)
+            for (int64_t i = mine.begin; i < mine.end; i++) all.x[r * m.hidden + i] += all.product[r * m.hidden + i];
+        barrier.wait();
+    }
+
+    // Adds weight[r] times what the feed-forward makes of x (count, hidden) to row own.rows[r] of the residual.
+    void feed_forward(const FeedForward& f, const float* x, int64_t count) {
+        const int64_t I = m.intermediate;
+        const Range mine = share(I), columns = share(m.hidden);
+        const Input& in = input(x, count, f.gate.weight);
+        linear(f.gate, in, all.gate);
+        linear(f.up, in, all.up);
+        for (int64_t r = 0; r < count; r++)
+            for (int64_t i = r * I + mine.begin; i < r * I + mine.end; i += LANES) {  // this thread's own
+                vf g = load(all.gate + i);
+                store(all.gate + i, g / (1.0f + exp(-g)) * load(all.up + i));
+            }
+        barrier.wait();
+        linear(f.down, input(all.gate, count, f.down.weight), all.product);
+        for (int64_t r = 0; r < count; r++)
+            for (int64_t i = columns.begin; i < columns.end; i++)
+                all.x[own.rows[r] * m.hidden + i] += own.weights[r] * all.product[r * m.hidden + i];
+        barrier.wait();
+    }
+
+    // The weights (experts,) of one row from its router's logits: of all but the best they are 0.
+    void route(const float* logits, float* weights) {
+        float most = *std::max_element(logits, logits + m.experts), total = 0, kept = 0;
+        for (int64_t e = 0; e < m.experts; e++) total += std::exp(logits[e] - most);
+        std::fill(weights, weights + m.experts, 0.0f);
+        for (int64_t i = 0; i < m.experts_per_row; i++) {
+            int64_t best = -1;
+            for (int64_t e = 0; e < m.experts; e++)
+                if (weights[e] == 0 && (best < 0 || logits[e] > logits[best])) best = e;
+            kept += weights[best] = std::exp(logits[best] - most) / total;
+        }
+        for (int64_t e = 0; e < m.experts && m.normalise; e++) weights[e] /= kept;
+    }
+
+    void feed_forwards(const Layer& layer) {
+        normalise(layer.post_norm);
+        float* routed = own.router + rows.count * layer.router.rows;
+        if (m.experts)
+            multiply(layer.router, {0, layer.router.rows}, input(own.normed, rows.count, layer.router), own.router);
+        for (int64_t r = 0; r < rows.count && m.experts; r++)
+            route(own.router + r * layer.router.rows, routed + r * m.experts);
+        for (int64_t e = 0; e < m.experts; e++) {
+            int64_t count = 0;
+            for (int64_t r = 0; r < rows.count; r++) {
+                if (routed[r * m.experts + e] == 0) continue;
+                memcpy(own.chosen + count * m.hidden, own.normed + r * m.hidden, m.hidden * sizeof(float));
+                own.weights[count] = routed[r * m.experts + e];
+                own.rows[count++] = r;
+            }
+            if (count) feed_forward(layer.feed_forwards[e], own.chosen, count);
+        }
+        for (int64_t r = 0; r < rows.count; r++) own.rows[r] = r, own.weights[r] = 1;
+        for (int64_t s = 0; s < m.shared; s++) feed_forward(layer.feed_forwards[m.experts + s], own.normed, rows.count);
+    }
+
+    void run(float* logits) {
+        embed();
+        for (int64_t l = 0; l < m.layers; l++) {
+            attention(m.layer[l], l);
+            feed_forwards(m.layer[l]);
+        }
+        for (int64_t i = 0; i < rows.wanted_count; i++)
+            rms_norm(all.x + rows.wanted[i] * m.hidden, m.norm, m.hidden, m.eps, own.normed + i * m.hidden);
+        if (rows.wanted_count)
+            multiply(m.embedding, share(m.embedding.rows), input(own.normed, rows.wanted_count, m.embedding), logits);
+        barrier.wait();
+    }
+};
+
+// Positions in a block of the cache; a matrix lies in panels if they are 16.
+extern "C" int64_t lanes() { return LANES; }
 
 // Floats of scratch memory that step() needs.
-extern "C" int64_t scratch_size(const Model* m, int64_t B, int64_t longest, int64_t threads) {
-    int64_t D = m->head_dim, widest = m->heads * D + 2 * m->kv_heads * D;
-    return B * (2 * m->hidden + widest + m->heads * D + 2 * m->intermediate + D) + threads * (longest + 16 + B * m->hidden);
+extern "C" int64_t scratch_size(const Model* m, int64_t count, int64_t longest, int64_t rank, int64_t threads) {
+    Arena arena = {nullptr, 0};
+    Shared all(*m, count, arena);
+    for (int64_t i = 0; i < threads; i++) Own own(*m, count, longest, rank, arena);
+    return arena.used;
 }
 
-// tokens, positions (B,): the new tokens and where they stand; row b works on slot b of the cache. logits (B, vocab).
-extern "C" void step(const Model* m, Cache cache, const int64_t* tokens, const int64_t* positions, int64_t B, int64_t longest,
-                     int64_t threads, float* scratch, float* logits) {
-    const int64_t H = m->hidden, D = m->head_dim, NQ = m->heads * D, NK = m->kv_heads * D, I = m->intermediate;
-    const int64_t group = m->heads / m->kv_heads;
-    float *x = scratch, *product = x + B * H, *q = product + B * H, *k = q + B * NQ, *v = k + B * NK;
-    float *attended = v + B * NK, *gate = attended + B * NQ, *up = gate + B * I, *cos = up + B * I, *sin = cos + B * D / 2;
-    float* own = sin + B * D / 2;
-
+// Writes the rows' keys and values into the cache, and logits (wanted_count, rows of the embedding).
+// longest: the largest position plus one; rank: rows of the adapters' largest matrix a.
+extern "C" void step(const Model* m, Cache cache, Rows rows, int64_t longest, int64_t rank, int64_t threads,
+                     float* scratch, float* logits) {
     Barrier barrier;
+    Arena arena = {scratch, 0};
+    Shared all(*m, rows.count, arena);
+    const int64_t before = arena.used;
+    Arena measure = {nullptr, 0};
+    Own(*m, rows.count, longest, rank, measure);
 #pragma omp parallel num_threads(threads)
     {
-        const int64_t id = omp_get_thread_num(), team = omp_get_num_threads();
-        const Range mine = share(I);
-        float* scores = own + id * (longest + 16 + B * H);
-        float* normed = scores + longest + 16;  // by each thread for itself: cheaper than to wait for another
-        for (int64_t b = id; b < B; b += team) {
-            embed(m->embedding, tokens[b], x + b * H);
-            for (int64_t i = 0; i < D / 2; i++) {
-                float angle = positions[b] * m->inv_freq[i];
-                cos[b * D / 2 + i] = std::cos(angle) * m->rope_factor;
-                sin[b * D / 2 + i] = std::sin(angle) * m->rope_factor;
-            }
-        }
-        barrier.wait();
-        for (int64_t l = 0; l < m->layers; l++) {
-            const Layer& layer = m->layer[l];
-            for (int64_t b = 0; b < B; b++) rms_norm(x + b * H, layer.input_norm, H, m->eps, normed + b * H);
-            linear(layer.q, normed, q, B);
-            linear(layer.k, normed, k, B);
-            linear(layer.v, normed, v, B);
-            barrier.wait();
-            for (int64_t i = id; i < B * m->kv_heads; i += team) {
-                int64_t b = i / m->kv_heads, h = i % m->kv_heads, at = positions[b];
-                const float *c = cos + b * D / 2, *s = sin + b * D / 2;
-                int64_t offset = l * cache.layer_stride + b * cache.slot_stride + h * cache.head_stride;
-                float *keys = cache.k + offset, *values = cache.v + offset, *new_k = k + b * NK + h * D;
-                if (layer.k_norm) rms_norm(new_k, layer.k_norm, D, m->eps, new_k);
-                rotate(new_k, c, s, D / 2);
-                memcpy(keys + at * D, new_k, D * sizeof(float));
-                memcpy(values + at * D, v + b * NK + h * D, D * sizeof(float));
-                for (int64_t g = h * group; g < (h + 1) * group; g++) {
-                    float* query = q + b * NQ + g * D;
-                    if (layer.q_norm) rms_norm(query, layer.q_norm, D, m->eps, query);
-                    rotate(query, c, s, D / 2);
-                    attend(query, keys, values, at + 1, D, scores, attended + b * NQ + g * D);
-                }
-            }
-            barrier.wait();
-            add_product(layer.o, attended, product, x, B);
-            barrier.wait();
-            for (int64_t b = 0; b < B; b++) rms_norm(x + b * H, layer.post_norm, H, m->eps, normed + b * H);
-            linear(layer.gate, normed, gate, B);
-            linear(layer.up, normed, up, B);
-            for (int b = 0; b < B; b++)
-                for (int64_t i = mine.begin; i < mine.end; i += 8) {  // what this thread computed itself
-                    f8 g = load(gate + b * I + i);
-                    store(gate + b * I + i, g / (1.0f + exp(-g)) * load(up + b * I + i));
-                }
-            barrier.wait();
-            add_product(layer.down, gate, product, x, B);
-            barrier.wait();
-        }
-        for (int64_t b = 0; b < B; b++) rms_norm(x + b * H, m->norm, H, m->eps, normed + b * H);
-        linear(m->embedding, normed, logits, B);
-        barrier.wait();
+        Arena mine = {scratch, before + omp_get_thread_num() * measure.used};
+        Own own(*m, rows.count, longest, rank, mine);
+        Step{*m, cache, rows, barrier, all, own}.run(logits);
     }
 }

@@ -22,7 +22,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from model.inference.cpu_step import CpuStep
+from model.inference.cpu_step import CpuStep, library_for
 from model.inference.kv_cache import KVCache
 from model.inference.sampling import Sampler, SamplingParams, SamplingState, make_samplers
 from model.inference.text_stream import TextStream
@@ -93,7 +93,6 @@ class Engine:
     slots: sequences that run at once, the others wait in order. max_len: prompt and answer together, at most (default
     and limit: the model's max_position_embeddings). prefill_chunk: tokens of prompts that one step takes, so that a
     long prompt holds up the others by no more than that. compiled: what decoding_step() takes, or has returned.
-    Requests with an adapter take torch's way all the same.
     Not for several threads at once. The weights must not change while requests run or caches are to be reused.
     """
 
@@ -113,10 +112,11 @@ class Engine:
         self.max_len = min(max_len or model.config.max_position_embeddings, model.config.max_position_embeddings)
         weight = model.model.norm.weight
         capacity = min(self.max_len, FIRST_CAPACITY)
-        self.cache = KVCache(model.config, slots, capacity, weight.device, weight.dtype)
+        self.cpu_step = compiled if isinstance(compiled, CpuStep) else decoding_step(model, compiled)
+        lanes = self.cpu_step.lanes if self.cpu_step else None
+        self.cache = KVCache(model.config, slots, capacity, weight.device, weight.dtype, lanes)
         self.slots = [Slot() for _ in range(slots)]  # in the order of the cache's rows
         self.queue: deque[Sequence] = deque()
-        self.cpu_step = compiled if isinstance(compiled, CpuStep) else decoding_step(model, compiled)
         self.lora_layers = list(lora_layers(model).values())  # with the adapters that requests may name
         self.sampled: list[SamplingState] = []  # whom the samplers are for
         self.samplers: list[Sampler] = []
@@ -263,11 +263,12 @@ class Engine:
         """Compute the pending tokens, at most a chunk, of slots that are side by side and have one adapter; logits of
         those that then have none pending, (n, vocab)."""
         first = self.slots.index(slots[0])
-        if self.cpu_step and slots[0].adapter is None and all(slot.pending == 1 for slot in slots):
-            logits = self.cpu_step([slot.sequence.ids[-1] for slot in slots], first, self.cache)
-            self._hold(first, [slot.sequence.ids[-1:] for slot in slots])
-            return logits
         new = [slot.sequence.ids[len(slot.tokens) :][: self.prefill_chunk] for slot in slots]
+        if self.cpu_step:
+            logits = self.cpu_step(new, first, self.cache, slots[0].adapter)
+            ended = [len(tokens) == slot.pending for slot, tokens in zip(slots, new, strict=True)]
+            self._hold(first, new)
+            return logits if all(ended) else logits[ended]
         T = max(map(len, new))
         device = self.cache.k.device
         ids = torch.tensor([tokens + [0] * (T - len(tokens)) for tokens in new], device=device)  # (B, T)
@@ -346,21 +347,27 @@ def active_adapter(model: MiniMindLM, name: str | None) -> Iterator[None]:
 
 
 def decoding_step(model: MiniMindLM, compiled: bool | None = None) -> CpuStep | None:
-    """The compiled step, which decodes several times as fast, or None for torch's way.
+    """The compiled step, which computes several times as fast, or None for torch's way; `compiled` as step_works()."""
+    return CpuStep(model) if step_works(model, compiled) else None
+
+
+def step_works(model: MiniMindLM, compiled: bool | None) -> bool:
+    """Whether to take the compiled step.
 
     compiled None: wherever it works; a model in fp32 or packed on a CPU that has to do without is told so, once. True:
     raises OSError, RuntimeError or ValueError where it does not work. False: never."""
     if compiled is False:
-        return None
+        return False
     try:
-        return CpuStep(model)
+        library_for(model)
     except (OSError, RuntimeError, ValueError) as error:
         if compiled:
             raise
         weight = model.model.norm.weight
         if weight.device.type == "cpu" and weight.dtype == torch.float32:
-            _say_once(f"note: decoding without the compiled step, which is slower: {error}")
-        return None
+            _say_once(f"note: computing without the compiled step, which is slower: {error}")
+        return False
+    return True
 
 
 @cache

@@ -16,35 +16,47 @@ READ_BLOCK = 64  # the cache is read up to the longest sequence, rounded up to t
 
 
 class KVCache:
-    """Keys and values of all layers, preallocated; every slot holds one sequence and has its own length."""
+    """Keys and values of all layers, preallocated; every slot holds one sequence and has its own length.
+
+    lanes: None for what windows read; for the compiled step its lanes, positions that lie side by side."""
 
     def __init__(
-        self, config: MiniMindConfig, slots: int, capacity: int, device: torch.device | str, dtype: torch.dtype
+        self,
+        config: MiniMindConfig,
+        slots: int,
+        capacity: int,
+        device: torch.device | str,
+        dtype: torch.dtype,
+        lanes: int | None = None,
     ):
-        shape = (config.num_hidden_layers, slots, config.num_key_value_heads, capacity, config.head_dim)
-        self.k = torch.zeros(shape, device=device, dtype=dtype)  # (layers, slots, KV, S, D)
-        self.v = torch.zeros(shape, device=device, dtype=dtype)
+        c, self.lanes, self.block = config, lanes, lanes or 1
+        first = (c.num_hidden_layers, slots, c.num_key_value_heads, -(-capacity // self.block))
+        of_keys, of_values = ((c.head_dim, lanes), (lanes, c.head_dim)) if lanes else ((c.head_dim,), (c.head_dim,))
+        self.k = torch.zeros(first + of_keys, device=device, dtype=dtype)  # (layers, slots, KV, S, D), or blocks:
+        self.v = torch.zeros(first + of_values, device=device, dtype=dtype)  # (..., S / lanes, D, lanes; lanes, D)
         self.lengths = [0] * slots
 
     @property
     def capacity(self) -> int:
-        return self.k.shape[3]
+        return self.k.shape[3] * self.block
 
     def reserve(self, tokens: int) -> None:
         """Room for so many tokens in each slot; twice as many as before at least, so that copying stays rare."""
         if tokens > self.capacity:
-            more = max(tokens, 2 * self.capacity) - self.capacity
-            self.k = torch.nn.functional.pad(self.k, (0, 0, 0, more))
-            self.v = torch.nn.functional.pad(self.v, (0, 0, 0, more))
+            more = -(-(max(tokens, 2 * self.capacity) - self.capacity) // self.block)
+            inner = (0, 0) * (self.k.ndim - 4)
+            self.k = torch.nn.functional.pad(self.k, (*inner, 0, more))
+            self.v = torch.nn.functional.pad(self.v, (*inner, 0, more))
 
     def copy(self, source: int, target: int, tokens: int) -> None:
         """The first tokens of one slot into another, which then holds these."""
+        n = -(-tokens // self.block)
         for cache in (self.k, self.v):
-            cache[:, target, :, :tokens] = cache[:, source, :, :tokens]
+            cache[:, target, :, :n] = cache[:, source, :, :n]
         self.lengths[target] = tokens
 
     def swap(self, a: int, b: int) -> None:
-        n = max(self.lengths[a], self.lengths[b])
+        n = -(-max(self.lengths[a], self.lengths[b]) // self.block)
         for cache in (self.k, self.v):
             cache[:, [a, b], :, :n] = cache[:, [b, a], :, :n]
         self.lengths[a], self.lengths[b] = self.lengths[b], self.lengths[a]
