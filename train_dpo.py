@@ -106,7 +106,7 @@ def parse_arguments():
 
 def main():
     args = parse_arguments()
-    run = Run("dpo", args, minutes=1.0, learning_rate_factor=0.05)
+    run = Run("dpo", args, minutes=1.0, learning_rate_factor=0.08)
     # Before steps(), which may share the model out among processes and compile it.
     reference_model = None if args.loss == "simpo" else copy.deepcopy(run.model).eval().requires_grad_(False)
     train_rows, val_rows = run.rows(preference_dataset, "dpo")

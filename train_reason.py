@@ -43,7 +43,7 @@ def main():
     args = parser.parse_args()
     if not args.marker_weight > 0:
         raise cli.UsageError(f"--marker_weight {args.marker_weight}: must be above 0")
-    run = Run("reason", args, minutes=2.25, learning_rate_factor=0.5)
+    run = Run("reason", args, minutes=2.25, learning_rate_factor=0.8)
     train_rows, val_rows = run.rows(reason_dataset, "reason")
     marker_ids = [run.tokenizer.marker_ids[marker] for marker in WEIGHTED if marker in run.tokenizer.marker_ids]
     loss_fn = partial(reason_loss, marker_ids=marker_ids, marker_weight=args.marker_weight)

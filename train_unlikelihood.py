@@ -54,7 +54,7 @@ def main():
     args = parser.parse_args()
     if args.ngram < 2 or args.alpha < 0:
         raise cli.UsageError("--ngram must be at least 2, --alpha at least 0")
-    run = Run("unlikelihood", args, minutes=1.0, learning_rate_factor=0.1)
+    run = Run("unlikelihood", args, minutes=1.0, learning_rate_factor=0.16)
     train_rows, val_rows = run.rows(pretrain_dataset, "pretrain")
     loss_fn = partial(unlikelihood_loss, n=args.ngram, alpha=args.alpha)
 

@@ -50,7 +50,10 @@ def test_parameter_groups(tiny, name, experts):
         {f"model.layers.{i}.mlp.gate.weight" for i in range(2)} if experts else set()
     )
     set_learning_rate(optimizers, 0.25)
-    assert all(group["lr"] == pytest.approx(0.25e-3) for o in optimizers for group in o.param_groups)
+    rates = {name_of[id(p)]: group["lr"] for o in optimizers for group in o.param_groups for p in group["params"]}
+    embedding = rates.pop("model.embed_tokens.weight")
+    assert all(rate == pytest.approx(0.25e-3) for rate in rates.values())
+    assert embedding == pytest.approx(1e-3 if name == "muon" else 0.25e-3)
 
 
 def test_frozen_parameters_are_left_out(tiny):
@@ -70,7 +73,7 @@ def test_muon_is_torchs_but_for_the_iteration(monkeypatch):
     torch.manual_seed(0)
     ours = [torch.nn.Parameter(torch.randn(shape)) for shape in ((48, 32), (32, 48), (32, 32))]
     theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
-    a = Muon(ours, lr=0.01, weight_decay=0.1, dtype=torch.bfloat16)
+    a = Muon(ours, lr=0.01, weight_decay=0.1, momentum=0.95, dtype=torch.bfloat16)
     b = torch.optim.Muon(theirs, lr=0.01, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
     for _ in range(4):
         for p, q in zip(ours, theirs, strict=True):
