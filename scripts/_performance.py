@@ -78,7 +78,8 @@ def cell(figures: list[dict], name: str) -> str:
 
 def table(results: dict[tuple[str, str], list[dict]], rounds: int, command: str) -> str:
     """A section of Markdown: the machine, and a table for each kind of measurement."""
-    text = f"## {machine()}, {date.today()}\n\nCommit {commit()}, `{command}`: medians of {rounds}, and their range.\n"
+    how = f"medians of {rounds}, and their range" if rounds > 1 else "one measurement of each"
+    text = f"## {machine()}, {date.today()}\n\nCommit {commit()}, `{command}`: {how}.\n"
     for kind, columns in COLUMNS.items():
         rows = {row: figures for (of, row), figures in results.items() if of == kind}
         columns = [

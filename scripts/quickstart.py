@@ -1,4 +1,4 @@
-"""From nothing to a model that chats, in about ten minutes on two CPU cores, with no more than Python installed.
+"""From nothing to a model that chats, in less than ten minutes on two CPU cores, with no more than Python installed.
 
 python scripts/quickstart.py                 # or python3, or py, as Python is called; or bash scripts/quickstart.sh
 
@@ -14,7 +14,7 @@ import time
 
 import environment
 
-MINUTES = (2.75, 4.0, 1.75)  # of pretraining, of fine-tuning in rows of 256 tokens, and then of 1,024
+MINUTES = (2.1, 3.0, 1.3)  # of pretraining, of fine-tuning in rows of 256 tokens, and then of 1,024
 # One schedule in two runs: the learning rate stays up in the first, and falls in the second.
 SHORT_CHATS = ["--save_weight", "sft_short", "--decay", "0"]
 LONG_CHATS = ["--from_weight", "sft_short", "--max_seq_len", "1024", "--batch_size", "4", "--decay", "1"]
@@ -25,7 +25,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--out_dir", default=os.environ.get("OUT") or "out", help="where the weights go (default: OUT, or out)")
-    add("--minutes", type=float, help="of training in all (default: 2.75 before, 4 after, 1.75 of long chats)")
+    add("--minutes", type=float, help="of training in all (default: 2.1 before, 3 after, 1.3 of long chats)")
     args = parser.parse_args()
     out = ["--out_dir", args.out_dir]
     factor = 1 if args.minutes is None else args.minutes / sum(MINUTES)
