@@ -183,7 +183,7 @@ def test_where_the_step_does_not_work_a_line_says_so_or_it_is_an_error(weights, 
         assert not bot.compiled and bot.model.model.norm.weight.dtype == compute_dtype("cpu")
         assert spelled(bot.stream([{"role": "user", "content": "Hi"}], None))
     err = capsys.readouterr().err
-    assert err == "note: decoding without the compiled step, which is slower: it needs a C++ compiler\n"
+    assert err == "note: computing without the compiled step, which is slower: it needs a C++ compiler\n"
     weights(compiled=False)
     weights(torch.float16)  # nobody expects it there
     assert not capsys.readouterr().err
