@@ -16,11 +16,11 @@ import cli
 
 THIRTY_MILLION = "--preset small --config num_key_value_heads=4 intermediate_size=1664 qk_norm=1"
 TRAIN = {
-    "small, 8 x 512": "--preset small --optimizer muon",
+    "small, 8 x 512": "--preset small",
     "small, 8 x 512, AdamW": "--preset small --optimizer adamw",
-    "nano, 8 x 256": "--preset nano --seq_len 256 --optimizer muon",
-    "v3, 8 x 512": "--preset v3 --optimizer muon",
-    "v3-moe, 8 x 512": "--preset v3-moe --optimizer muon",
+    "nano, 8 x 256": "--preset nano --seq_len 256",
+    "v3, 8 x 512": "--preset v3",
+    "v3-moe, 8 x 512": "--preset v3-moe",
 }
 BATCHES, KINDS = (1, 8, 32), ("bf16", "int8", "int4")
 # (table, row): the command that measures it
