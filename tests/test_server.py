@@ -616,7 +616,7 @@ def test_a_server_with_a_key_and_narrow_limits(weights):
 
         # SIGTERM: what runs goes on to its end, what comes is refused.
         stream = server.client.completions.create(
-            model="tiny", prompt="x", max_tokens=150, stream=True, extra_body={"ignore_eos": True}
+            model="tiny", prompt="x", max_tokens=1500, stream=True, extra_body={"ignore_eos": True}
         )
         next(stream)
         server.process.send_signal(signal.SIGTERM)
