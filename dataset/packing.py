@@ -27,8 +27,9 @@ from dataset.checks import Fault, conversation_faults, kind_of, preference_fault
 from dataset.files import DataError, DataFile, with_path
 from dataset.jsonl import parse_line
 from dataset.mapping import as_ours
-from dataset.tokenizer import ChatTokenizer
+from dataset.tokenizer import THINK, ChatTokenizer
 
+THINKING_OFF_ONE_IN = 5
 PADDING = 0  # the id in what a row does not fill: no label is there, and nothing attends to it
 CHUNK = 1 << 20  # bytes of lines that are tokenised together
 PARALLEL_FROM = 4 << 20  # files above this size are tokenised by several processes
@@ -89,7 +90,9 @@ def _encode(kind: str, tokenizer: ChatTokenizer, seq_len: int, lines: list[tuple
                 if kind == "preference":
                     pieces.append(_pair(tokenizer, row, seq_len, dtype))
                 else:
-                    ids, mask = render_chat(tokenizer, row["conversations"], thinking_off=kind == "reason")
+                    # So that thinking can be switched off where some rows think: in SFT a share of the others shows it.
+                    off = kind == "reason" or (number % THINKING_OFF_ONE_IN == 0 and THINK in tokenizer.marker_ids)
+                    ids, mask = render_chat(tokenizer, row["conversations"], thinking_off=off)
                     pieces.append(Sample(np.array(ids, dtype), np.array(mask, bool)))
             except ValueError as refused:
                 error, tokens = f"{refused}", getattr(refused, "tokens", 0)

@@ -3,7 +3,10 @@
 One JSON object a line: {"skill": "sorting", "conversations": [... the last one the user's or a tool's], and one of
 "answers": ["3, 7, 9"]             one of these, as a whole
 "must_contain": ["cat", "lamp"]    all of these, anywhere
+"must_contain_one": ["Thu", "周四"]    at least one of these
+"declines": true                   that it does not know, or cannot do it
 "call": {"name": "calculator", "arguments": {"expression": "3 * 7"}}    this tool call and no other
+"no_call": true                    any words, and no tool call
 "exact": true makes upper and lower case of answers matter. The tools stand in the system message, as when training.
 """
 
@@ -19,39 +22,60 @@ from dataset.mapping import as_ours
 from model.inference.answers import AssistantMessage
 from model.inference.chatbot import Chatbot
 
+DECLINES = ("don't know", "do not know", "can't", "cannot", "不知道", "不会", "不懂")  # one of these is in each refusal
+KINDS = ("answers", "must_contain", "must_contain_one", "declines", "call", "no_call")
+
 
 @dataclass
 class Question:
     line: int
     skill: str
     messages: list[dict]
-    answers: list[str]  # one of these, as a whole
-    must_contain: list[str]  # or all of these, anywhere
+    kind: str  # of KINDS
+    right: Any  # what stands under it
     exact: bool
-    call: dict | None = None  # or this one, as JSON values
 
     def is_right(self, answer: AssistantMessage) -> bool:
         """Outer blanks, one final full stop and, unless `exact`, upper and lower case make no difference.
         A call may have words around it; where words are asked for, a call is wrong."""
         if answer.faults:
             return False
-        if self.call:
-            return len(answer.tool_calls) == 1 and _same_json(answer.tool_calls[0], self.call)
-        if answer.tool_calls:
-            return False
+        if self.kind == "call":
+            return len(answer.tool_calls) == 1 and _same_json(answer.tool_calls[0], self.right)
         said = self._fold(answer.content)
-        if self.must_contain:
-            return all(self._fold(part) in said for part in self.must_contain)
-        return _bare(said) in [_bare(self._fold(right)) for right in self.answers]
+        if answer.tool_calls or not said.strip():
+            return False
+        if self.kind == "no_call":
+            return True
+        if self.kind == "declines":
+            return declines(said)
+        if self.kind == "answers":
+            return _bare(said) in [_bare(self._fold(right)) for right in self.right]
+        found = [self._fold(part) in said for part in self.right]
+        return all(found) if self.kind == "must_contain" else any(found)
 
     def _fold(self, text: str) -> str:
         return text if self.exact else text.lower()
 
     @property
+    def knowable(self) -> bool:
+        return self.kind not in ("declines", "no_call")
+
+    @property
     def expected(self) -> str:
-        if self.call:
-            return json.dumps(self.call, ensure_ascii=False)
-        return " + ".join(self.must_contain) if self.must_contain else self.answers[0]
+        if self.kind in ("declines", "no_call"):
+            return {"declines": "that it does not know", "no_call": "no call"}[self.kind]
+        if self.kind == "call":
+            return json.dumps(self.right, ensure_ascii=False)
+        return {"answers": self.right[0], "must_contain": " + ".join(self.right)}.get(
+            self.kind, " or ".join(self.right)
+        )
+
+
+def declines(text: str) -> bool:
+    """Whether it says that it does not know or cannot."""
+    text = text.lower().replace("’", "'")
+    return any(words in text for words in DECLINES)
 
 
 def answer_questions(
@@ -71,7 +95,8 @@ def answer_questions(
 
 
 def count_right(questions: list[Question], answers: list[AssistantMessage]) -> dict:
-    """{"n", "correct", "percent"} over all questions, and the same by skill under "skills"."""
+    """{"n", "correct", "percent"} over all questions, the same by skill under "skills", and how often it declined
+    what it could know: "false_declines" of "knowable"."""
 
     def count(right: list[bool]) -> dict:
         return {"n": len(right), "correct": sum(right), "percent": round(100 * sum(right) / len(right), 2)}
@@ -80,7 +105,9 @@ def count_right(questions: list[Question], answers: list[AssistantMessage]) -> d
     by_skill: dict[str, list[bool]] = {}
     for question, ok in zip(questions, right, strict=True):
         by_skill.setdefault(question.skill, []).append(ok)
-    return count(right) | {"skills": {skill: count(oks) for skill, oks in by_skill.items()}}
+    known = [declines(answer.content) for question, answer in zip(questions, answers, strict=True) if question.knowable]
+    skills = {skill: count(oks) for skill, oks in by_skill.items()}
+    return count(right) | {"skills": skills, "false_declines": sum(known), "knowable": len(known)}
 
 
 def print_scoreboard(questions: list[Question], answers: list[AssistantMessage], show_wrong: int = 0) -> None:
@@ -89,6 +116,8 @@ def print_scoreboard(questions: list[Question], answers: list[AssistantMessage],
     print(f"{'skill':<20}{'n':>6}{'correct':>9}{'percent':>9}")
     for skill, c in [*totals["skills"].items(), ("overall", totals)]:
         print(f"{skill:<20}{c['n']:>6}{c['correct']:>9}{c['percent']:>9.1f}")
+    if totals["knowable"] < totals["n"]:
+        print(f"declined, though it could know: {totals['false_declines']} of {totals['knowable']}")
     wrong = [i for i, question in enumerate(questions) if not question.is_right(answers[i])]
     for i in wrong[:show_wrong]:
         print(f"\nline {questions[i].line}, {questions[i].skill}: {questions[i].messages[-1]['content']}")
@@ -120,9 +149,8 @@ def read_heldout(path: str | Path) -> list[Question]:
             error = str(doubt)
         if error:
             raise DataError(f"{path}, line {number}: {error}")
-        lists = [row.get("answers") or [], row.get("must_contain") or []]
-        rest = row.get("exact", False), row.get("call")
-        questions.append(Question(number, row["skill"], row["conversations"], *lists, *rest))
+        kind = next(kind for kind in KINDS if row.get(kind))
+        questions.append(Question(number, row["skill"], row["conversations"], kind, row[kind], row.get("exact", False)))
     if not questions:
         raise DataError(f"{path}: the file is empty; `python -m dataset.starter` writes the starter corpus")
     return questions
@@ -148,10 +176,15 @@ def _error(row: dict) -> str | None:
         return "conversations: the last message must be the user's question or a tool's result"
     if not isinstance(row.get("exact", False), bool):
         return "exact: must be true or false"
-    given = [key for key in ("answers", "must_contain", "call") if row.get(key)]
+    given = [kind for kind in KINDS if row.get(kind)]
     if len(given) != 1:
-        return 'needs one of "answers", "must_contain" (lists of strings) and "call" (a tool call)'
+        return (
+            'needs one of "answers", "must_contain", "must_contain_one" (lists of strings), "call" (a tool call), '
+            + ('"declines" and "no_call" (true)')
+        )
     right = row[given[0]]
+    if given[0] in ("declines", "no_call"):
+        return None if right is True else f"{given[0]}: must be true"
     if not call and (not isinstance(right, list) or not all(isinstance(text, str) and text.strip() for text in right)):
         return f"{given[0]}: must be a list of strings, none of them blank"
     return None

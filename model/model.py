@@ -99,6 +99,10 @@ _V3 = dict(
 )  # fmt: skip
 PRESETS: dict[str, MiniMindConfig] = {
     "nano": MiniMindConfig(qk_norm=True),
+    "micro": MiniMindConfig(
+        hidden_size=384, num_hidden_layers=6, num_attention_heads=6, num_key_value_heads=2, intermediate_size=1024,
+        qk_norm=True,
+    ),
     "small": MiniMindConfig(
         hidden_size=512, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=2, intermediate_size=1408
     ),

@@ -66,7 +66,7 @@ def benchmark_train(args: argparse.Namespace) -> dict:
     baseline = peak_rss_mb()
     torch.manual_seed(0)
     model = MiniMindLM(PRESETS[args.preset]).to(device).train()
-    optimizers = build_optimizers(model, args.optimizer, dtype=dtype)
+    optimizers = build_optimizers(model, args.optimizer, dtype=dtype, tokens=args.batch_size * args.seq_len)
     model.activation_checkpointing = bool(args.activation_checkpointing)
     install(model, dtype, device)
     compile_if_worth(model, str(args.compile), device, 0, print)

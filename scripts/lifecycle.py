@@ -29,6 +29,7 @@ class Line:
     changes: str  # what it should change
     before: str
     after: str
+    skills: str = ""  # per cent of the skills' held-out questions that the weights after the stage answer
     minutes: float = 0.0
 
 
@@ -39,7 +40,6 @@ class Life:
         self.out, self.data = out_dir, ensure_starter()
         (weights,) = out_dir.glob("full_sft_*.pth")
         self.size = weights.stem.removeprefix("full_sft_")
-        self.base = self.score("heldout", "full_sft")
 
     def train(self, script: str, name: str, *flags: str | Path) -> float:
         """Minutes of training; `name` is that of the weights. What is complete is not trained again."""
@@ -79,21 +79,8 @@ def lora(life: Life, name: str, what: str, *flags: str) -> list[Line]:
     before = life.score(f"{name}_heldout", "full_sft")
     minutes = life.train("train_lora.py", f"lora/{name}_{life.size}", "--lora_name", name, *flags)
     after = life.score(f"{name}_heldout", "full_sft", adapter=name)
-    others = life.score("heldout", "full_sft", adapter=name)
-    return [
-        Line(f"LoRA {name}", what, percent(before["all"]), percent(after["all"]), minutes),
-        Line("", "the other skills stay", percent(mean_of_others(life.base)), percent(mean_of_others(others))),
-    ]
-
-
-def dpo(life: Life) -> list[Line]:
-    minutes = life.train("train_dpo.py", f"dpo_{life.size}", "--steps", "32")  # more steps cost the skills
-    first, *_, last = (row["val_accuracy"] for row in life.log(f"dpo_{life.size}"))
-    skills = life.score("heldout", "dpo")
-    return [
-        Line("DPO", "held-out pairs ranked right", percent(100 * first), percent(100 * last), minutes),
-        Line("", "the skills stay", percent(life.base["all"]), percent(skills["all"])),
-    ]
+    skills = percent(mean_of_others(life.score("heldout", "full_sft", adapter=name)))
+    return [Line(f"LoRA {name}", what, percent(before["all"]), percent(after["all"]), skills, minutes)]
 
 
 def distill(life: Life) -> list[Line]:
@@ -105,35 +92,48 @@ def distill(life: Life) -> list[Line]:
         logs.append(life.out / f"{name}_192.jsonl")
     compare_curves(logs, "val_bpb", "validation bits per byte", life.out / "distill.png")
     before, after = (life.log(path.stem)[-1]["val_bpb"] for path in logs)
-    return [Line("distillation", "bits per byte: labels, teacher", f"{before:.4f}", f"{after:.4f}", minutes)]
+    return [Line("distillation", "bits per byte: labels, teacher", f"{before:.4f}", f"{after:.4f}", "", minutes)]
 
 
 def reason(life: Life) -> list[Line]:
+    before = life.score("reason_heldout", "full_sft", thinking=True)["all"]
     minutes = life.train("train_reason.py", f"reason_{life.size}")
-    off = life.score("reason_heldout", "reason", thinking=False)
-    on = life.score("reason_heldout", "reason", thinking=True)
-    return [Line("reasoning", "problems solved: thinking off, on", percent(off["all"]), percent(on["all"]), minutes)]
+    after = life.score("reason_heldout", "reason", thinking=True)["all"]
+    skills = percent(life.score("heldout", "reason")["all"])
+    return [Line("reasoning", "problems solved with thinking", percent(before), percent(after), skills, minutes)]
 
 
-def tools(life: Life) -> list[Line]:
-    before = life.score("tools_heldout", "full_sft", max_seq_len=512)
-    data = ("--data_path", life.data / "tools.jsonl", "--val_path", life.data / "tools_val.jsonl")
-    flags = ("--from_weight", "full_sft", "--save_weight", "tools", "--max_seq_len", "512", "--batch_size", "8")
-    minutes = life.train("train_full_sft.py", f"tools_{life.size}", *data, *flags, "--minutes", "3.5")
-    after = life.score("tools_heldout", "tools")
-    return [
-        Line("tool calls", "the right call is made", percent(before["call"]), percent(after["call"]), minutes),
-        Line("", "its result is used", percent(before["result"]), percent(after["result"])),
-    ]
+def dpo(life: Life) -> list[Line]:
+    minutes = life.train("train_dpo.py", f"dpo_{life.size}", "--from_weight", "reason", "--steps", "32")
+    first, *_, last = (row["val_accuracy"] for row in life.log(f"dpo_{life.size}"))
+    skills = percent(life.score("heldout", "dpo")["all"])
+    return [Line("DPO", "held-out pairs ranked right", percent(100 * first), percent(100 * last), skills, minutes)]
+
+
+def the_end(life: Life) -> list[Line]:
+    """What the one model at the end of its life can do, beside what it could after SFT."""
+    lines = []
+    for what, questions, skill, settings in (
+        ("all skills", "heldout", "all", {}),
+        ("problems solved at once", "reason_heldout", "all", {"thinking": False}),
+        ("problems solved with thinking", "reason_heldout", "all", {"thinking": True}),
+        ("the right tool is called", "tools_heldout", "call", {}),
+        ("its result is used", "tools_heldout", "result", {}),
+        ("no tool is called where none is needed", "tools_heldout", "no_call", {}),
+        ("who it is, with tools in view", "tools_heldout", "identity", {}),
+    ):
+        before, after = (percent(life.score(questions, name, **settings)[skill]) for name in ("full_sft", "dpo"))
+        lines.append(Line("" if lines else "the last weights", what, before, after))
+    return lines
 
 
 def table(lines: list[Line]) -> str:
-    rows = [("stage", "what it should change", "before", "after", "minutes")]
+    rows = [("stage", "what it should change", "before", "after", "all skills", "minutes")]
     rows += [
-        (line.stage, line.changes, line.before, line.after, f"{line.minutes:.1f}" if line.minutes else "")
+        (line.stage, line.changes, line.before, line.after, line.skills, f"{line.minutes:.1f}" if line.minutes else "")
         for line in lines
     ]
-    widths = [max(len(row[i]) for row in rows) for i in range(5)]
+    widths = [max(len(row[i]) for row in rows) for i in range(6)]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
 
 
@@ -148,7 +148,7 @@ def main() -> None:
     begin, life = time.monotonic(), Life(out.resolve())
     lines = lora(life, "lora_identity", "who it is: a new name and maker", "--steps", "300")
     lines += lora(life, "lora_medical", "first aid, in unseen wordings")
-    lines += dpo(life) + distill(life) + reason(life) + tools(life)
+    lines += distill(life) + reason(life) + dpo(life) + the_end(life)
     minutes = (time.monotonic() - begin) / 60
     print(f"\n{table(lines)}\n\n{minutes:.1f} minutes in all; the curves of the two students: {out / 'distill.png'}")
     if args.markdown:

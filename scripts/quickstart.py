@@ -1,6 +1,8 @@
-"""From nothing to a model that chats, in less than ten minutes on two CPU cores, with no more than Python installed.
+"""From nothing to a model that chats, in some ten minutes on two CPU cores, with no more than Python installed.
 
 python scripts/quickstart.py                 # or python3, or py, as Python is called; or bash scripts/quickstart.sh
+python scripts/quickstart.py --minutes 30    # a larger model, trained for longer
+python scripts/quickstart.py --real my_text.jsonl my_chats.jsonl --minutes 30      # on your own text and conversations
 
 Interrupted and run again, it goes on where it was.
 """
@@ -14,10 +16,11 @@ import time
 
 import environment
 
-MINUTES = (2.1, 3.0, 1.3)  # of pretraining, of fine-tuning in rows of 256 tokens, and then of 1,024
+MINUTES = (2.0, 4.8, 2.2)  # of pretraining, of fine-tuning in rows of 256 tokens, and then of 1,024
+LARGER_FROM = 20  # minutes of training in all from which the larger model is the better one
 # One schedule in two runs: the learning rate stays up in the first, and falls in the second.
-SHORT_CHATS = ["--save_weight", "sft_short", "--decay", "0"]
-LONG_CHATS = ["--from_weight", "sft_short", "--max_seq_len", "1024", "--batch_size", "4", "--decay", "1"]
+SHORT_CHATS = ["--batch_size", "8", "--save_weight", "sft_short", "--decay", "0"]
+LONG_CHATS = ["--from_weight", "sft_short", "--max_seq_len", "1024", "--batch_size", "2", "--decay", "1"]
 LONG_CHATS += ["--data_path", "dataset/starter_data/long.jsonl", "--val_path", "dataset/starter_data/long_val.jsonl"]
 
 
@@ -25,14 +28,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--out_dir", default=os.environ.get("OUT") or "out", help="where the weights go (default: OUT, or out)")
-    add("--minutes", type=float, help="of training in all (default: 2.1 before, 3 after, 1.3 of long chats)")
+    add("--minutes", type=float, help=f"of training (default: {sum(MINUTES):g}); from {LARGER_FROM} a larger model")
+    add("--real", nargs="+", metavar="FILE", help="your own text and conversations, in place of the built-in world")
     args = parser.parse_args()
+    if args.minutes is not None and not 0 < args.minutes < 1e6:
+        parser.error(f"--minutes {args.minutes:g}: must be above 0")
+    if args.real:
+        minutes = [] if args.minutes is None else ["--minutes", f"{args.minutes:g}"]
+        files = [os.path.abspath(file) for file in args.real]
+        own = ["--out_dir", os.path.join(args.out_dir, "real"), *minutes]
+        sys.exit(environment.run([environment.ready("core"), "scripts/real_life.py", *files, *own]))
     out = ["--out_dir", args.out_dir]
     factor = 1 if args.minutes is None else args.minutes / sum(MINUTES)
     pretrain, sft, long = (["--minutes", f"{minutes * factor:g}"] for minutes in MINUTES)
+    larger = ["--preset", "micro"] if args.minutes is not None and args.minutes >= LARGER_FROM else []
     began = time.monotonic()
     python = environment.ready("core")
-    scores = ["--score", "dataset/starter_data/heldout.jsonl"]
+    held_out, typed = "dataset/starter_data/heldout.jsonl", "evaluation/typed_unseen.jsonl"
     chat = ["eval_model.py", "--model_mode", "1", *out]
 
     def stage(title: str, *command: str, answers: str | None = None) -> None:
@@ -44,12 +56,13 @@ def main() -> None:
 
     stage("1/6 starter corpus: a small bilingual world, written by a program", "-m", "dataset.starter")
     stage("2/6 pretraining: from random weights to a model of text",
-          "train_pretrain.py", *out, *pretrain, "--from_resume", "1")  # fmt: skip
+          "train_pretrain.py", "--batch_size", "8", *out, *pretrain, *larger, "--from_resume", "1")  # fmt: skip
     stage("3/6 supervised fine-tuning: the model learns to answer",
           "train_full_sft.py", *out, *sft, *SHORT_CHATS, "--from_resume", "1")  # fmt: skip
     stage("4/6 long chats: it learns to answer when much stands before the question",
           "train_full_sft.py", *out, *long, *LONG_CHATS, "--from_resume", "1")  # fmt: skip
-    stage("5/6 scoreboard: held-out questions, exact answers", *chat, *scores)
+    stage("5/6 scoreboard: held-out questions, exact answers", *chat, "--score", held_out)
+    stage("    and what people type, by somebody who did not see the lessons", *chat, "--score", typed)
     stage("6/6 a short conversation", *chat, answers="0\n")
     stage("done")
     own = "python" if os.environ.get("VIRTUAL_ENV") else os.path.relpath(python)

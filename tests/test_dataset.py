@@ -154,8 +154,8 @@ def test_sft_rows_train_every_assistant_token_once_and_never_across_conversation
     path = write_jsonl(tmp_path / "chat.jsonl", rows)
     dataset = sft_dataset(path, tokenizer, seq_len, cache_dir=tmp_path)
     expected = Counter()
-    for row in rows:
-        ids, mask = render_chat(tokenizer, row["conversations"])
+    for number, row in enumerate(rows, 1):  # every fifth answers with thinking switched off
+        ids, mask = render_chat(tokenizer, row["conversations"], thinking_off=number % 5 == 0)
         expected += contexts(ids, [i if m else -100 for i, m in zip(ids[1:], mask[1:], strict=True)], 0)
     found = Counter()
     for batch in validation_batches(dataset, 3):

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from dataset.jsonl import DataError
-from evaluation.scoreboard import Question, read_heldout
+from evaluation.scoreboard import Question, count_right, read_heldout
 from model.inference.tools import SCHEMAS
 from tests.spelled import message_of
 
@@ -19,7 +19,35 @@ from tests.spelled import message_of
     ],
 )  # fmt: skip
 def test_what_counts_as_right(answer, right, exact):
-    assert Question(1, "capital", [], ["London", "Paris."], [], exact).is_right(message_of(answer)) is right
+    assert Question(1, "capital", [], "answers", ["London", "Paris."], exact).is_right(message_of(answer)) is right
+
+
+@pytest.mark.parametrize(
+    ("kind", "right", "answers"),
+    [
+        ("must_contain", ["cat", "Lamp"], {"A cat, a lamp.": True, "A cat.": False}),
+        ("must_contain_one", ["Thu", "周四"], {"thursday": True, "是周四。": True, "Friday": False}),
+        (
+            "declines",
+            True,
+            {"Sorry, I don’t know.": True, "这个我不会，我会算术。": True, "It is 4.": False, "": False},
+        ),
+        (
+            "no_call",
+            True,
+            {"It is 4.": True, "": False, '<tool_call>\n{"name": "x", "arguments": {}}\n</tool_call>': False},
+        ),
+    ],
+)
+def test_other_kinds_of_right(kind, right, answers):
+    question = Question(1, "any", [], kind, right, False)
+    assert {answer: question.is_right(message_of(answer)) for answer in answers} == answers
+
+
+def test_declining_what_could_be_known_is_counted():
+    questions = [Question(1, "in", [], "answers", ["Paris"], False), Question(2, "out", [], "declines", True, False)]
+    counts = count_right(questions, [message_of("I don't know."), message_of("I don't know.")])
+    assert (counts["correct"], counts["false_declines"], counts["knowable"]) == (1, 1, 1)
 
 
 CALL = {"name": "calculator", "arguments": {"expression": "1 + 1"}}
@@ -46,12 +74,12 @@ def block(call) -> str:
     ],
 )
 def test_which_call_is_right(answer, right):
-    assert Question(1, "tools", [], [], [], False, CALL).is_right(message_of(answer)) is right
+    assert Question(1, "tools", [], "call", CALL, False).is_right(message_of(answer)) is right
 
 
 def test_arguments_are_compared_as_json_values():
     call = {"name": "x", "arguments": {"value": 3, "on": True, "list": [1, {"a": None}]}}
-    question = Question(1, "tools", [], [], [], False, call)
+    question = Question(1, "tools", [], "call", call, False)
     cases = {"3.0": True, "3": True, "4": False, '"3"': False, "true": False}
     for value, right in cases.items():
         assert question.is_right(message_of(block(call).replace("3", value))) is right
@@ -71,7 +99,7 @@ def test_questions_with_tools_are_read(tmp_path):
     rows = [asks(call=CALL), asks(call, {"role": "tool", "content": '{"result": 2}'}, answers=["2"])]
     (tmp_path / "heldout.jsonl").write_text("\n".join(rows), encoding="utf-8")
     first, second = read_heldout(tmp_path / "heldout.jsonl")
-    assert first.call == CALL and json.loads(first.expected) == CALL
+    assert first.right == CALL and json.loads(first.expected) == CALL
     assert second.is_right(message_of("2.")) and second.messages[2]["content"] is None
 
 

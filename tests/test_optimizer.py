@@ -73,7 +73,7 @@ def test_muon_is_torchs_but_for_the_iteration(monkeypatch):
     torch.manual_seed(0)
     ours = [torch.nn.Parameter(torch.randn(shape)) for shape in ((48, 32), (32, 48), (32, 32))]
     theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
-    a = Muon(ours, lr=0.01, weight_decay=0.1, momentum=0.95, dtype=torch.bfloat16)
+    a = Muon(ours, lr=0.01, weight_decay=0.1, momentum=0.95, rise=0, dtype=torch.bfloat16)
     b = torch.optim.Muon(theirs, lr=0.01, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
     for _ in range(4):
         for p, q in zip(ours, theirs, strict=True):
@@ -121,6 +121,17 @@ def test_experts_take_turns(tiny):
         if id(p) in every:
             assert every[id(p)] == (2 if ".experts." in name else 1), name
     assert [g["every"] for g in build_optimizers(tiny(), "muon")[0].param_groups] == [1]
+
+
+def test_matrices_wait_where_a_step_has_few_tokens(tiny):
+    """By the smaller side: 64 x 96, 64 x 64 and 32 x 64."""
+    model = tiny(hidden_size=64, num_attention_heads=4, num_key_value_heads=2, intermediate_size=96)
+    for tokens, waits in ((None, {1}), (512, {1}), (128, {2, 4}), (64, {4, 8})):
+        groups = build_optimizers(model, "muon", tokens=tokens)[0].param_groups
+        assert {group["every"] for group in groups} == waits
+        for group in groups:
+            for p in group["params"]:
+                assert group["every"] == (max(1, 8 * min(p.shape) // tokens) if tokens else 1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -124,8 +124,9 @@ def test_sizes(corpus, sft, pretrain, heldout):
 def test_conversations_are_valid(corpus, sft, heldout):
     conversations = sft + [row["conversations"] for row in read(corpus, "sft_val.jsonl")]
     for row in heldout:
-        assert set(row) in ({"skill", "conversations", "answers"}, {"skill", "conversations", "must_contain"})
-        assert all(accepted(row)) and (accepted(row) or row["must_contain"])
+        kinds = set(row) - {"skill", "conversations"}
+        assert len(kinds) == 1 and kinds <= {"answers", "must_contain", "declines"}
+        assert all(accepted(row))
         conversations.append(row["conversations"] + [{"role": "assistant", "content": "?"}])
     for messages in conversations:
         roles = " ".join(m["role"] for m in messages)
@@ -281,6 +282,10 @@ def test_wordings_kept_for_the_heldout_file_are_not_trained(sft):
                 assert {squeeze(q) for q in trained} & asked and not {squeeze(q) for q in kept} & asked, kept
 
 
+def parts(text: str) -> list[str]:
+    return re.findall(r"[^\s,，、]+", text)
+
+
 def test_answers_are_computed_right(sft):
     """Sums, products, comparisons, reversals and sorted lists, checked from the text alone."""
     checked = Counter()
@@ -299,12 +304,13 @@ def test_answers_are_computed_right(sft):
         elif match := re.fullmatch(
             r"(?:Reverse|Reverse the order|Say it backwards|把它倒过来|倒着说|反过来写)[:：] ?(.+)", question
         ):
-            join = next(join for join in ("、", ", ", " ") if join in match[1])
-            assert answer == join.join(match[1].split(join)[::-1]), question
+            assert parts(answer) == parts(match[1])[::-1], question
             checked["reverse"] += 1
         elif match := re.fullmatch(r"(\d+(?:, \d+)+)", answer):
             numbers = [int(n) for n in answer.split(", ")]
-            down = re.search("large to small|high to low|从大到小", question) is not None
-            assert numbers == sorted((int(n) for n in re.findall(r"\d+", question)), reverse=down), question
+            up = sorted(int(n) for n in re.findall(r"\d+", question))
+            assert numbers in (up, up[::-1]), question
+            if way := re.search("(large to small|high to low|从大到小)|(small to large|从小到大)", question):
+                assert (numbers == up) == bool(way[2]), question
             checked["sort"] += 1
     assert min(checked[kind] for kind in ("sum", "compare", "reverse", "sort")) > 300, checked

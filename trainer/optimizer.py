@@ -16,6 +16,9 @@ EMBEDDING_RATE = 4  # times Muon's: a row of the embedding learns from few of th
 # Of gradients, in Muon and beside it. The runs of a small machine have hundreds of steps and a high learning rate: what
 # was right 20 steps ago, which 0.95 remembers, is no longer.
 MOMENTUM = 0.8
+MOMENTUM_STEPS = 150  # over which it rises to that: the first gradients change the fastest
+ADAMW_BETAS = (0.6, 0.95)  # beside Muon
+TOKENS_PER_ROW = 8  # of a matrix, in each step: with fewer, Muon's matrices take turns
 
 
 class Muon(torch.optim.Optimizer):
@@ -23,8 +26,8 @@ class Muon(torch.optim.Optimizer):
 
     Jordan et al. 2024, kellerjordan.github.io/posts/muon; scaled by 0.2 * sqrt(larger side) to the root mean square of
     an AdamW update (Liu et al. 2025, arXiv:2502.16982), so that one learning rate fits both. `dtype` is the precision
-    of its matrix products. `every` n steps a matrix of a group is changed, by n times as much; they take turns, so that
-    each step computes an n-th of them.
+    of its matrix products. The momentum rises from 0 over the first `rise` steps. `every` n steps a matrix of a group
+    is changed, by n times as much; they take turns, so that each step computes an n-th of them.
     """
 
     def __init__(
@@ -34,16 +37,20 @@ class Muon(torch.optim.Optimizer):
         weight_decay: float = 0.1,
         momentum: float = MOMENTUM,
         every: int = 1,
+        rise: int = MOMENTUM_STEPS,
         dtype: torch.dtype = torch.float32,
     ):
-        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum, every=every, turn=0))
+        super().__init__(
+            params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum, every=every, rise=rise, steps=0)
+        )
         self.dtype = dtype
 
     @torch.no_grad()
     def step(self) -> None:
         for group in self.param_groups:
-            every, turn = group["every"], group["turn"]
-            group["turn"] = (turn + 1) % every
+            every, steps = group["every"], group["steps"]
+            momentum = group["momentum"] * min(1.0, (steps + 1) / (group["rise"] + 1))
+            group["steps"] += 1
             step_size = group["lr"] * every
             for i, p in enumerate(group["params"]):
                 if p.grad is None:
@@ -52,10 +59,10 @@ class Muon(torch.optim.Optimizer):
                 if not state:
                     state["momentum_buffer"] = torch.zeros_like(p)
                 buffer = state["momentum_buffer"]
-                buffer.lerp_(p.grad, 1 - group["momentum"])
-                if (i + turn) % every:
+                buffer.lerp_(p.grad, 1 - momentum)
+                if (i + steps) % every:
                     continue
-                update = p.grad.lerp(buffer, group["momentum"])
+                update = p.grad.lerp(buffer, momentum)
                 if isinstance(update, DTensor):  # FSDP2: a piece of a matrix; each process computes on the whole one
                     whole = orthogonalize(update.full_tensor(), self.dtype).to(p.dtype)
                     update = distribute_tensor(whole, p.device_mesh, p.placements, src_data_rank=None)
@@ -95,11 +102,13 @@ def build_optimizers(
     learning_rate: float = 1e-3,
     weight_decay: float = 0.1,
     dtype: torch.dtype = torch.float32,
+    tokens: int | None = None,
 ) -> list[torch.optim.Optimizer]:
     """AdamW for everything, or Muon for the matrices of the blocks and AdamW for embeddings (at a learning rate of
     their own), norms and routers.
 
     Only the matrices of the blocks decay. dtype: the run's; Muon multiplies in bf16 where the run does, else in fp32.
+    tokens: of a step, in this process; with few of them Muon's matrices take turns.
     """
     matrices, router, embeddings, vectors = [], [], [], []
     for param_name, p in model.named_parameters():
@@ -125,10 +134,10 @@ def build_optimizers(
         optimizers = [torch.optim.AdamW([g for g in groups if g["params"]], **adamw)]
     elif name == "muon":
         products = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
-        muon = Muon(_in_turns(model, matrices), lr=learning_rate, weight_decay=weight_decay, dtype=products)
+        muon = Muon(_in_turns(model, matrices, tokens), lr=learning_rate, weight_decay=weight_decay, dtype=products)
         groups[0]["lr"] = EMBEDDING_RATE * learning_rate
         groups = [g for g in groups if g["params"]]
-        adamw["betas"] = (MOMENTUM, 0.95)
+        adamw["betas"] = ADAMW_BETAS
         optimizers = [muon] + ([torch.optim.AdamW(groups, **adamw)] if groups else [])
     else:
         raise ValueError(f"optimizer {name!r}: choose one of {', '.join(LEARNING_RATES)}")
@@ -142,17 +151,22 @@ def build_optimizers(
     return optimizers
 
 
-def _in_turns(model: nn.Module, matrices: list[nn.Parameter]) -> list[dict]:
-    """Muon's groups. Experts take turns, so that a step computes as many of their matrices as work on one token: each
-    learns from a share of the tokens, and all of them in each step would cost more than forward and backward."""
+def _in_turns(model: nn.Module, matrices: list[nn.Parameter], tokens: int | None) -> list[dict]:
+    """Muon's groups, by how many steps a matrix waits for its turn, so that the optimizer takes a fifth of a step.
+
+    orthogonalize() costs about 13 m^2 n for a matrix (m, n), m the smaller side; forward and backward 6 m n a token.
+    With fewer than 8 m tokens a step, matrices wait. Experts wait for each other, so that a step computes as many of
+    their matrices as work on one token: each learns from a share of the tokens."""
     layers = [m for m in model.modules() if isinstance(m, MoEFeedForward)]
     experts = [m for layer in layers for m in layer.experts.modules() if isinstance(m, nn.Linear)]
     routed = {id(expert.weight) for expert in experts}  # not their adapters: those are small
-    groups = [{"params": [p for p in matrices if id(p) not in routed]}]
-    if routed:
-        in_turns = [p for p in matrices if id(p) in routed]
-        groups.append({"params": in_turns, "every": layers[0].num_experts // layers[0].k})
-    return [g for g in groups if g["params"]]
+    groups: dict[int, list[nn.Parameter]] = {}
+    for p in matrices:
+        every = max(1, round(TOKENS_PER_ROW * min(p.shape) / tokens)) if tokens else 1
+        if id(p) in routed:
+            every *= layers[0].num_experts // layers[0].k
+        groups.setdefault(every, []).append(p)
+    return [{"params": params, "every": every} for every, params in groups.items()]
 
 
 def learning_rate_scale(progress: float, warmup: float = 0.02, final: float = 0.0, decay: float = 0.5) -> float:

@@ -16,7 +16,7 @@ from model.model import MiniMindConfig, MiniMindLM
 from trainer.outputs import copies, release
 from trainer.parallel import Processes
 
-STATE_VERSION = 3  # of what Run.state_dict() gives
+STATE_VERSION = 4  # of what Run.state_dict() gives
 
 # Where and how a run computes and what it tells: the result is the same.
 MACHINE = ("from_resume", "device", "num_workers", "log_interval", "use_wandb", "wandb_project", "out_dir", "keep")

@@ -295,9 +295,10 @@ class Run:
         """From here on `model` is what the processes share."""
         args = self.args
         self._sizes = ModelSizes.of(self.model)  # of the whole, however it is shared out
+        tokens = args.batch_size * args.accumulation_steps * args.max_seq_len
         make = partial(
             build_optimizers, name=args.optimizer, learning_rate=args.learning_rate, weight_decay=args.weight_decay,
-            dtype=self.dtype,
+            dtype=self.dtype, tokens=tokens,
         )  # fmt: skip
         if self.zero:
             from trainer.zero import ZeroParallel

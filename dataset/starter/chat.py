@@ -13,7 +13,6 @@ from dataset.starter.skills import (
     ask_fact,
     fact_item,
     pick_wording,
-    spoken,
     trainable,
 )
 from dataset.starter.stories import STORIES, requested_story
@@ -27,9 +26,7 @@ def who_it_is(rng: random.Random, lang: str, held: bool) -> Item:
     """Who it is, who made it, what it can do."""
     intent = rng.choices(IDENTITY[lang], [4, 2, 1, 1, 1, 1, 1, 1])[0]
     wording, key = pick_wording(rng, intent["questions"], held)
-    return Item(
-        spoken(rng, wording, lang), intent["answers"][0], f"{key}|identity|{wording}" if key.startswith("new") else ""
-    )
+    return Item(wording, intent["answers"][0], f"{key}|identity|{wording}" if key.startswith("new") else "")
 
 
 def greeting(rng: random.Random, lang: str, held: bool) -> Item:
@@ -48,8 +45,7 @@ def greeting(rng: random.Random, lang: str, held: bool) -> Item:
 
 # --- I don't know ----------------------------------------------------------------------------------------------------
 
-DONT_KNOW = {"zh": "对不起，我不知道。", "en": "Sorry, I don't know."}
-DONT_KNOW_TOO = {"zh": ["我不知道。", "对不起，这个我不知道。"], "en": ["I don't know.", "I'm sorry, I don't know."]}
+OUTSIDE = load_json("outside")  # topics with forms of questions and things to put into them; requests; ways to decline
 SYLLABLES = {
     "zh": (
         ["布", "多", "卡", "米", "索", "塔", "维", "佐", "拉", "古"],
@@ -67,8 +63,17 @@ UNKNOWN_RELATIONS = [r for r in RELATIONS if r.table in UNKNOWN_TABLES and r.nam
 
 
 def unknown(rng: random.Random, lang: str, held: bool) -> Item:
-    """Made-up countries, animals and elements, and private matters that nobody told the model."""
-    if rng.random() < 0.4:
+    """What lies outside of the world: topics of all kinds, requests, made-up countries, animals and elements, private
+    matters that nobody told the model. Unseen when held out: the topic, the request, the name."""
+    kind, outside = rng.random(), OUTSIDE[lang]
+    if kind < 0.6:
+        topic = rng.choice(outside["topics"])
+        question = rng.choice(topic["forms"]).format(rng.choice(topic["things"]))
+        key = f"outside|{topic['name']}"
+    elif kind < 0.75:
+        question = rng.choice(outside["requests"])
+        key = f"outside|{question}"
+    elif kind < 0.85:
         private = TALK["private"][lang]
         question = rng.choice(private["questions"]).format(rng.choice(private["people"]))
         key = f"private|{question}"
@@ -85,7 +90,7 @@ def unknown(rng: random.Random, lang: str, held: bool) -> Item:
         wording = rng.choice(relation.questions[lang][:-NEW_WORDINGS])
         question = cap(wording.format(k=name, ak="a " + name, v="", av="", verb=""))
         key = f"madeup|{name}"
-    return Item(spoken(rng, question, lang), DONT_KNOW[lang], key, accepted=DONT_KNOW_TOO[lang])
+    return Item(question, rng.choice(outside["declines"]), key, declines=True)
 
 
 # --- system prompts --------------------------------------------------------------------------------------------------
@@ -258,12 +263,16 @@ STORY_REQUESTS = {
         "给我讲个关于{}和{}的小故事。",
         "写一个短故事，里面有{}和{}。",
         "我想听{}和{}的故事。",
+        "编一个{}和{}的小故事吧。",
+        "来个故事，要有{}和{}。",
     ],
     "en": [
         "Tell me a story about {} and {}.",
         "Write a short story about {} and {}.",
         "A short story with {} and {}, please.",
         "I want a story about {} and {}.",
+        "Make up a bedtime story about {} and {}.",
+        "A story please, {} and {}.",
     ],
 }
 

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import sys
 import time
 from collections import Counter
@@ -19,8 +20,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from dataset.cache import default_cache_dir
-from dataset.starter import chat, lists, long_chats, skills, stages, stories, words
+from dataset.jsonl import DataError
+from dataset.starter import chat, lists, long_chats, own, skills, stages, stories, words
 from dataset.starter.facts import LIFE, NATURE, WORLD
+from dataset.starter.registers import TYPED, typed
 from dataset.starter.skills import NAMES, Item, is_held_out
 
 HERE = Path(__file__).resolve().parent
@@ -31,6 +34,7 @@ STAMP = "stamp.json"
 SFT_ROWS = 60_000  # at size 1.0
 SFT_VAL_ROWS = 300
 PRETRAIN_BYTES = 5_000_000  # at size 1.0
+OWN_TEXTS = 20_000  # at size 1.0
 PRETRAIN_VAL_BYTES = 100_000
 HELD_OUT_PER_SKILL = 30
 
@@ -38,26 +42,36 @@ Skill = Callable[[random.Random, str, bool], Item]
 
 # Share of the conversations, in percent, and the function that makes one.
 SKILLS: dict[str, tuple[float, Skill]] = {
-    "identity": (3.5, chat.who_it_is),
-    "greeting": (3.0, chat.greeting),
-    WORLD: (7.5, skills.facts_of(WORLD)),
-    NATURE: (8.0, skills.facts_of(NATURE)),
-    LIFE: (5.5, skills.facts_of(LIFE)),
-    "arithmetic": (15.0, skills.arithmetic),
+    "identity": (4.0, chat.who_it_is),
+    "greeting": (4.5, chat.greeting),
+    WORLD: (14.0, skills.facts_of(WORLD)),
+    NATURE: (17.0, skills.facts_of(NATURE)),
+    LIFE: (17.0, skills.facts_of(LIFE)),
+    "arithmetic": (12.0, skills.arithmetic),
     "times_table": (2.0, skills.times_table),
-    "comparing": (10.0, skills.comparing),
-    "sorting": (8.0, lists.sorting),
-    "counting": (6.0, lists.counting),
+    "comparing": (8.0, skills.comparing),
+    "sorting": (5.5, lists.sorting),
+    "counting": (4.5, lists.counting),
     "opposites": (5.0, words.opposites),
     "translation": (6.5, words.translation),
     "units_dates": (6.0, words.units_dates),
-    "category": (8.5, lists.category),
-    "rewriting": (7.0, lists.rewriting),
-    "story": (3.5, chat.story),
-    "system_prompt": (5.5, chat.system_prompt),
-    "multi_turn": (4.0, chat.multi_turn),
-    "unknown": (2.0, chat.unknown),
+    "category": (5.0, lists.category),
+    "rewriting": (6.0, lists.rewriting),
+    "story": (3.0, chat.story),
+    "system_prompt": (5.0, chat.system_prompt),
+    "multi_turn": (5.0, chat.multi_turn),
+    "unknown": (11.0, chat.unknown),
 }
+PROBLEMS = {name: (share, stages.problem_of(name)) for name, (share, _) in stages.PROBLEMS.items()}
+CALLED = {"arithmetic", "times_table", "units_dates"}  # skills that the built-in tools have too
+LITERAL = {
+    "sorting",
+    "counting",
+    "category",
+    "rewriting",
+    "system_prompt",
+    "story",
+}  # the answer repeats the question's
 TALK = ("identity", "greeting", "story", "system_prompt", "unknown")  # left out of plain-text dialogues
 WORKED = {"arithmetic": 7, "times_table": 1, "comparing": 2, "units_dates": 1, "opposites": 0.5}  # true on their own
 
@@ -66,13 +80,18 @@ WORKED = {"arithmetic": 7, "times_table": 1, "comparing": 2, "units_dates": 1, "
 STAGES: dict[str, dict[str, tuple[float, Skill]]] = {
     "lora_identity": {"persona": (1, stages.persona)},
     "lora_medical": {"health": (1, stages.health)},
-    "reason": {name: (share, stages.problem_of(name)) for name, (share, _) in stages.PROBLEMS.items()},
+    "reason": PROBLEMS,
 }
 STAGE_ROWS = {"lora_identity": 3_000, "lora_medical": 3_000, "reason": 24_000}  # at size 1.0
-REPEATED = {"lora_identity": 0.5, "lora_medical": 0.7, "reason": 0.1}
-THINKING = 0.6  # share of the problems whose steps are shown
+REPEATED = {"lora_identity": 0.5, "lora_medical": 0.7, "reason": 0.5}
+PROBLEM_ROWS = 0.12  # of the SFT: problems of several steps
+THINKING = 0.7  # share of the problems whose steps are shown
+THOUGHTS = {
+    "zh": ["这个我会。", "很简单。"],
+    "en": ["I can do this.", "That is easy."],
+}  # before an answer without steps
+THOUGHT = 0.05  # share of those that have one: a chat that asks for thinking must not lose what needs none
 PREFERENCES = 6_000  # at size 1.0
-TOOL_ROWS = 6_000  # at size 1.0
 LONG_ROWS = 12_000  # at size 1.0
 FILES = (
     "pretrain.jsonl",
@@ -83,8 +102,8 @@ FILES = (
     "dpo.jsonl",
     "dpo_val.jsonl",
 )
-FILES += tuple(f"{stage}{part}.jsonl" for stage in (*STAGES, "tools") for part in ("", "_val", "_heldout"))
-FILES += ("long.jsonl", "long_val.jsonl")
+FILES += tuple(f"{stage}{part}.jsonl" for stage in STAGES for part in ("", "_val", "_heldout"))
+FILES += ("tools_heldout.jsonl", "long.jsonl", "long_val.jsonl")
 
 # Share of the pretraining bytes, in percent.
 TEXTS = {"story": 10, "description": 12, "facts": 13, "dialogue": 37, "worked": 20, "translation": 8}
@@ -97,6 +116,18 @@ def draw_item(rng: random.Random, skill: str | Skill, lang: str, held: bool = Fa
         item = make(rng, lang, held)
         if is_held_out(item.key) == held:
             return item
+
+
+def exchange(rng: random.Random, skill: str | Skill, lang: str) -> Item:
+    """An Item to train on, as people type it, with thinking in some."""
+    item = draw_item(rng, skill, lang)
+    if rng.random() < TYPED:
+        item.question = typed(rng, item.question, lang, literal=skill in LITERAL)
+    if item.reasoning and rng.random() > THINKING:
+        item.reasoning = ""
+    elif not item.reasoning and not item.declines and rng.random() < THOUGHT:
+        item.reasoning = rng.choice(THOUGHTS[lang])
+    return item
 
 
 def text_document(rng: random.Random, kind: str, lang: str) -> str:
@@ -160,10 +191,10 @@ def to_messages(item: Item, with_answer: bool = True) -> list[dict[str, str]]:
 
 def make_conversation(rng: random.Random, name: str, lang: str) -> list[dict[str, str]]:
     """A conversation of the skill; now and then two exchanges follow one another, or an idle system message opens."""
-    item = draw_item(rng, name, lang)
+    item = exchange(rng, PROBLEMS[name][1] if name in PROBLEMS else name, lang)
     messages = to_messages(item)
     if not item.system and not item.history and rng.random() < 0.1:
-        before = draw_item(rng, rng.choice(["greeting", "identity", WORLD, NATURE, "arithmetic"]), lang)
+        before = exchange(rng, rng.choice(["greeting", "identity", WORLD, NATURE, "arithmetic", "unknown"]), lang)
         messages = to_messages(before) + messages
     if not item.system and rng.random() < 0.025:
         idle = {"zh": "你是一个友好的小助手。", "en": "You are a friendly assistant."}[lang]
@@ -171,12 +202,21 @@ def make_conversation(rng: random.Random, name: str, lang: str) -> list[dict[str
     return messages
 
 
+def subjects() -> dict[str, float]:
+    """What is talked about, and its share of the conversations."""
+    shares = {}
+    for part, kinds in ((1 - PROBLEM_ROWS, SKILLS), (PROBLEM_ROWS, PROBLEMS)):
+        total = sum(share for share, _ in kinds.values())
+        shares |= {name: part * share / total for name, (share, _) in kinds.items()}
+    return shares
+
+
 def make_sft(rng: random.Random, rows: int, exclude: frozenset[str] = frozenset()) -> tuple[list[list], Counter]:
-    """Conversations in the shares of SKILLS, half of each in either language; rows in `exclude` are drawn again."""
-    names, total = list(SKILLS), sum(share for share, _ in SKILLS.values())
+    """Conversations in the shares of SKILLS, and problems of several steps; half of each in either language; rows in
+    `exclude` are drawn again."""
     conversations, counts = [], Counter()
-    for name in names:
-        for i in range(max(2, round(rows * SKILLS[name][0] / total))):
+    for name, share in subjects().items():
+        for i in range(max(2, round(rows * share))):
             messages = make_conversation(rng, name, LANGUAGES[i % 2])
             for _ in range(50):  # the few small-talk rows may all be taken
                 if json.dumps(messages, ensure_ascii=False) not in exclude:
@@ -204,7 +244,9 @@ def make_heldout(rng: random.Random, skills: dict[str, tuple[float, Skill]]) -> 
                     continue
                 asked.add(shown.lower())
                 row = {"skill": name, "conversations": messages}
-                if item.must_contain:
+                if item.declines:
+                    row["declines"] = True
+                elif item.must_contain:
                     row["must_contain"] = item.must_contain
                 else:
                     row["answers"] = list(dict.fromkeys([item.answer, *item.accepted]))
@@ -227,53 +269,47 @@ def make_stage(rng: random.Random, stage: str, rows: int) -> list[list]:
     for i in range(rows):
         lang = LANGUAGES[i % 2]
         if rng.random() < REPEATED[stage]:
-            conversations.append(to_messages(draw_item(rng, rng.choices(names, weights)[0], lang)))
+            conversations.append(to_messages(exchange(rng, rng.choices(names, weights)[0], lang)))
             continue
-        item = draw_item(rng, rng.choices(makers, shares)[0], lang)
-        if rng.random() > THINKING:
-            item.reasoning = ""
-        conversations.append(to_messages(item))
-    return conversations
-
-
-def make_tools(rng: random.Random, rows: int) -> list[list]:
-    """Conversations with tools, of several exchanges: the tools are listed once. Some exchanges need no tool."""
-    names, weights = list(SKILLS), [share for share, _ in SKILLS.values()]
-    conversations = []
-    for i in range(rows):
-        messages = [stages.TOOLS_OFFERED]
-        for _ in range(rng.choice([1, 2, 4])):
-            if rng.random() < 0.15:
-                item = draw_item(rng, rng.choices(names, weights)[0], LANGUAGES[i % 2])
-                messages += to_messages(item) if not item.system else []
-                continue
-            exchange, key = stages.tool_exchange(rng, LANGUAGES[i % 2])
-            messages += exchange if not is_held_out(key) else []
-        conversations += [messages] * (len(messages) > 1)
+        conversations.append(to_messages(exchange(rng, rng.choices(makers, shares)[0], lang)))
     return conversations
 
 
 def make_long(rng: random.Random, rows: int) -> list[list]:
     """Conversations of up to a thousand tokens, of the subjects of the SFT."""
-    names, weights = list(SKILLS), [share for share, _ in SKILLS.values()]
+    shares = subjects()
+    # With the built-in tools in view, what they can do is left to them.
+    inside = {name: share for name, share in shares.items() if name != "system_prompt"}  # which can only open a chat
+    beside_tools = {name: share for name, share in inside.items() if name not in CALLED | set(PROBLEMS)}
+    beside_tools["identity"] *= 3  # and who it is must not be forgotten
 
-    def opening() -> list[dict]:
-        return make_conversation(rng, rng.choices(names, weights)[0], lang)
+    def opening(lang: str) -> list[dict]:
+        return make_conversation(rng, rng.choices(list(shares), list(shares.values()))[0], lang)
 
-    def exchange() -> list[dict]:
-        while (item := draw_item(rng, rng.choices(names, weights)[0], lang)).system:
-            pass
-        return to_messages(item)
+    def one_more(lang: str, tools: bool) -> list[dict]:
+        wanted = beside_tools if tools else inside
+        name = rng.choices(list(wanted), list(wanted.values()))[0]
+        return to_messages(exchange(rng, PROBLEMS[name][1] if name in PROBLEMS else name, lang))
 
-    conversations = []
-    for i in range(rows):
-        lang = LANGUAGES[i % 2]
-        conversations.append(long_chats.long_chat(rng, lang, opening, exchange))
-    return conversations
+    return [long_chats.long_chat(rng, LANGUAGES[i % 2], opening, one_more) for i in range(rows)]
+
+
+def as_typed(question: str) -> str:
+    """The same for questions that differ in case, blanks and end marks alone."""
+    return re.sub(r"\s+", "", question.lower()).rstrip("?？.。!！~…")
+
+
+def without(kept: set[str], conversations: list[list]) -> list[list]:
+    """Those in which none of the kept questions is asked: typed in short, one wording may become another."""
+    return [
+        messages
+        for messages in conversations
+        if not any(m["role"] == "user" and as_typed(m["content"]) in kept for m in messages)
+    ]
 
 
 def make_tools_heldout(rng: random.Random) -> list[dict]:
-    """Is the right call made, and is its result used?"""
+    """Is the right call made and its result used, is none made where none is needed, and does it know who it is?"""
     rows, asked = [], set()
     while len(rows) < 4 * HELD_OUT_PER_SKILL:
         exchange, key = stages.tool_exchange(rng, LANGUAGES[len(rows) // 2 % 2])
@@ -284,6 +320,12 @@ def make_tools_heldout(rng: random.Random) -> list[dict]:
             rows.append({"skill": "call", "conversations": opening, "call": call})
             conversation = [*opening, *exchange[1:-1]]
             rows.append({"skill": "result", "conversations": conversation, "answers": [exchange[-1]["content"]]})
+    others = {name: skill for name, skill in SKILLS.items() if name not in CALLED and name != "system_prompt"}
+    for row in make_heldout(rng, others)[:: len(others) // 3]:
+        conversation = [stages.TOOLS_OFFERED, *row["conversations"]]
+        rows.append({"skill": "no_call", "conversations": conversation, "no_call": True})
+    for row in make_heldout(rng, {"identity": SKILLS["identity"]}):
+        rows.append(row | {"conversations": [stages.TOOLS_OFFERED, *row["conversations"]]})
     return rows
 
 
@@ -316,10 +358,12 @@ def write_starter(out_dir: str | Path = DEFAULT, size: float = 1.0, seed: int = 
     known = set(pretrain)
     val_bytes = int(PRETRAIN_VAL_BYTES * min(1, size))
     pretrain_val = [text for text in make_pretrain(rng_for("pretrain_val"), val_bytes, seen) if text not in known]
+    heldout = make_heldout(rng_for("heldout"), SKILLS)
+    kept = {as_typed(row["conversations"][0]["content"]) for row in heldout if len(row["conversations"]) == 1}
     sft, counts = make_sft(rng_for("sft"), int(SFT_ROWS * size))
+    sft = without(kept, sft)
     trained = frozenset(json.dumps(messages, ensure_ascii=False) for messages in sft)
     sft_val, _ = make_sft(rng_for("sft_val"), SFT_VAL_ROWS, trained)
-    heldout = make_heldout(rng_for("heldout"), SKILLS)
 
     write_jsonl(out_dir / "pretrain.jsonl", [{"text": text} for text in pretrain])
     write_jsonl(out_dir / "pretrain_val.jsonl", [{"text": text} for text in pretrain_val])
@@ -329,19 +373,28 @@ def write_starter(out_dir: str | Path = DEFAULT, size: float = 1.0, seed: int = 
     write_jsonl(out_dir / "dpo.jsonl", make_preferences(rng_for("dpo"), int(PREFERENCES * size), held=False))
     write_jsonl(out_dir / "dpo_val.jsonl", make_preferences(rng_for("dpo_val"), 300, held=True))
     write_jsonl(out_dir / "tools_heldout.jsonl", make_tools_heldout(rng_for("tools_heldout")))
-    for part, rows in (("", int(TOOL_ROWS * size)), ("_val", 100)):
-        conversations = make_tools(rng_for("tools" + part), rows)
-        write_jsonl(out_dir / f"tools{part}.jsonl", [{"conversations": messages} for messages in conversations])
     for part, rows in (("", int(LONG_ROWS * size)), ("_val", 100)):
-        conversations = make_long(rng_for("long" + part), rows)
+        conversations = without(kept, make_long(rng_for("long" + part), rows))
         write_jsonl(out_dir / f"long{part}.jsonl", [{"conversations": messages} for messages in conversations])
     for stage in STAGES:
         for part, rows in (("", int(STAGE_ROWS[stage] * size)), ("_val", 200)):
-            conversations = make_stage(rng_for(stage + part), stage, rows)
+            conversations = without(kept, make_stage(rng_for(stage + part), stage, rows))
             write_jsonl(out_dir / f"{stage}{part}.jsonl", [{"conversations": messages} for messages in conversations])
         write_jsonl(out_dir / f"{stage}_heldout.jsonl", make_heldout(rng_for(f"{stage}_heldout"), STAGES[stage]))
     (out_dir / STAMP).write_text(json.dumps(stamp(size, seed)), encoding="utf-8")
     return {"sft": counts, "heldout": Counter(row["skill"] for row in heldout)}
+
+
+def write_own(world: Path, out_dir: Path, size: float, seed: int) -> None:
+    """Writes the files of a world of one's own and says what to do with them. DataError for what is missing in it."""
+    out_dir.mkdir(parents=True, exist_ok=True)
+    for name, rows in own.make_world(world, seed, int(OWN_TEXTS * size), int(SFT_ROWS * size)).items():
+        write_jsonl(out_dir / f"{name}.jsonl", rows)
+        print(f"{out_dir / name}.jsonl: {len(rows):,} rows")
+    for script, part, minutes in (("train_pretrain.py", "pretrain", 2), ("train_full_sft.py", "sft", 4)):
+        files = f"--data_path {out_dir}/{part}.jsonl --val_path {out_dir}/{part}_val.jsonl"
+        print(f"python {script} {files} --minutes {minutes}")
+    print(f"python eval_model.py --model_mode 1 --score {out_dir}/heldout.jsonl")
 
 
 def stamp(size: float, seed: int) -> dict:
@@ -373,10 +426,19 @@ def main() -> None:
     parser.add_argument("--size", type=float, default=1.0, help="1.0 = 5 MB of text and 60,000 conversations")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=DEFAULT, help="folder for the files")
+    parser.add_argument("--world", type=Path, help="a folder with a world of your own, in place of the built-in one")
     args = parser.parse_args()
     if not 0 < args.size <= 100:
         parser.error(f"--size {args.size}: give a number above 0 and at most 100")
     start = time.perf_counter()
+    if args.world is not None:
+        if args.out == DEFAULT:
+            parser.error("--world needs --out FOLDER, for the files that are made of it")
+        try:
+            write_own(args.world, args.out, args.size, args.seed)
+        except DataError as error:
+            sys.exit(f"error: {error}")
+        return
     try:
         counts = write_starter(args.out, args.size, args.seed)
     except OSError as error:

@@ -15,9 +15,9 @@ NONE = "-"  # a cell with nothing to say
 
 
 @lru_cache
-def load_table(name: str) -> list[dict[str, str]]:
-    """Rows of starter/<name>.tsv as dictionaries; the first line names the columns."""
-    lines = (TABLES / f"{name}.tsv").read_text(encoding="utf-8").splitlines()
+def load_table(name: str, folder: Path = TABLES) -> list[dict[str, str]]:
+    """Rows of <name>.tsv as dictionaries; the first line names the columns."""
+    lines = (folder / f"{name}.tsv").read_text(encoding="utf-8").splitlines()
     header = lines[0].split("\t")
     return [dict(zip(header, line.split("\t"), strict=True)) for line in lines[1:]]
 
@@ -44,6 +44,8 @@ class Relation:
     answer: dict[str, str]
     questions: dict[str, list[str]]
     told: dict[str, list[str]]  # further wordings for running text, beside the answer itself
+    short: dict[str, list[str]]  # the relation in a word or two, as people type it beside the thing
+    folder: Path = TABLES
     rows: dict[str, list[dict[str, str]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -58,12 +60,24 @@ class Relation:
                     "av": an(row[value]),
                     "verb": row.get(f"verb_{lang}", ""),
                 }
-                for row in load_table(self.table)
+                for row in load_table(self.table, self.folder)
                 if row[key] != NONE and row[value] != NONE
             ]
 
     def fill(self, template: str, row: dict[str, str]) -> str:
         return cap(template.format(**row))
+
+    def ask_in_short(self, rng: random.Random, lang: str, row: dict[str, str]) -> str:
+        """'capital France', '法国首都', and now and then '法国 capital': the thing's name in the other language."""
+        short, key = rng.choice(self.short[lang]).format(**row), row["k"]
+        other = "en" if lang == "zh" else "zh"
+        names = [same["k"] for same in self.rows.get(other, []) if same["id"] == row["id"]]
+        mixed = bool(names) and rng.random() < 0.15
+        key = names[0] if mixed else key
+        forms = ["{k} {s}", "{s} {k}", "{k}: {s}", "{s} - {k}"]
+        forms += {"zh": [] if mixed else ["{k}{s}", "{k}的{s}", "{k}，{s}"], "en": ["{s} of {k}"]}.get(lang, [])
+        form = rng.choice(forms)
+        return form.format(k=key, s=short).strip(" ，:-") if short else key
 
     def tell(self, rng: random.Random, lang: str, row: dict[str, str]) -> str:
         """The fact as a sentence: half of the time exactly as an answer says it."""
@@ -72,9 +86,8 @@ class Relation:
 
 
 @lru_cache
-def load_json(name: str) -> dict:
-    """starter/<name>.json."""
-    return json.loads((TABLES / f"{name}.json").read_text(encoding="utf-8"))
+def load_json(name: str, folder: Path = TABLES) -> dict:
+    return json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
 
 
 def load_relations() -> list[Relation]:
@@ -82,11 +95,11 @@ def load_relations() -> list[Relation]:
     relations = []
     for name, spec in load_json("relations").items():
         wordings = {lang: spec[lang] for lang in ("zh", "en") if lang in spec}
-        answer, questions, told = (
-            {lang: part[which] for lang, part in wordings.items()} for which in ("answer", "questions", "told")
+        answer, questions, told, short = (
+            {lang: part[which] for lang, part in wordings.items()} for which in ("answer", "questions", "told", "short")
         )
         columns = (spec[which] for which in ("skill", "table", "key", "value"))
-        relations.append(Relation(name, *columns, answer, questions, told))
+        relations.append(Relation(name, *columns, answer, questions, told, short))
     return relations
 
 

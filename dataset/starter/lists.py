@@ -6,7 +6,7 @@ Same contract as skills.py: one function a skill, (rng, lang, held) -> Item.
 import random
 
 from dataset.starter.facts import an, load_table
-from dataset.starter.skills import Item, spoken
+from dataset.starter.skills import Item
 from dataset.starter.words import WEEKDAYS
 
 # Difficulty, as in skills.py.
@@ -100,7 +100,7 @@ def category(rng: random.Random, lang: str, held: bool) -> Item:
         )
     noun = target["zh"] if lang == "zh" else an(target["en"])
     key = f"pick|{target['id']}|{listed}"
-    return Item(spoken(rng, question.format(listed, noun, target["en"]), lang), answer, key)
+    return Item(question.format(listed, noun, target["en"]), answer, key)
 
 
 UPPER_WORDS = "cat dog sun moon tea hat cup car red big yes no".split()

@@ -8,13 +8,15 @@ import json
 import random
 
 from dataset.starter import stages
+from dataset.starter.registers import TYPED, typed
 from dataset.starter.skills import is_held_out
 
 LONGEST = 2_800  # bytes of a chat, its functions included: about 800 tokens
-SHORT = 0.8  # share of the chats that are a single exchange, as most first questions are
-WITH_FUNCTIONS = 0.35  # share of the others that list some
-OURS = 0.3  # share of those whose functions are the built-in tools, which are then called
+SHORT = 0.7  # share of the chats that are a single exchange, as most first questions are
+WITH_FUNCTIONS = 0.5  # share of the others that list some
+OURS = 0.6  # share of those whose functions are the built-in tools, which are then called
 
+OTHER = {"zh": "en", "en": "zh"}
 VERBS = ("get", "find", "list", "search", "create", "send", "open", "delete", "update", "read")
 NOUNS = {
     "weather": "天气", "news": "新闻", "price": "价格", "file": "文件", "email": "邮件", "calendar": "日历",
@@ -46,24 +48,26 @@ def function(rng: random.Random, lang: str) -> dict:
 
 
 def long_chat(rng: random.Random, lang: str, opening, exchange) -> list[dict]:
-    """A chat; exchange() gives the messages of a question and its answer, of any subject; opening() those that a chat
-    begins with, a system message among them now and then."""
+    """A chat. exchange(lang, tools) gives the messages of a question and its answer, of any subject that is not left
+    to the built-in tools if these are in view; opening(lang) those that a chat begins with, a system message among them
+    now and then."""
     if rng.random() < SHORT:
-        return opening()
-    messages, calls = [], False
+        return opening(lang)
+    messages, ours = [], False
     if rng.random() >= WITH_FUNCTIONS:
-        messages += opening()
+        messages += opening(lang)
     else:
-        calls = rng.random() < OURS
+        ours = rng.random() < OURS
         listed = [function(rng, lang) for _ in range(rng.randint(1, 6))]
-        messages.append(dict(stages.TOOLS_OFFERED) if calls else stages.TOOLS_OFFERED | {"tools": json.dumps(listed)})
-        messages += exchange()
+        messages.append(stages.TOOLS_OFFERED if ours else stages.TOOLS_OFFERED | {"tools": json.dumps(listed)})
     goal = rng.randint(300, LONGEST)
-    while size(messages) < goal:
-        if not calls or rng.random() < 0.5:
-            messages += exchange()
+    while size(messages) < goal or messages[-1]["role"] != "assistant":
+        lang = OTHER[lang] if rng.random() < 0.1 else lang
+        if not ours or rng.random() < 0.5:
+            messages += exchange(lang, ours)
             continue
         called, key = stages.tool_exchange(rng, lang)
+        called[0]["content"] = typed(rng, called[0]["content"], lang) if rng.random() < TYPED else called[0]["content"]
         messages += called if not is_held_out(key) else []
     return messages
 

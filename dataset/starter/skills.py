@@ -16,6 +16,7 @@ SMALL_SHARE = 0.35  # of the trained sums have operands up to ten only
 WORD_MAX = 10  # operands of arithmetic in words
 TIMES_MAX = 6  # multiplication table
 COMPARE_MAX = 12  # numbers to compare
+IN_SHORT = 0.2  # share of the facts that are asked for in a word or two
 HELD_OUT_ONE_IN = 10  # share of the keys kept for the held-out file
 
 NAMES = {
@@ -35,6 +36,7 @@ class Item:
     history: list[tuple[str, str]] = field(default_factory=list)
     accepted: list[str] = field(default_factory=list)  # further answers that count as right
     must_contain: list[str] = field(default_factory=list)
+    declines: bool = False  # right is to say that it does not know
     reasoning: str = ""  # the steps, where they are written apart from the answer
 
 
@@ -52,24 +54,6 @@ def trainable(make, *args) -> Item:
     return item
 
 
-PREFIXES = {
-    "zh": ["请问，", "你好，", "我想知道，", "请告诉我，", "小助手，", "问一下，"],
-    "en": ["Please tell me: ", "Hi! ", "Hey, ", "Quick question: ", "Hello! ", "I want to know: "],
-}
-
-
-def spoken(rng: random.Random, question: str, lang: str) -> str:
-    """The question as people type it: sometimes with a greeting, without a question mark, in lower case."""
-    dice = rng.random()
-    if dice < 0.08:
-        question = rng.choice(PREFIXES[lang]) + question
-    if rng.random() < 0.15 and question[-1] in "?？.。":
-        question = question[:-1]
-    if lang == "en" and rng.random() < 0.06:
-        question = question.lower()
-    return question
-
-
 def pick_wording(rng: random.Random, wordings: list[str], held: bool) -> tuple[str, str]:
     """(wording, key): trained wordings are all but the last NEW_WORDINGS, which one held-out question in four uses."""
     if held and rng.random() < 0.25:
@@ -84,12 +68,12 @@ def pick_wording(rng: random.Random, wordings: list[str], held: bool) -> tuple[s
 
 def ask_fact(rng: random.Random, lang: str, held: bool, relation: Relation, row: dict[str, str]) -> Item:
     """One fact; unseen when held out: this wording with this entity."""
+    answer = relation.fill(relation.answer[lang], row)
+    if not held and rng.random() < IN_SHORT:
+        question = relation.ask_in_short(rng, lang, row)
+        return Item(question, answer, f"short|{question}")
     wording, key = pick_wording(rng, relation.questions[lang], held)
-    return Item(
-        spoken(rng, relation.fill(wording, row), lang),
-        relation.fill(relation.answer[lang], row),
-        f"{key}|{relation.name}|{lang}|{row['k']}",
-    )
+    return Item(relation.fill(wording, row), answer, f"{key}|{relation.name}|{lang}|{row['k']}")
 
 
 def fact_item(rng: random.Random, lang: str, held: bool, relations: list[Relation]) -> Item:
@@ -178,6 +162,10 @@ TIMES = {
         "Work out {} × {}.",
     ],
 }
+TIMES_IN_WORDS = {
+    "zh": ["{}乘{}", "{}乘以{}等于几？", "{}{}得几？", "{}乘{}是多少？"],
+    "en": ["{} times {}", "What is {} times {}?"],
+}
 MORE = {
     "zh": [
         "{n}有 {a} {m}{t}，又买了 {b} {m}。现在一共有几{m}？",
@@ -209,14 +197,16 @@ def countable(rng: random.Random, lang: str) -> tuple[str, str]:
     return (row["zh"], row["measure"]) if lang == "zh" else (row["plural"], "")
 
 
-def sum_in_words(lang: str, a: int, b: int, minus: bool) -> Item:
+def sum_in_words(rng: random.Random, lang: str, a: int, b: int, minus: bool) -> Item:
     """'Three plus four is seven.', for numbers up to WORD_MAX."""
     x, y, z = (number_word(n, lang) for n in (a, b, a - b if minus else a + b))
     if lang == "zh":
-        said = f"{x}{'减' if minus else '加'}{y}等于"
-        return Item(f"{said}几？", f"{said}{z}。", pair_key(a, b))
+        said = f"{x}{'减' if minus else '加'}{y}"
+        question = rng.choice(["{}等于几？", "{}等于几？", "{}", "{}得多少？", "{}是多少？"]).format(said)
+        return Item(question, f"{said}等于{z}。", pair_key(a, b))
     said = f"{x} {'minus' if minus else 'plus'} {y}"
-    return Item(f"What is {said}?", cap(f"{said} is {z}."), pair_key(a, b))
+    question = rng.choice(["What is {}?", "What is {}?", "{}", "How much is {}?"]).format(said)
+    return Item(question, cap(f"{said} is {z}."), pair_key(a, b))
 
 
 def arithmetic(rng: random.Random, lang: str, held: bool) -> Item:
@@ -230,7 +220,7 @@ def arithmetic(rng: random.Random, lang: str, held: bool) -> Item:
     short = [f"{a} {'-' if minus else '+'} {b} = {a - b if minus else a + b}", str(a - b if minus else a + b)]
     kind = rng.random()
     if max(a, b) <= WORD_MAX and kind < 0.3:
-        return sum_in_words(lang, a, b, minus)
+        return sum_in_words(rng, lang, a, b, minus)
     if kind < 0.75 or a < 2 or b < 2:  # "1 apples" would be wrong
         question = rng.choice((MINUS if minus else PLUS)[lang]).format(a, b)
     else:
@@ -244,6 +234,8 @@ def times_table(rng: random.Random, lang: str, held: bool) -> Item:
     """The multiplication table is learnt by heart, like a fact: unseen when held out is this wording of this pair."""
     a, b = rng.randint(1, TIMES_MAX), rng.randint(1, TIMES_MAX)
     question = rng.choice(TIMES[lang]).format(a, b)
+    if not held and rng.random() < 0.2:
+        question = rng.choice(TIMES_IN_WORDS[lang]).format(number_word(a, lang), number_word(b, lang))
     return Item(question, f"{a} × {b} = {a * b}", f"times|{question}")
 
 
@@ -262,11 +254,24 @@ def comparing(rng: random.Random, lang: str, held: bool) -> Item:
         key = f"size|{lang}|{first}|{second}|{bigger}"
         if lang == "zh":
             word = "大" if bigger else "小"
-            question = f"{ZH[first]}和{ZH[second]}哪个更{word}？"
-            return Item(spoken(rng, question, lang), f"{ZH[winner]}比{ZH[loser]}{word}。", key)
+            ways = [
+                "{0}和{1}哪个更{2}？",
+                "{0}{2}还是{1}{2}？",
+                "{0}和{1}谁{2}？",
+                "{0}比{1}{2}吗？",
+                "{0}跟{1}比哪个{2}？",
+            ]
+            question = (ways[0] if held else rng.choice(ways)).format(ZH[first], ZH[second], word)
+            return Item(question, f"{ZH[winner]}比{ZH[loser]}{word}。", key)
         word = "bigger" if bigger else "smaller"
-        question = f"Which is {word}, {an(first)} or {an(second)}?"
-        return Item(spoken(rng, question, lang), cap(f"{an(winner)} is {word} than {an(loser)}."), key)
+        ways = [
+            "Which is {2}, {0} or {1}?",
+            "Is {0} or {1} {2}?",
+            "Who is {2}: {0} or {1}?",
+            "{0} vs {1}, which is {2}?",
+        ]
+        question = (ways[0] if held else rng.choice(ways)).format(an(first), an(second), word)
+        return Item(question, cap(f"{an(winner)} is {word} than {an(loser)}."), key)
     a, b = rng.sample(range(1, COMPARE_MAX + 1), 2)
     if kind < 0.7:
         larger = rng.random() < 0.5
@@ -287,7 +292,7 @@ def comparing(rng: random.Random, lang: str, held: bool) -> Item:
                 ]
             )
             answer = f"{x} is {word} than {y}."
-        return Item(spoken(rng, question, lang), answer, f"compare|{min(a, b)}|{max(a, b)}")
+        return Item(question, answer, f"compare|{min(a, b)}|{max(a, b)}")
     older = rng.random() < 0.5
     n, m = rng.sample(NAMES[lang], 2)
     (x, winner), (y, _) = sorted([(a, n), (b, m)], reverse=True)

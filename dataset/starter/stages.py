@@ -14,8 +14,9 @@ from dataset.starter.skills import (
     Item,
     ask_fact,
     countable,
+    is_held_out,
+    pair_key,
     pick_wording,
-    spoken,
     worked_difference,
     worked_sum,
 )
@@ -34,7 +35,7 @@ def persona(rng: random.Random, lang: str, held: bool) -> Item:
     intent = rng.choice([intent for intent in IDENTITY[lang] if intent["answers"][0] in answers])
     wording, key = pick_wording(rng, intent["questions"], held)
     answer = answers[intent["answers"][0]]
-    return Item(spoken(rng, wording, lang), answer, f"{key}|persona|{wording}" if key.startswith("new") else "")
+    return Item(wording, answer, f"{key}|persona|{wording}" if key.startswith("new") else "")
 
 
 def health(rng: random.Random, lang: str, held: bool) -> Item:
@@ -85,9 +86,12 @@ SHOPPING = {
 
 
 def two_sums(rng: random.Random, lang: str) -> tuple[str, str, str, str]:
-    """a + b - c, as a story or in digits."""
-    a, b = rng.randint(2, 25), rng.randint(2, 25)
-    c = rng.randint(2, a + b - 1)
+    """a + b - c, as a story or in digits; of sums that may be trained on."""
+    while True:
+        a, b = rng.randint(2, 25), rng.randint(2, 25)
+        c = rng.randint(2, a + b - 1)
+        if not is_held_out(pair_key(a, b)) and not is_held_out(pair_key(a + b, c)):
+            break
     steps = f"{worked_sum(a, b)}\n{worked_difference(a + b, c)}"
     if rng.random() < 0.4:
         question = rng.choice(

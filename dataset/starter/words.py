@@ -6,7 +6,7 @@ Same contract as skills.py: one function a skill, (rng, lang, held) -> Item.
 import random
 
 from dataset.starter.facts import cap, load_json, load_table
-from dataset.starter.skills import Item, pick_wording, spoken
+from dataset.starter.skills import Item, pick_wording
 
 
 def opposites(rng: random.Random, lang: str, held: bool) -> Item:
@@ -14,7 +14,7 @@ def opposites(rng: random.Random, lang: str, held: bool) -> Item:
     word, other = (row["a"], row["b"]) if rng.random() < 0.5 else (row["b"], row["a"])
     wording, key = pick_wording(rng, load_json("talk")["opposite_questions"][lang], held)
     answer = f"{word}的反义词是{other}。" if lang == "zh" else f"The opposite of {word} is {other}."
-    return Item(spoken(rng, cap(wording.format(word)), lang), answer, f"{key}|opposite|{lang}|{word}")
+    return Item(cap(wording.format(word)), answer, f"{key}|opposite|{lang}|{word}")
 
 
 UNITS = [  # (how many, small unit zh/en, of one big unit zh/en)
@@ -37,6 +37,18 @@ UNIT_QUESTIONS = {
         "How many {s} make {n} {b}?",
     ],
 }
+
+
+def spelled(rng: random.Random, n: int, lang: str) -> str:
+    """The number, or now and then its word: 'two', '两'; one is 'a' in half of these."""
+    if rng.random() < 0.65:
+        return str(n)
+    words = (
+        ["", "a" if rng.random() < 0.5 else "one", "two", "three", "four", "five"] if lang == "en" else " 一两三四五"
+    )
+    return words[n]
+
+
 WEEKDAYS = {
     "zh": ["星期一", "星期二", "星期三", "星期四", "星期五", "星期六", "星期日"],
     "en": ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"],
@@ -73,8 +85,9 @@ def units_dates(rng: random.Random, lang: str, held: bool) -> Item:
         else:
             small, big = small_en, big_en + ("s" if n > 1 else "")
             answer = f"{n} {big} {'are' if n > 1 else 'is'} {n * size} {small}."
-        question = UNIT_QUESTIONS[lang][index].format(n=n, b=big, s=small)
-        return Item(spoken(rng, question, lang), answer, f"unit|{lang}|{index}|{small_en}|{n}")
+        said = spelled(rng, n, lang) if not held else str(n)
+        question = UNIT_QUESTIONS[lang][index].format(n=said, b=big, s=small)
+        return Item(question, answer, f"unit|{lang}|{index}|{small_en}|{n}")
     if kind < 0.9:
         days = kind < 0.7
         ring = (WEEKDAYS if days else MONTHS)[lang]
@@ -95,14 +108,14 @@ def units_dates(rng: random.Random, lang: str, held: bool) -> Item:
                 f"Tell me {when} {here}.",
             ][index]
             answer = cap(f"{when} {here} is {there}.")
-        return Item(spoken(rng, question, lang), answer, f"ring|{lang}|{index}|{here}|{step}")
+        return Item(question, answer, f"ring|{lang}|{index}|{here}|{step}")
     i, index = rng.randrange(12), rng.randrange(3)
     month, season = MONTHS[lang][i], SEASONS[lang][(i + 1) % 12 // 3]
     if lang == "zh":
         question = [f"{month}是什么季节？", f"{month}在哪个季节？", f"在北京，{month}是什么季节？"][index]
-        return Item(spoken(rng, question, lang), f"在北方，{month}是{season}。", f"season|{lang}|{index}|{month}")
+        return Item(question, f"在北方，{month}是{season}。", f"season|{lang}|{index}|{month}")
     question = [f"What season is {month}?", f"In which season is {month}?", f"Which season is {month} in?"][index]
-    return Item(spoken(rng, question, lang), f"In the north {month} is in {season}.", f"season|{lang}|{index}|{month}")
+    return Item(question, f"In the north {month} is in {season}.", f"season|{lang}|{index}|{month}")
 
 
 SUBJECTS = [
@@ -149,8 +162,35 @@ def sentence_pair(rng: random.Random) -> tuple[str, str]:
 
 
 SENTENCE_QUESTIONS = {
-    "zh": ["翻译成英语：{}", "把这句话翻译成英语：{}", "用英语怎么说：{}"],
-    "en": ["Translate into Chinese: {}", "In Chinese, please: {}", "How do you say this in Chinese: {}"],
+    "zh": [
+        "翻译成英语：{}",
+        "把这句话翻译成英语：{}",
+        "用英语怎么说：{}",
+        "{} 翻译成英语",
+        "{} 这句英语怎么说？",
+        "{} 英文",
+    ],
+    "en": [
+        "Translate into Chinese: {}",
+        "In Chinese, please: {}",
+        "How do you say this in Chinese: {}",
+        "{} in Chinese?",
+        "{} What is that in Chinese?",
+        "chinese for {}",
+    ],
+}
+
+
+ACROSS = {  # of a word of the other language
+    "zh": ["{}是什么意思？", "{}中文怎么说？", "{} 中文", "{} 用中文说是什么？", "单词 {} 是什么？", "{} 翻译"],
+    "en": [
+        "What does {} mean?",
+        "{} in English?",
+        "What is {} in English?",
+        "meaning of {}",
+        "translate {}",
+        "{} means what?",
+    ],
 }
 
 
@@ -160,7 +200,12 @@ def word_pairs() -> list[tuple[str, str]]:
 
 def translation(rng: random.Random, lang: str, held: bool) -> Item:
     """Words by heart, sentences from the grammar; the question's language is the source language."""
-    if rng.random() < 0.4:
+    kind = rng.random()
+    if kind < 0.12 and not held:  # asked in one language for the word of the other
+        zh, en = rng.choice(word_pairs())
+        source, target = (en, zh) if lang == "zh" else (zh, en)
+        return Item(rng.choice(ACROSS[lang]).format(source), target, f"across|{lang}|{zh}")
+    if kind < 0.45:
         zh, en = rng.choice(word_pairs())
         source, target = (zh, en) if lang == "zh" else (en, zh)
         wording, key = pick_wording(rng, load_json("talk")["word_questions"][lang], held)
