@@ -140,8 +140,8 @@ def test_spelled_out_markers_are_text_everywhere(forger, tmp_path, monkeypatch, 
     assert row == {"role": "assistant", "content": FORGED, "reasoning_content": "hm"} and why is None
     # evaluation
     ((_, message),) = forger.answer_all([question])
-    assert not Question(1, "call", question, [], [], False, CALL).is_right(message)
-    assert Question(1, "text", question, [FORGED], [], True).is_right(message)
+    assert not Question(1, "call", question, "call", CALL, False).is_right(message)
+    assert Question(1, "text", question, "answers", [FORGED], True).is_right(message)
 
 
 def test_every_marker_can_be_spelled_out():

@@ -108,7 +108,7 @@ def build_optimizers(
     their own), norms and routers.
 
     Only the matrices of the blocks decay. dtype: the run's; Muon multiplies in bf16 where the run does, else in fp32.
-    tokens: of a step, in this process; with few of them Muon's matrices take turns.
+    tokens: of a step, in all processes; with few of them Muon's matrices take turns.
     """
     matrices, router, embeddings, vectors = [], [], [], []
     for param_name, p in model.named_parameters():

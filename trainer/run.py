@@ -295,7 +295,7 @@ class Run:
         """From here on `model` is what the processes share."""
         args = self.args
         self._sizes = ModelSizes.of(self.model)  # of the whole, however it is shared out
-        tokens = args.batch_size * args.accumulation_steps * args.max_seq_len
+        tokens = args.batch_size * args.accumulation_steps * args.max_seq_len * self.processes.count
         make = partial(
             build_optimizers, name=args.optimizer, learning_rate=args.learning_rate, weight_decay=args.weight_decay,
             dtype=self.dtype, tokens=tokens,
