@@ -152,7 +152,7 @@ def build_optimizers(
 
 
 def _in_turns(model: nn.Module, matrices: list[nn.Parameter], tokens: int | None) -> list[dict]:
-    """Muon's groups, by how many steps a matrix waits for its turn, so that the optimizer takes a fifth of a step.
+    """Muon's groups, and for how many steps a matrix of each waits: so that the optimizer takes a fifth of the time.
 
     orthogonalize() costs about 13 m^2 n for a matrix (m, n), m the smaller side; forward and backward 6 m n a token.
     With fewer than 8 m tokens a step, matrices wait. Experts wait for each other, so that a step computes as many of
@@ -160,13 +160,14 @@ def _in_turns(model: nn.Module, matrices: list[nn.Parameter], tokens: int | None
     layers = [m for m in model.modules() if isinstance(m, MoEFeedForward)]
     experts = [m for layer in layers for m in layer.experts.modules() if isinstance(m, nn.Linear)]
     routed = {id(expert.weight) for expert in experts}  # not their adapters: those are small
-    groups: dict[int, list[nn.Parameter]] = {}
+    groups: dict[tuple[int, bool], list[nn.Parameter]] = {}  # whatever the tokens: a run may resume with others
     for p in matrices:
-        every = max(1, round(TOKENS_PER_ROW * min(p.shape) / tokens)) if tokens else 1
-        if id(p) in routed:
-            every *= layers[0].num_experts // layers[0].k
-        groups.setdefault(every, []).append(p)
-    return [{"params": params, "every": every} for every, params in groups.items()]
+        groups.setdefault((min(p.shape), id(p) in routed), []).append(p)
+    waits = []
+    for side, is_expert in groups:
+        every = max(1, round(TOKENS_PER_ROW * side / tokens)) if tokens else 1
+        waits.append(every * (layers[0].num_experts // layers[0].k if is_expert else 1))
+    return [{"params": params, "every": every} for params, every in zip(groups.values(), waits, strict=True)]
 
 
 def learning_rate_scale(progress: float, warmup: float = 0.02, final: float = 0.0, decay: float = 0.5) -> float:

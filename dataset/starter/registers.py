@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from dataset.starter.facts import load_json
 
-TYPED = 0.6  # share of the trained questions that are said in another register
+TYPED = 0.7  # share of the trained questions that are said in another register
 
 WORDS = load_json("registers")
 BEFORE, AFTER, ENDS = WORDS["before"], WORDS["after"], WORDS["ends"]
@@ -45,9 +45,9 @@ def typed(rng: random.Random, question: str, lang: str, literal: bool = False) -
         question = without_colon(rng, question, kept) + listed(rng, kept)
     elif rng.random() < 0.5:
         question = question.rstrip("?？.。!！") + (rng.choice(ENDS) if rng.random() < 0.3 else "")
-    if lang in BEFORE and rng.random() < 0.2:
+    if lang in BEFORE and rng.random() < 0.35:
         question = rng.choice(BEFORE[lang]) + question
-    if lang in AFTER and rng.random() < 0.12 and not literal:
+    if lang in AFTER and rng.random() < 0.2 and not literal:
         question = question.rstrip("?？.。!！") + rng.choice(AFTER[lang])
     return question.strip()
 
