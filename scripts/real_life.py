@@ -60,13 +60,15 @@ def sorted_rows(files: list[Path]) -> tuple[list[dict], list[dict]]:
     for file in files:
         found = 0
         for row in (row for _, row, _ in read_jsonl(file) if row is not None):
-            for kind, rows in (("pretrain", texts), ("sft", chats)):
+            for kind, key, rows in (("pretrain", "text", texts), ("sft", "conversations", chats)):
                 try:
-                    rows.append(as_ours(kind, row)[0])
+                    ours, _ = as_ours(kind, row)
                 except ValueError:
                     continue
-                found += 1
-                break
+                if key in ours:
+                    rows.append(ours)
+                    found += 1
+                    break
         if not found:
             raise cli.UsageError(f"{file}: no row with a text or a conversation; scripts/inspect_data.py says why")
     if not texts:  # a model needs text before it can chat: that of the conversations
@@ -99,7 +101,7 @@ def show(out_dir: Path, part: str, kept: list[dict]) -> None:
     settings = AnswerSettings(max_new_tokens=60, temperature=0.7)
     bot = load_chatbot(weights, find_device(), None, settings)
     for row in kept[:: max(1, math.ceil(len(kept) / SAMPLES))]:
-        prompt = row["text"][:40] if part == "pretrain" else row["conversations"][:1]
+        prompt = row["text"][:40] if part == "pretrain" else row["conversations"][:-1]
         asked = prompt if part == "pretrain" else prompt[-1]["content"][:200]
         answer = "".join(piece.text for piece in bot.stream(prompt, seed=0))
         print(f"\n  {asked!r}\n  → {answer.strip()!r}")
