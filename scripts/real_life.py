@@ -102,6 +102,8 @@ def show(out_dir: Path, part: str, kept: list[dict]) -> None:
     bot = load_chatbot(weights, find_device(), None, settings)
     for row in kept[:: max(1, math.ceil(len(kept) / SAMPLES))]:
         prompt = row["text"][:40] if part == "pretrain" else row["conversations"][:-1]
+        if not prompt or bot.overflow(prompt):
+            continue  # it leaves no room for an answer
         asked = prompt if part == "pretrain" else prompt[-1]["content"][:200]
         answer = "".join(piece.text for piece in bot.stream(prompt, seed=0))
         print(f"\n  {asked!r}\n  → {answer.strip()!r}")
