@@ -17,7 +17,7 @@ import time
 import environment
 
 MINUTES = (2.0, 4.8, 2.2)  # of pretraining, of fine-tuning in rows of 256 tokens, and then of 1,024
-LARGER_FROM = 20  # minutes of training in all from which the larger model is the better one
+LARGER_FROM = 20  # minutes of training in all from which the model is a larger one
 # One schedule in two runs: the learning rate stays up in the first, and falls in the second.
 SHORT_CHATS = ["--batch_size", "8", "--save_weight", "sft_short", "--decay", "0"]
 LONG_CHATS = ["--from_weight", "sft_short", "--max_seq_len", "1024", "--batch_size", "2", "--decay", "1"]

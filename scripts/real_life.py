@@ -22,7 +22,7 @@ from model.inference.chatbot import AnswerSettings, load_chatbot
 from trainer.report import read_log
 
 KEPT_ONE_IN = 50
-LARGER_FROM = 15  # minutes from which a model of 12 M parameters is worth its slower steps
+LARGER_FROM = 15  # minutes from which the model has 12 M parameters
 SAMPLES = 3
 
 

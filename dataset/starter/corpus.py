@@ -64,14 +64,8 @@ SKILLS: dict[str, tuple[float, Skill]] = {
 }
 PROBLEMS = {name: (share, stages.problem_of(name)) for name, (share, _) in stages.PROBLEMS.items()}
 CALLED = {"arithmetic", "times_table", "units_dates"}  # skills that the built-in tools have too
-LITERAL = {
-    "sorting",
-    "counting",
-    "category",
-    "rewriting",
-    "system_prompt",
-    "story",
-}  # the answer repeats the question's
+# The answer repeats a part of the question.
+LITERAL = {"sorting", "counting", "category", "rewriting", "system_prompt", "story"}
 TALK = ("identity", "greeting", "story", "system_prompt", "unknown")  # left out of plain-text dialogues
 WORKED = {"arithmetic": 7, "times_table": 1, "comparing": 2, "units_dates": 1, "opposites": 0.5}  # true on their own
 
@@ -86,10 +80,8 @@ STAGE_ROWS = {"lora_identity": 3_000, "lora_medical": 3_000, "reason": 24_000}  
 REPEATED = {"lora_identity": 0.5, "lora_medical": 0.7, "reason": 0.5}
 PROBLEM_ROWS = 0.12  # of the SFT: problems of several steps
 THINKING = 0.7  # share of the problems whose steps are shown
-THOUGHTS = {
-    "zh": ["这个我会。", "很简单。"],
-    "en": ["I can do this.", "That is easy."],
-}  # before an answer without steps
+# Before an answer without steps.
+THOUGHTS = {"zh": ["这个我会。", "很简单。"], "en": ["I can do this.", "That is easy."]}
 THOUGHT = 0.05  # share of those that have one: a chat that asks for thinking must not lose what needs none
 PREFERENCES = 6_000  # at size 1.0
 LONG_ROWS = 12_000  # at size 1.0
@@ -111,7 +103,7 @@ TEXTS = {"story": 10, "description": 12, "facts": 13, "dialogue": 37, "worked": 
 
 def draw_item(rng: random.Random, skill: str | Skill, lang: str, held: bool = False) -> Item:
     """An Item of the skill that lies on the wanted side of the split."""
-    make = SKILLS[skill][1] if isinstance(skill, str) else skill
+    make = (SKILLS | PROBLEMS)[skill][1] if isinstance(skill, str) else skill
     while True:
         item = make(rng, lang, held)
         if is_held_out(item.key) == held:
@@ -191,7 +183,7 @@ def to_messages(item: Item, with_answer: bool = True) -> list[dict[str, str]]:
 
 def make_conversation(rng: random.Random, name: str, lang: str) -> list[dict[str, str]]:
     """A conversation of the skill; now and then two exchanges follow one another, or an idle system message opens."""
-    item = exchange(rng, PROBLEMS[name][1] if name in PROBLEMS else name, lang)
+    item = exchange(rng, name, lang)
     messages = to_messages(item)
     if not item.system and not item.history and rng.random() < 0.1:
         before = exchange(rng, rng.choice(["greeting", "identity", WORLD, NATURE, "arithmetic", "unknown"]), lang)
@@ -268,10 +260,8 @@ def make_stage(rng: random.Random, stage: str, rows: int) -> list[list]:
     conversations = []
     for i in range(rows):
         lang = LANGUAGES[i % 2]
-        if rng.random() < REPEATED[stage]:
-            conversations.append(to_messages(exchange(rng, rng.choices(names, weights)[0], lang)))
-            continue
-        conversations.append(to_messages(exchange(rng, rng.choices(makers, shares)[0], lang)))
+        subjects, odds = (names, weights) if rng.random() < REPEATED[stage] else (makers, shares)
+        conversations.append(to_messages(exchange(rng, rng.choices(subjects, odds)[0], lang)))
     return conversations
 
 
@@ -289,7 +279,7 @@ def make_long(rng: random.Random, rows: int) -> list[list]:
     def one_more(lang: str, tools: bool) -> list[dict]:
         wanted = beside_tools if tools else inside
         name = rng.choices(list(wanted), list(wanted.values()))[0]
-        return to_messages(exchange(rng, PROBLEMS[name][1] if name in PROBLEMS else name, lang))
+        return to_messages(exchange(rng, name, lang))
 
     return [long_chats.long_chat(rng, LANGUAGES[i % 2], opening, one_more) for i in range(rows)]
 

@@ -27,19 +27,17 @@ class World:
     def __init__(self, folder: Path):
         file = folder / "world.json"
         try:
-            self.spec = load_json("world", folder)
-            self.another, self.declines = self.spec["another"], self.spec["declines"]
-            self.outside, self.talks = (
-                self.spec["outside"],
-                {kind: self.spec[kind] for kind in ("identity", "small_talk")},
-            )
+            spec = load_json("world", folder)
+            self.another, self.declines = spec["another"], spec["declines"]
+            self.outside = spec["outside"]
+            self.talks = {kind: spec[kind] for kind in ("identity", "small_talk")}
             self.relations = []
-            for name, part in self.spec["relations"].items():
+            for name, part in spec["relations"].items():
                 texts = ({LANG: part[which]} for which in ("answer", "questions", "told", "short"))
                 self.relations.append(
                     Relation(name, "facts", part["table"], part["key"], part["value"], *texts, folder)
                 )
-            wanted = {name: part["questions"] for name, part in self.spec["relations"].items()}
+            wanted = {name: part["questions"] for name, part in spec["relations"].items()}
             wanted |= {talk["answers"][0]: talk["questions"] for talks in self.talks.values() for talk in talks}
         except OSError as error:
             raise DataError(f"{error.filename}: {error.strerror}; {GUIDE}") from None
@@ -55,9 +53,8 @@ class World:
 
     def draw(self, rng: random.Random, subject: str, held: bool = False) -> Item:
         """An Item that lies on the wanted side of the split."""
-        make = {"facts": self.fact, "follow_up": self.follow_up, "outside": self.unknown}.get(subject) or self.talk(
-            subject
-        )
+        makers = {"facts": self.fact, "follow_up": self.follow_up, "outside": self.unknown}
+        make = makers.get(subject) or self.talk(subject)
         while is_held_out((item := make(rng, held)).key) != held:
             pass
         return item

@@ -243,35 +243,39 @@ SIZES = ["ant", "mouse", "cat", "sheep", "horse", "elephant"]  # a strict order 
 ZH = {row["id"]: row["zh"] for row in load_table("animals")}
 
 
+def comparing_animals(rng: random.Random, lang: str, held: bool) -> Item:
+    i, j = rng.sample(range(len(SIZES)), 2)
+    bigger = rng.random() < 0.5
+    first, second = SIZES[i], SIZES[j]
+    winner, loser = (first, second) if (i > j) == bigger else (second, first)
+    key = f"size|{lang}|{first}|{second}|{bigger}"
+    if lang == "zh":
+        word = "大" if bigger else "小"
+        ways = [
+            "{0}和{1}哪个更{2}？",
+            "{0}{2}还是{1}{2}？",
+            "{0}和{1}谁{2}？",
+            "{0}比{1}{2}吗？",
+            "{0}跟{1}比哪个{2}？",
+        ]
+        question = (ways[0] if held else rng.choice(ways)).format(ZH[first], ZH[second], word)
+        return Item(question, f"{ZH[winner]}比{ZH[loser]}{word}。", key)
+    word = "bigger" if bigger else "smaller"
+    ways = [
+        "Which is {2}, {0} or {1}?",
+        "Is {0} or {1} {2}?",
+        "Who is {2}: {0} or {1}?",
+        "{0} vs {1}, which is {2}?",
+    ]
+    question = (ways[0] if held else rng.choice(ways)).format(an(first), an(second), word)
+    return Item(question, cap(f"{an(winner)} is {word} than {an(loser)}."), key)
+
+
 def comparing(rng: random.Random, lang: str, held: bool) -> Item:
     """Two numbers, two heights, two ages or two animals."""
     kind = rng.random()
     if kind < 0.1:
-        i, j = rng.sample(range(len(SIZES)), 2)
-        bigger = rng.random() < 0.5
-        first, second = SIZES[i], SIZES[j]
-        winner, loser = (first, second) if (i > j) == bigger else (second, first)
-        key = f"size|{lang}|{first}|{second}|{bigger}"
-        if lang == "zh":
-            word = "大" if bigger else "小"
-            ways = [
-                "{0}和{1}哪个更{2}？",
-                "{0}{2}还是{1}{2}？",
-                "{0}和{1}谁{2}？",
-                "{0}比{1}{2}吗？",
-                "{0}跟{1}比哪个{2}？",
-            ]
-            question = (ways[0] if held else rng.choice(ways)).format(ZH[first], ZH[second], word)
-            return Item(question, f"{ZH[winner]}比{ZH[loser]}{word}。", key)
-        word = "bigger" if bigger else "smaller"
-        ways = [
-            "Which is {2}, {0} or {1}?",
-            "Is {0} or {1} {2}?",
-            "Who is {2}: {0} or {1}?",
-            "{0} vs {1}, which is {2}?",
-        ]
-        question = (ways[0] if held else rng.choice(ways)).format(an(first), an(second), word)
-        return Item(question, cap(f"{an(winner)} is {word} than {an(loser)}."), key)
+        return comparing_animals(rng, lang, held)
     a, b = rng.sample(range(1, COMPARE_MAX + 1), 2)
     if kind < 0.7:
         larger = rng.random() < 0.5
