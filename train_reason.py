@@ -5,6 +5,7 @@ python train_reason.py --data_path FILE.jsonl --epochs 2       # {"conversations
 python eval_model.py --model_mode 3                            # think, then answer; --thinking 0 = at once
 """
 
+import copy
 from functools import partial
 
 import cli  # first: it takes Ctrl-C while the rest is imported
@@ -13,8 +14,9 @@ import cli  # first: it takes Ctrl-C while the rest is imported
 import torch
 import torch.nn.functional as F
 
-from dataset.lm_dataset import IGNORE, reason_dataset
+from dataset.lm_dataset import IGNORE, sft_dataset
 from dataset.tokenizer import END_THINK, END_TOOL_CALL, THINK, TOOL_CALL
+from model import checkpoint
 from trainer.arguments import arguments
 from trainer.run import Run
 
@@ -37,14 +39,35 @@ def reason_loss(model, batch, marker_ids, marker_weight):
     return loss + out.aux_loss, out.metrics | {"cross_entropy": losses.detach().sum() / count}
 
 
-def main():
-    parser = arguments("reason", __doc__, from_weight="full_sft")
-    parser.add_argument("--marker_weight", type=float, default=10.0, help="of <think>, </think> and the tool markers")
+def save_average(path, model, meta, *, tokenizer, start, share):
+    """Write share * (weights that the training began with) + (1 - share) * (weights now): on the line between the two
+    most of what either can do is kept (Wortsman et al. 2022, arXiv:2109.01903)."""
+    before = start.state_dict()
+    with torch.no_grad():
+        for name, weight in model.state_dict().items():
+            weight.lerp_(before[name].to(weight), share)
+    checkpoint.save(path, model, meta, tokenizer=tokenizer)
+
+
+def parse_arguments():
+    # Rows as long as the chats that keep the model's other skills alive.
+    parser = arguments("reason", __doc__, from_weight="full_sft", batch_size=2, max_seq_len=1024)
+    add = parser.add_argument_group("reasoning").add_argument
+    add("--marker_weight", type=float, default=10.0, help="of <think>, </think> and the tool markers")
+    add("--start_share", type=float, default=0.5, help="of the weights it begins with, in the mean that is written")
     args = parser.parse_args()
     if not args.marker_weight > 0:
         raise cli.UsageError(f"--marker_weight {args.marker_weight}: must be above 0")
+    if not 0 <= args.start_share < 1:
+        raise cli.UsageError(f"--start_share {args.start_share}: must be at least 0 and below 1")
+    return args
+
+
+def main():
+    args = parse_arguments()
     run = Run("reason", args, minutes=2.25, learning_rate_factor=0.8)
-    train_rows, val_rows = run.rows(reason_dataset, "reason")
+    start = copy.deepcopy(run.model).cpu()
+    train_rows, val_rows = run.rows(sft_dataset, "reason")
     marker_ids = [run.tokenizer.marker_ids[marker] for marker in WEIGHTED if marker in run.tokenizer.marker_ids]
     loss_fn = partial(reason_loss, marker_ids=marker_ids, marker_weight=args.marker_weight)
 
@@ -56,7 +79,7 @@ def main():
             run.backward(loss, batch)
         run.update(metrics)
     run.validate(loss_fn, val_rows)
-    run.finish()
+    run.finish(partial(save_average, start=start, share=args.start_share))
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 __all__ = ["DataError", "batches", "collate", "preference_dataset", "pretrain_dataset", "read_jsonl"]
 __all__ += ["content_hash", "default_cache_dir"]
-__all__ += ["reason_dataset", "sft_dataset", "summary", "bytes_per_token", "validation_batches"]
+__all__ += ["sft_dataset", "summary", "bytes_per_token", "validation_batches"]
 
 # The files whose code shapes the rows.
 RENDERING = ("chat", "template", "tokenizer", "checks", "files", "jsonl", "mapping", "packing")
@@ -47,11 +47,6 @@ def sft_dataset(path: str | Path, tokenizer: ChatTokenizer, seq_len: int, **opti
     """{"conversations"} lines -> rows of up to seq_len tokens (columns input_ids, loss_mask, segment_lengths).
     Options: cache_dir, num_proc, quiet."""
     return _packed_dataset("sft", Path(path), tokenizer, seq_len, **options)
-
-
-def reason_dataset(path: str | Path, tokenizer: ChatTokenizer, seq_len: int, **options) -> Dataset:
-    """As sft_dataset; an answer without "reasoning_content" gets the empty thinking block of thinking switched off."""
-    return _packed_dataset("reason", Path(path), tokenizer, seq_len, **options)
 
 
 def preference_dataset(path: str | Path, tokenizer: ChatTokenizer, seq_len: int, **options) -> Dataset:

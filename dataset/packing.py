@@ -90,8 +90,8 @@ def _encode(kind: str, tokenizer: ChatTokenizer, seq_len: int, lines: list[tuple
                 if kind == "preference":
                     pieces.append(_pair(tokenizer, row, seq_len, dtype))
                 else:
-                    # So that thinking can be switched off where some rows think: in SFT a share of the others shows it.
-                    off = kind == "reason" or (number % THINKING_OFF_ONE_IN == 0 and THINK in tokenizer.marker_ids)
+                    # So that thinking can be switched off where some rows think, a share of the others shows it.
+                    off = number % THINKING_OFF_ONE_IN == 0 and THINK in tokenizer.marker_ids
                     ids, mask = render_chat(tokenizer, row["conversations"], thinking_off=off)
                     pieces.append(Sample(np.array(ids, dtype), np.array(mask, bool)))
             except ValueError as refused:
@@ -376,7 +376,7 @@ def describe(path: Path, figures: dict, place: str) -> str:
     if not count:
         return text
     line = next(iter(figures["skipped"].values()))["lines"][0]
-    stage = {"preference": "dpo", "reason": "sft"}.get(figures["kind"], figures["kind"])
+    stage = {"preference": "dpo"}.get(figures["kind"], figures["kind"])
     options = f"--kind {stage} --max_seq_len {figures['seq_len']} --row {line}"
     see = f"see python scripts/inspect_data.py {shlex.quote(str(path))} {options}"
     skipped = [with_path(f"  skipped {why}", path, figures["file"]) for why in reasons(figures["skipped"], unit)]

@@ -15,7 +15,7 @@ import train_distill
 import train_full_sft
 import train_reason
 from dataset.chat import END_THINK_ID, EOS_ID, THINK_ID, load_tokenizer, render_chat
-from dataset.lm_dataset import reason_dataset, sft_dataset, validation_batches
+from dataset.lm_dataset import sft_dataset, validation_batches
 from dataset.tokenizer import TokenizerError
 from model import checkpoint
 from model.export.huggingface import save_hf
@@ -130,7 +130,7 @@ def test_a_teacher_with_another_vocabulary_is_refused(tiny, tmp_path):
 
 def test_the_four_markers_weigh_more_and_nothing_else_changes(tiny, tmp_path, tokenizer):
     model = tiny(vocab_size=6400, initializer_range=0.05)
-    batch = batch_of(tmp_path, tokenizer, reason_dataset)
+    batch = batch_of(tmp_path, tokenizer)
     markers = [tokenizer.marker_ids[marker] for marker in train_reason.WEIGHTED]
     plain, metrics = train_reason.reason_loss(model, batch, markers, 1.0)
     assert plain.item() == pytest.approx(train_full_sft.sft_loss(model, batch)[0].item(), rel=1e-5)
@@ -147,18 +147,16 @@ def test_the_four_markers_weigh_more_and_nothing_else_changes(tiny, tmp_path, to
     assert weighted.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
-def test_rows_without_reasoning_are_trained_as_thinking_switched_off(tmp_path, tokenizer):
-    """They follow the prompt that enable_thinking=False makes; where there is reasoning, <think> itself is learnt."""
-    batch = batch_of(tmp_path, tokenizer, reason_dataset)
-    ids, labels = batch["input_ids"].flatten().tolist(), batch["labels"].flatten().tolist()
-    for row in ROWS:
-        question, answer = row["conversations"]
-        thinking = None if answer.get("reasoning_content") else False
-        prompt, _ = render_chat(tokenizer, [question], add_generation_prompt=True, enable_thinking=thinking)
-        (at,) = [i for i in range(len(ids)) if ids[i : i + len(prompt)] == prompt]
-        *given, first = labels[at : at + len(prompt)]
-        assert set(given) == {-100}
-        assert (first == THINK_ID) == (thinking is None) and first != -100
+def test_what_is_written_is_the_mean_of_before_and_after(pair, tmp_path):
+    before, _ = pair
+    after = copy.deepcopy(before)
+    for weight in after.parameters():
+        torch.nn.init.normal_(weight)
+    expected = {name: 0.25 * before.state_dict()[name] + 0.75 * w for name, w in after.state_dict().items()}
+    train_reason.save_average(tmp_path / "mean.pth", after, {}, tokenizer=None, start=before, share=0.25)
+    written = checkpoint.load(tmp_path / "mean.pth")[0].state_dict()
+    for name, weight in expected.items():
+        torch.testing.assert_close(written[name], weight)
 
 
 def test_an_earlier_answer_gets_no_empty_block(tokenizer):

@@ -76,8 +76,8 @@ STAGES: dict[str, dict[str, tuple[float, Skill]]] = {
     "lora_medical": {"health": (1, stages.health)},
     "reason": PROBLEMS,
 }
-STAGE_ROWS = {"lora_identity": 3_000, "lora_medical": 3_000, "reason": 24_000}  # at size 1.0
-REPEATED = {"lora_identity": 0.5, "lora_medical": 0.7, "reason": 0.5}
+STAGE_ROWS = {"lora_identity": 3_000, "lora_medical": 3_000, "reason": 16_000}  # at size 1.0
+REPEATED = {"lora_identity": 0.5, "lora_medical": 0.7}
 PROBLEM_ROWS = 0.12  # of the SFT: problems of several steps
 THINKING = 0.7  # share of the problems whose steps are shown
 # Before an answer without steps.
@@ -284,6 +284,14 @@ def make_long(rng: random.Random, rows: int) -> list[list]:
     return [long_chats.long_chat(rng, LANGUAGES[i % 2], opening, one_more) for i in range(rows)]
 
 
+def make_problems(rng: random.Random, rows: int) -> list[list]:
+    """Problems with worked steps; every other row is a chat that may be long and have tools."""
+    names, shares = list(PROBLEMS), [share for share, _ in PROBLEMS.values()]
+    half = rows // 2
+    problems = [to_messages(exchange(rng, rng.choices(names, shares)[0], LANGUAGES[i % 2])) for i in range(half)]
+    return [row for pair in zip(problems, make_long(rng, half), strict=True) for row in pair]
+
+
 def as_typed(question: str) -> str:
     """The same for questions that differ in case, blanks and end marks alone."""
     return re.sub(r"\s+", "", question.lower()).rstrip("?？.。!！~…")
@@ -368,7 +376,9 @@ def write_starter(out_dir: str | Path = DEFAULT, size: float = 1.0, seed: int = 
         write_jsonl(out_dir / f"long{part}.jsonl", [{"conversations": messages} for messages in conversations])
     for stage in STAGES:
         for part, rows in (("", int(STAGE_ROWS[stage] * size)), ("_val", 200)):
-            conversations = without(kept, make_stage(rng_for(stage + part), stage, rows))
+            chats = rng_for(stage + part)
+            conversations = make_problems(chats, rows) if stage == "reason" else make_stage(chats, stage, rows)
+            conversations = without(kept, conversations)
             write_jsonl(out_dir / f"{stage}{part}.jsonl", [{"conversations": messages} for messages in conversations])
         write_jsonl(out_dir / f"{stage}_heldout.jsonl", make_heldout(rng_for(f"{stage}_heldout"), STAGES[stage]))
     (out_dir / STAMP).write_text(json.dumps(stamp(size, seed)), encoding="utf-8")
