@@ -32,6 +32,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=10.0, help="of training in all")
     parser.add_argument("--out_dir", type=Path, default=ROOT / "out" / "real")
     args = parser.parse_args()
+    args.out_dir = args.out_dir.resolve()  # the stages run elsewhere
     texts, chats = sorted_rows(args.files)
     folder = args.out_dir / "data"
     parts = {"pretrain": texts, "sft": chats}
