@@ -330,6 +330,7 @@ class Download:
             with open(self.part, "ab") as file:
                 while block := reply.read1(BLOCK):
                     file.write(block)
+                    file.flush()  # what has come outlives a kill
                     self.digest.update(block)
                     self.done += len(block)
                     self.meter.show(self.done)
