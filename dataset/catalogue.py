@@ -31,16 +31,15 @@ class Entry:
     repositories: dict[str, str]  # hub: owner/name
     note: str = ""
     folder: str = ""  # below the folder of downloads
-    unpack: bool = False  # a zip archive, whose files are what is wanted
+    unpack: str = ""  # how, if it is to be unpacked: unpacking.py
 
 
 def _minimind(name: str, file: str, use: str, rows: str, size: str, note: str = "") -> Entry:
     return Entry(name, file, use, rows, size, MIXED, MINIMIND, note)
 
 
-def _benchmark(name: str, files: str, rows: str, licence: str, size: str = "", unpack=False, **repositories) -> Entry:
-    folder = f"benchmarks/{name}"
-    return Entry(name, files, "scripts/evaluate.py", rows, size, licence, repositories, folder=folder, unpack=unpack)
+def _benchmark(name: str, files: str, unpack: str, rows: str, licence: str, **repositories: str) -> Entry:
+    return Entry(name, files, "scripts/evaluate.py", rows, "", licence, repositories, folder=name, unpack=unpack)
 
 
 TRAINING = (
@@ -61,21 +60,26 @@ TRAINING = (
               "taken from C-Eval's test questions and from MMLU: after it, these two measure nothing"),
 )  # fmt: skip
 
+NC = "CC-BY-NC-SA-4.0 (not for commercial use)"
 BENCHMARKS = (
-    _benchmark("ceval", "ceval-exam.zip", "52 subjects, CSV", "CC-BY-NC-SA-4.0 (not for commercial use)",
-               unpack=True, huggingface="ceval/ceval-exam", modelscope="modelscope/ceval-exam"),
-    _benchmark("cmmlu", "cmmlu_v1_0_1.zip", "67 subjects, CSV", "CC-BY-NC-SA-4.0 (not for commercial use)",
-               unpack=True, huggingface="haonan-li/cmmlu", modelscope="modelscope/cmmlu"),
-    _benchmark("mmlu", "all/[dt]e*.parquet", "57 subjects, Parquet", "MIT", huggingface="cais/mmlu",
-               modelscope="cais/mmlu"),
-    _benchmark("arc_easy", "ARC-Easy/*.parquet", "Parquet", "CC-BY-SA-4.0", huggingface="allenai/ai2_arc",
-               modelscope="allenai/ai2_arc"),
-    _benchmark("hellaswag", "data/validation*.parquet", "Parquet", "MIT", huggingface="Rowan/hellaswag",
-               modelscope="Rowan/hellaswag"),
-    _benchmark("piqa", "*.parquet", "Parquet", "see its page", huggingface="baber/piqa"),
-    _benchmark("gsm8k", "main/*.parquet", "Parquet", "MIT", huggingface="openai/gsm8k", modelscope="openai/gsm8k"),
-    _benchmark("blimp", "*.parquet", "67 paradigms, Parquet", "CC-BY-4.0", huggingface="nyu-mll/blimp"),
-    _benchmark("zhoblimp", "*.parquet", "118 paradigms, Parquet", "see its page", huggingface="Junrui1202/zhoblimp"),
+    _benchmark("ceval", "ceval-exam.zip", "zip", "52 subjects, four choices", NC,
+               huggingface="ceval/ceval-exam", modelscope="modelscope/ceval-exam"),
+    _benchmark("cmmlu", "cmmlu_v1_0_1.zip", "zip", "67 subjects, four choices", NC,
+               huggingface="haonan-li/cmmlu", modelscope="modelscope/cmmlu"),
+    _benchmark("mmlu", "all/[dt]e*.parquet", "subjects", "57 subjects, four choices", "MIT",
+               huggingface="cais/mmlu", modelscope="cais/mmlu"),
+    _benchmark("arc_easy", "ARC-Easy/test*.parquet", "splits", "questions, four choices", "CC-BY-SA-4.0",
+               huggingface="allenai/ai2_arc", modelscope="allenai/ai2_arc"),
+    _benchmark("hellaswag", "data/validation*.parquet", "splits", "texts, four endings", "MIT",
+               huggingface="Rowan/hellaswag", modelscope="evalscope/hellaswag"),
+    _benchmark("piqa", "*validation*.parquet", "splits", "goals, two solutions", "see its page",
+               huggingface="baber/piqa"),
+    _benchmark("gsm8k", "main/*.parquet", "splits", "problems with worked answers", "MIT",
+               huggingface="openai/gsm8k", modelscope="AI-ModelScope/gsm8k"),
+    _benchmark("blimp", "*/*.parquet", "folders", "67 paradigms of sentence pairs", "CC-BY-4.0",
+               huggingface="nyu-mll/blimp"),
+    _benchmark("zhoblimp", "*.[jp][sa]*", "folders", "118 paradigms of sentence pairs", "see its page",
+               huggingface="Junrui1202/zhoblimp"),
 )  # fmt: skip
 
 ENTRIES = {entry.name: entry for entry in TRAINING + BENCHMARKS}

@@ -17,7 +17,6 @@ import os
 import re
 import shutil
 import sys
-import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -33,6 +32,7 @@ from dataset.catalogue import BENCHMARKS, ENTRIES, FORMER, TOKENS, TRAINING, Ent
 from dataset.files import DataError
 from dataset.hubs import Hub, answers, hugging_face, model_scope
 from dataset.transfer import Download, RemoteFile, digest_of, human
+from dataset.unpacking import unpack
 
 RECORD = "downloads.json"  # in the folder of downloads: where each file is from, and its SHA-256
 CACHE_FACTOR = 1.5  # the tokens that a training makes of a file, in files: ids, where rows begin, and some to spare
@@ -167,10 +167,11 @@ def fetch_from(wish: Wish, where: str, token: str | None, files: list[RemoteFile
         checked = "as the hub lists it" if file.checksum else "there is no listing to compare with"
         if len(files) < 4:
             print(f"{path}  {human(path.stat().st_size)}  sha256 {digest} ({checked})")
-    if wish.entry and wish.entry.unpack:
-        unpack(paths[0], paths[0].parent)
-    elif len(files) >= 4:
+    if len(files) >= 4:
         print(f"{os.path.commonpath(paths)}  {len(files)} files, all as the hub lists them")
+    if wish.entry and wish.entry.unpack:
+        folder = args.out_dir / wish.entry.folder
+        print(f"{folder}  {len(unpack(wish.entry.unpack, paths, folder)):,} files unpacked")
 
 
 def is_there(file: RemoteFile, path: Path, args: argparse.Namespace) -> bool:
@@ -207,21 +208,6 @@ def require_space(wanted: list[tuple[RemoteFile, Path]], out_dir: Path) -> None:
 def part_size(path: Path) -> int:
     part = path.with_name(path.name + ".part")
     return part.stat().st_size if part.exists() else 0
-
-
-def unpack(archive: Path, folder: Path) -> None:
-    """The files of a zip archive beside it; a member that is there with its size is left."""
-    try:
-        with zipfile.ZipFile(archive) as content:
-            members = [member for member in content.infolist() if not member.is_dir()]
-            missing = [m for m in members if not (folder / m.filename).exists()]
-            if sum(member.file_size for member in missing) > shutil.disk_usage(folder).free:
-                raise DataError(f"{archive}: no space left to unpack it")
-            for member in missing:
-                content.extract(member, folder)  # within the folder, whatever its name says
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
-        raise DataError(f"{archive} cannot be unpacked: {error}; --replace fetches it again") from None
-    print(f"{folder}  {len(members)} files unpacked")
 
 
 def read_record(out_dir: Path) -> dict[str, dict]:

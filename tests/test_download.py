@@ -1,5 +1,6 @@
 """scripts/download_data.py against a server that does all that goes wrong: `pytest tests/test_download.py`."""
 
+import csv
 import io
 import json
 import os
@@ -378,7 +379,7 @@ def test_any_file_of_a_hub_and_an_archive(server, hubs, tmp_path):
     names = ["ceval", "hf:a/b/part [1].jsonl", "--hub", "huggingface"]
     done = run(*names, "--out_dir", out, env=hubs)
     assert done.code == 0, done.err
-    assert (out / "benchmarks" / "ceval" / "val" / "law_val.csv").read_text() == "id,question\n"
+    assert (out / "ceval" / "val" / "law_val.csv").read_text() == "id,question\n"
     assert (out / "part [1].jsonl").read_bytes() == b"x"
     assert not [path for path in tmp_path.rglob("outside.txt") if not path.is_relative_to(out)]
     record = json.loads((out / "downloads.json").read_text())
@@ -408,3 +409,37 @@ def test_mistakes_and_the_list(tmp_path):
     assert listed.code == 0
     assert all(text in listed.out for text in [*ENTRIES, *FORMER, *MINIMIND.values(), "CC-BY-NC", "1.2 GB"])
     assert all(repository in listed.out for entry in BENCHMARKS for repository in entry.repositories.values())
+
+
+def test_parquet_becomes_what_the_evaluation_reads(server, hubs, tmp_path):
+    """Rows in their order over all parts; a CSV a subject; a file a paradigm."""
+    import pyarrow
+    import pyarrow.parquet
+
+    def parquet(rows: list[dict]) -> bytes:
+        file = io.BytesIO()
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)
+        return file.getvalue()
+
+    law = {"question": 'What, "exactly"?', "subject": "law", "choices": ["1", "二", "3", "4"], "answer": 1}
+    problems = [{"question": f"{i}?", "answer": f"#### {i}"} for i in range(3)]
+    pairs = [{"sentence_good": "她来了。", "sentence_bad": "来她了。"}]
+    server.files = {
+        "all/test-00000-of-00001.parquet": parquet([law, law | {"subject": "../art", "answer": 3}]),
+        "all/dev-00000-of-00001.parquet": parquet([law]),
+        "all/auxiliary_train-00000-of-00001.parquet": b"not wanted",
+        "main/test-00000-of-00002.parquet": parquet(problems[:2]),
+        "main/test-00001-of-00002.parquet": parquet(problems[2:]),
+        "island/train-00000-of-00001.parquet": parquet(pairs),
+    }
+    done = run("mmlu", "gsm8k", "--hub", "huggingface", "--out_dir", tmp_path, env=hubs)
+    assert done.code == 0, done.err
+    server.files = {name: data for name, data in server.files.items() if name.startswith("island")}
+    assert run("blimp", "--out_dir", tmp_path, env=hubs).code == 0
+    with open(tmp_path / "mmlu" / "test" / "law.csv", encoding="utf-8", newline="") as file:
+        assert list(csv.reader(file)) == [["question", *"ABCD", "answer"], [law["question"], *law["choices"], "B"]]
+    assert {path.name for path in tmp_path.rglob("*.csv")} == {"law.csv", "___art.csv"}
+    for path, rows in (("gsm8k/test.jsonl", problems), ("blimp/island.jsonl", pairs)):
+        assert [json.loads(line) for line in (tmp_path / path).read_text(encoding="utf-8").splitlines()] == rows
+    server.files = {"main/test-00000-of-00001.parquet": b"PAR1 no"}
+    one_error(run("gsm8k", "--out_dir", tmp_path / "bad", env=hubs), 1, "main", "--replace")
