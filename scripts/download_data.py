@@ -171,7 +171,9 @@ def fetch_from(wish: Wish, where: str, token: str | None, files: list[RemoteFile
         print(f"{os.path.commonpath(paths)}  {len(files)} files, all as the hub lists them")
     if wish.entry and wish.entry.unpack:
         folder = args.out_dir / wish.entry.folder
-        print(f"{folder}  {len(unpack(wish.entry.unpack, paths, folder)):,} files unpacked")
+        made = unpack(wish.entry.unpack, paths, folder)
+        unpacked = f", {len(made):,} files unpacked" if made else ""
+        print(f"{folder}{unpacked}: python scripts/evaluate.py --data {args.out_dir} --tasks {wish.entry.name}")
 
 
 def is_there(file: RemoteFile, path: Path, args: argparse.Namespace) -> bool:

@@ -48,6 +48,7 @@ class FaultyServer:
 
         self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.http.daemon_threads = True
+        self.http.handle_error = lambda *_: None  # a client that was killed
         self.url = f"http://127.0.0.1:{self.http.server_port}"
         self.other_host = f"http://localhost:{self.http.server_port}"
 

@@ -80,6 +80,7 @@ def test_a_cut_line_is_taken_up_where_it_was(server, tmp_path, listed):
     server.plan = [Reply(cut=100_000), Reply(cut=50_000), Reply()]
     assert get(remote(server, listed), tmp_path) == DATA
     assert server.ranges == [None, "bytes=100000-", "bytes=150000-"]
+    assert [("If-Range" in headers) for _, headers in server.requests] == [False, True, True]
 
 
 def test_a_stalled_line_is_taken_up(server, tmp_path):
