@@ -43,7 +43,8 @@ class Hub:
 
 
 def hugging_face() -> Hub:
-    return Hub("huggingface", (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/"))
+    endpoint = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+    return Hub("huggingface", (endpoint if "://" in endpoint else f"https://{endpoint}").rstrip("/"))
 
 
 def model_scope() -> Hub:

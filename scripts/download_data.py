@@ -20,7 +20,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from urllib.parse import unquote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 import _path  # noqa: F401
 from filelock import FileLock
@@ -90,7 +90,7 @@ def wish_of(name: str, args: argparse.Namespace) -> Wish:
     if scheme in ("http", "https"):
         if not urlsplit(name).hostname or not _file_name(name):
             raise UsageError(f"{name}: an address that ends in no file name")
-        return Wish(name, [], name)
+        return Wish(name, [], quote(name, safe="%/:?#[]@!$&'()*+,;=~"))
     if scheme in ("hf", "modelscope"):
         owner, _, path = rest.partition("/")
         repository, _, path = path.partition("/")

@@ -377,11 +377,12 @@ def test_any_file_of_a_hub_and_an_archive(server, hubs, tmp_path):
         content.writestr("../outside.txt", "no")
     server.files |= {"ceval-exam.zip": archive.getvalue(), "part [1].jsonl": b"x"}
     out = tmp_path / "in" / "out"
-    names = ["ceval", "hf:a/b/part [1].jsonl", "--hub", "huggingface"]
+    server.files["语 料.jsonl"] = b"y"
+    names = ["ceval", "hf:a/b/part [1].jsonl", f"{server.url}/语 料.jsonl", "--hub", "huggingface"]
     done = run(*names, "--out_dir", out, env=hubs)
     assert done.code == 0, done.err
     assert (out / "ceval" / "val" / "law_val.csv").read_text() == "id,question\n"
-    assert (out / "part [1].jsonl").read_bytes() == b"x"
+    assert (out / "part [1].jsonl").read_bytes() == b"x" and (out / "语 料.jsonl").read_bytes() == b"y"
     assert not [path for path in tmp_path.rglob("outside.txt") if not path.is_relative_to(out)]
     record = json.loads((out / "downloads.json").read_text())
     assert record["part [1].jsonl"]["from"] == "hf:a/b/part [1].jsonl"
@@ -444,3 +445,20 @@ def test_parquet_becomes_what_the_evaluation_reads(server, hubs, tmp_path):
         assert [json.loads(line) for line in (tmp_path / path).read_text(encoding="utf-8").splitlines()] == rows
     server.files = {"main/test-00000-of-00001.parquet": b"PAR1 no"}
     one_error(run("gsm8k", "--out_dir", tmp_path / "bad", env=hubs), 1, "main", "--replace")
+
+
+@pytest.mark.posix
+def test_a_full_disk_keeps_what_has_come(server, hubs, tmp_path):
+    """One line; with space again, the rest alone is fetched."""
+    import resource
+
+    def full():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, 150_000))
+
+    process = script("pretrain_mini", "--out_dir", tmp_path, env=hubs, preexec_fn=full)
+    out, err = process.communicate(timeout=60)
+    one_error(Done(process.returncode, out, err), 1, "pretrain_t2t_mini.jsonl", "space")
+    done = run("pretrain_mini", "--out_dir", tmp_path, env=hubs)
+    assert done.code == 0, done.err
+    assert (tmp_path / "pretrain_t2t_mini.jsonl").read_bytes() == DATA
+    assert server.ranges[-1] == "bytes=150000-"
