@@ -1,7 +1,5 @@
 """Appends a measurement to a Markdown file, with what it takes to repeat it: machine, commit, torch, command."""
 
-import platform
-import re
 import shlex
 import subprocess
 import sys
@@ -11,7 +9,7 @@ from pathlib import Path
 import torch
 from _path import ROOT
 
-ARITHMETIC = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_tile")  # what decides how fast matrices are multiplied
+from trainer.record import cpu
 
 
 def append_markdown(path: Path, title: str, figures: dict) -> None:
@@ -35,13 +33,7 @@ def flat(figures: dict, prefix: str = "") -> dict:
 
 def machine() -> str:
     """The CPU with the arithmetic it has for low precision, and the GPUs that torch sees."""
-    info = Path("/proc/cpuinfo")
-    text = info.read_text(encoding="utf-8") if info.exists() else ""
-    model = re.search(r"^model name\s*: (.*)", text, re.MULTILINE)
-    flags = re.search(r"^flags\s*: (.*)", text, re.MULTILINE)
-    has = [flag for flag in ARITHMETIC if flags and flag in flags[1].split()]
-    parts = [(model[1] if model else platform.processor() or platform.machine()) + (f" ({', '.join(has)})" * bool(has))]
-    parts[0] += f", {torch.get_num_threads()} threads"
+    parts = [f"{cpu()}, {torch.get_num_threads()} threads"]
     return "; ".join(parts + [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())])
 
 

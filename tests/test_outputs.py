@@ -96,7 +96,7 @@ def test_the_lock_of_a_killed_run_is_gone(tmp_path, pretrain):
     out = tmp_path / "out"
     interrupt(pretrain("--steps", 60, "--save_interval", 1), out)
     pretrain("--steps", 60, "--from_resume", 1).succeed()
-    assert sorted(os.listdir(out)) == ["pretrain_64.jsonl", "pretrain_64.png", "pretrain_64.pth"]
+    assert sorted(os.listdir(out)) == [f"pretrain_64.{kind}" for kind in ("jsonl", "png", "pth", "run.json")]
 
 
 def test_a_disk_without_locks_is_told_of(tmp_path, monkeypatch, capsys):
@@ -124,7 +124,7 @@ def test_trained_weights_are_never_lost(tmp_path, pretrain):
         now = contents(out)
         assert now[path.name] != older[path.name]
         for name in older:
-            copied = name in ("pretrain_64.pth", "pretrain_64.jsonl", "pretrain_64.png")
+            copied = name in [f"pretrain_64.{kind}" for kind in ("pth", "jsonl", "png", "run.json")]
             assert now[f"{name}.{number}" if copied else name] == older[name], name
     assert checkpoint.load(f"{path}.1")[1]["steps"] == 6
     assert checkpoint.find_weights(out, "pretrain") == path

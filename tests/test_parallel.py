@@ -245,7 +245,7 @@ def test_one_process_speaks_and_writes(by_torch):
     folder, group = by_torch
     assert str(result(folder, "ddp-muon-dense")) in group.err(0) and group.err(1) == ""
     written = [path.suffix for path in folder.iterdir() if path.stem.startswith("ddp-muon-dense")]
-    assert sorted(written) == [".jsonl", ".png", ".pth"]
+    assert sorted(written) == [".json", ".jsonl", ".png", ".pth"]
 
 
 # ------------------------------------------------------------------------------------------------ launchers

@@ -83,7 +83,7 @@ def test_from_the_shell_without_optional_packages(tmp_path, data):
     flags = [*TINY, *SHAPE, "--data_path", data["text"], "--steps", 3, "--out_dir", "out"]
     done = shell(sys.executable, ROOT / "train_pretrain.py", *flags, env={"PYTHONPATH": str(shim)}, cwd=tmp_path)
     assert (done.code, done.out) == (0, ""), done.err
-    assert sorted(os.listdir(tmp_path / "out")) == ["pretrain_64.jsonl", "pretrain_64.pth"]
+    assert sorted(os.listdir(tmp_path / "out")) == ["pretrain_64.jsonl", "pretrain_64.pth", "pretrain_64.run.json"]
 
 
 def test_pretraining_then_sft(tmp_path, data):
@@ -95,7 +95,7 @@ def test_pretraining_then_sft(tmp_path, data):
     done = Script(tmp_path, *jobs).wait()
     assert (done.code, done.out) == (0, ""), done.err
     stages = ("full_sft", "pretrain")
-    names = [f"{stage}_64{suffix}" for stage in stages for suffix in (".jsonl", ".png", ".pth")]
+    names = [f"{stage}_64{suffix}" for stage in stages for suffix in (".jsonl", ".png", ".pth", ".run.json")]
     assert sorted(os.listdir(tmp_path / "out")) == names
     for stage in stages:
         path = tmp_path / "out" / f"{stage}_64.pth"
@@ -378,7 +378,7 @@ def test_a_disk_that_fails_in_the_middle_of_a_run(tmp_path, pretrain, small_disk
     pretrain(*resumed).succeed()
     pretrain(*flags, tmp_path / "whole").succeed()
     assert_same(tmp_path / "whole" / "pretrain_64.pth", out / "pretrain_64.pth")
-    assert sorted(os.listdir(out)) == ["pretrain_64.jsonl", "pretrain_64.png", "pretrain_64.pth"]
+    assert sorted(os.listdir(out)) == [f"pretrain_64.{kind}" for kind in ("jsonl", "png", "pth", "run.json")]
 
 
 # ------------------------------------------------------------------------------------------------ an adapter

@@ -14,6 +14,7 @@ from model.device import DTYPES
 from model.model import PRESETS, MiniMindConfig, MiniMindLM
 from trainer.optimizer import LEARNING_RATES
 from trainer.progress import Budget
+from trainer.trackers import TRACKERS
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -79,8 +80,9 @@ def arguments(stage: str, description: str, **defaults) -> argparse.ArgumentPars
     add("--keep", type=int, default=1, help="resume states to keep")
     add("--val_interval", type=int, default=0, help="steps between validations (default: ten in a run)")
     add("--log_interval", type=int, default=10, help="steps between lines of the metrics log")
-    add("--use_wandb", action="store_true", help="log to Weights & Biases too (WANDB_MODE=offline works)")
-    add("--wandb_project", default="MiniMind")
+    add("--tracker", choices=list(TRACKERS), help="log there too; all but wandb keep it in out_dir, without an account")
+    add("--use_wandb", action="store_true", help="as --tracker wandb (WANDB_MODE=offline works)")
+    add("--wandb_project", default="MiniMind", help="project of any tracker (default: MiniMind)")
     parser.set_defaults(**defaults)
     return parser
 
@@ -90,6 +92,8 @@ def check(args: argparse.Namespace) -> None:
     for name in ("data_path", "val_path", "out_dir", "from_weight"):
         if getattr(args, name) == "":
             raise UsageError(f"--{name} is empty: give a path, or leave it out")
+    if args.use_wandb and args.tracker not in (None, "wandb"):
+        raise UsageError(f"--use_wandb and --tracker {args.tracker}: one tracker at a time, leave one out")
     lowest = dict.fromkeys(("batch_size", "accumulation_steps", "log_interval", "max_seq_len", "keep"), 1)
     lowest |= dict.fromkeys(("hidden_size", "num_hidden_layers", "steps"), 1)
     lowest |= dict.fromkeys(("num_workers", "val_tokens", "save_interval", "val_interval"), 0)

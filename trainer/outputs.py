@@ -1,7 +1,7 @@
 """The files of one run, out_dir/NAME.pth and those beside it: nobody else writes them, and none of old is lost.
 
 claim(weights, "--out_dir out", processes)      # before anything is written
-copy = keep_earlier(weights)                    # NAME.pth.1, NAME.jsonl.1, NAME.png.1
+copy = keep_earlier(weights)                    # NAME.pth.1, NAME.jsonl.1, NAME.png.1, NAME.run.json.1
 """
 
 import contextlib
@@ -114,7 +114,7 @@ def copies(weights: Path) -> list[Path]:
 
 
 def keep_earlier(weights: Path) -> Path | None:
-    """Give weights that are there, their log and their curve a second, numbered name, and return that of the weights;
+    """Give weights that are there, their log, curve and record a second, numbered name, and return that of the weights;
     the one they have already where there is one. None if there are none."""
     if not weights.exists():
         return None
@@ -123,7 +123,8 @@ def keep_earlier(weights: Path) -> Path | None:
         if filecmp.cmp(weights, copy):
             return copy
     number = 1 + int(earlier[0].suffix[1:]) if earlier else 1
-    for path in (weights.with_suffix(".jsonl"), weights.with_suffix(".png"), weights):  # the weights last: then all is
+    beside = [weights.with_suffix(suffix) for suffix in (".jsonl", ".png", ".run.json")]
+    for path in (*beside, weights):  # the weights last: then all is
         if path.exists():
             _copy(path, Path(f"{path}.{number}"), link=path == weights)
     return Path(f"{weights}.{number}")

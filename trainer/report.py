@@ -1,5 +1,6 @@
-"""What a run tells: progress on the terminal, the JSONL metrics log, Weights & Biases, the loss curve as a picture."""
+"""What a run tells: progress on the terminal, the JSONL metrics log, a tracker, the loss curve as a picture."""
 
+import argparse
 import json
 import math
 import os
@@ -13,12 +14,13 @@ from typing import NamedTuple
 
 import torch
 
-from cli import UsageError
 from model.files import write_bytes
 from model.model import MiniMindLM
 from trainer.outputs import copies
 from trainer.parallel import Processes
 from trainer.progress import Progress
+from trainer.record import RunRecord
+from trainer.trackers import Tracker, start_tracker
 
 LINE_SECONDS = 10  # between progress lines where standard error is a file
 
@@ -50,7 +52,7 @@ class Reporter:
         self.last_line = 0.0
         self.rate = self.mfu = 0.0
         self.val: dict[str, float] = {}
-        self.wandb = None
+        self.tracker: Tracker | None = None
         self.log_failed = False
 
     def say(self, text: str) -> None:
@@ -67,7 +69,7 @@ class Reporter:
         peak: float,
     ) -> None:
         """`peak`: FLOP/s of one device."""
-        self.mark = (progress.seconds, progress.positions, progress.tokens)
+        self.mark, self.sizes = (progress.seconds, progress.positions, progress.tokens), sizes
         if not self.on:
             return
         # A frozen weight hands the gradient on (2 FLOPs, after 2 in the forward) but has none of its own (2 more).
@@ -84,18 +86,28 @@ class Reporter:
             f"{str(dtype).removeprefix('torch.')}, {how}, peak {peak / 1e9:,.0f} GFLOP/s"
         )
 
-    def start_wandb(self, project: str, config: dict, folder: str) -> None:
-        if not self.on:
-            return
-        try:
-            import wandb
+    def start_tracker(self, args: argparse.Namespace, step: int) -> None:
+        """The one that the flags name, if they do. step: of the state that the run goes on from."""
+        name = args.tracker or ("wandb" if args.use_wandb else None)
+        if self.on and name:
+            flag = f"--tracker {name}" if args.tracker else "--use_wandb"
+            run = self.weights.stem
+            self.tracker = start_tracker(name, flag, args.wandb_project, run, vars(args), args.out_dir, step)
 
-            self.wandb = wandb.init(project=project, name=self.weights.stem, config=config, dir=folder)
-        except ImportError:
-            raise UsageError("--use_wandb: the package is missing: pip install wandb") from None
-        except Exception as error:  # no account, no network: wandb has a class for each
-            text = str(error).strip().split("\n")[0]
-            raise UsageError(f"--use_wandb: {text}; set WANDB_MODE=offline to log without an account") from None
+    def begin_record(self, progress: Progress, facts: dict) -> None:
+        """facts: as RunRecord takes them."""
+        if self.on:
+            self.record = RunRecord(self.weights.with_suffix(".run.json"), facts)
+            if progress.step:
+                self.record.goes_on()
+            self._write_record(progress, "running")
+
+    def _write_record(self, progress: Progress, state: str) -> None:
+        losses = progress.last_losses
+        figures = self.figures(progress) | {"loss": sum(losses) / len(losses) if losses else None}
+        fault = self.record.write(state, figures)
+        if fault:
+            self.say(f"warning: {fault}")
 
     def step(self, progress: Progress, share, loss, grad_norm, learning_rate, metrics) -> None:
         """After an update. share: of the budget, before it."""
@@ -162,10 +174,17 @@ class Reporter:
             if not self.log_failed:
                 self.say(f"warning: cannot write {self.log_path}: {error.strerror}; the training goes on")
             self.log_failed = True
-        if self.wandb:
-            self.wandb.log({k: v for k, v in row.items() if k != "step"}, step=row["step"])
+        if self.tracker:
+            try:
+                self.tracker.log({k: v for k, v in row.items() if k != "step"}, row["step"])
+            except Exception as error:  # whatever it is, it is no fault of the training
+                self.say(f"warning: the tracker has failed ({error}); the training goes on without it")
+                self.tracker = None
 
     def interrupted(self, progress: Progress) -> None:
+        if not self.on:
+            return
+        self._write_record(progress, "interrupted")
         given = list(zip(["", *sys.argv], sys.argv, strict=False))  # each argument with the one before it
         argv = [text for before, text in given if "--from_resume" not in (before, text.partition("=")[0])]
         argv += ["--from_resume", "1"]
@@ -189,6 +208,7 @@ class Reporter:
         """The picture and the last lines, after the weights are safe."""
         if self.tty:
             print(file=sys.stderr)
+        self._write_record(progress, "finished")
         skipped = f", {progress.skipped} steps skipped" if progress.skipped else ""
         val = ""
         if self.val:
@@ -205,8 +225,8 @@ class Reporter:
             f"wrote {self.weights}, {self.log_path.name}{picture}{''.join(earlier)}",
         ]
         self.say("\n".join(lines + advice))
-        if self.wandb:
-            self.wandb.finish()
+        if self.tracker:
+            self.tracker.finish()
 
 
 def read_log(path: Path) -> Iterator[dict]:

@@ -20,7 +20,7 @@ STATE_VERSION = 4  # of what Run.state_dict() gives
 
 # Where and how a run computes and what it tells: the result is the same.
 MACHINE = ("from_resume", "device", "num_workers", "log_interval", "use_wandb", "wandb_project", "out_dir", "keep")
-MACHINE += ("activation_checkpointing", "fsdp", "local_rank", "cache_dir")
+MACHINE += ("tracker", "activation_checkpointing", "fsdp", "local_rank", "cache_dir")
 # Recorded, and free to differ: how often it saves and measures; the paths, whose contents count (Run.inputs); the
 # preset, for which the sizes stand, and what the name of the weights says.
 FREE = ("save_interval", "val_interval", "val_tokens", "save_weight", "preset", "use_moe")

@@ -43,6 +43,7 @@ from trainer.interrupt import Interrupt
 from trainer.optimizer import LEARNING_RATES, build_optimizers, learning_rate_scale, set_learning_rate
 from trainer.parallel import Parallel
 from trainer.progress import Progress
+from trainer.record import facts_of
 from trainer.report import ModelSizes, Reporter
 from trainer.resume import (
     STATE_VERSION,
@@ -86,6 +87,7 @@ class Run:
         # What the run is made of, by flag: a hash of the contents, None where there is nothing.
         self.inputs = {"from_weight": None if self.began_at is None else fingerprint(self.model)}
         self.inputs["tokenizer"] = self.tokenizer.chat_hash
+        self.data: dict[str, dict | None] = {}  # for the record: path and figures of each file of rows
         before = checkpoint.load_meta(self.began_at) if self.began_at else {}
         # What the weights could read before, they still can.
         self.context = max(args.max_seq_len, self.began_at and checkpoint.context_of(before, self.tokenizer) or 0)
@@ -118,8 +120,9 @@ class Run:
         paths = data_paths(self.args, starter)
         options = dict(seq_len=self.args.max_seq_len, cache_dir=self.cache_dir, quiet=not self.processes.is_main)
         rows = [make(path, self.tokenizer, **options) if path else None for path in paths]
-        for flag, part in zip(("data_path", "val_path"), rows, strict=True):
+        for flag, path, part in zip(("data_path", "val_path"), paths, rows, strict=True):
             self.inputs[flag] = part and summary(part)["sha256"]
+            self.data[flag] = part and {"path": str(path)} | summary(part)
         return tuple(rows)
 
     def steps(self, rows) -> Iterator[Iterator[dict]]:
@@ -279,9 +282,9 @@ class Run:
         self.compiled = compile_if_worth(model, wish, self.device, expected, self.reporter.say)
         if self.compiled:
             self.reporter.say(describe_compiled())
-        if args.use_wandb:
-            self.reporter.start_wandb(args.wandb_project, vars(args), args.out_dir)
+        self.reporter.start_tracker(args, self.progress.step)
         self.reporter.start(self.progress, self._sizes, self.device, self.dtype, self.compiled, peak)
+        self.reporter.begin_record(self.progress, facts_of(self))
         self._interrupt, self._stop, self._bad_steps = Interrupt(), False, 0
         self._clock = time.perf_counter() - self.progress.seconds
         self._last_save, self._pause, self._saved_step = self.progress.seconds, SAVE_SECONDS, self.progress.step
