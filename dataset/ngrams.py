@@ -14,6 +14,8 @@ import numpy as np
 
 FROM_CJK = 0x2E80  # from here on a letter is a unit
 WORD, SINGLE, CHINESE = 1, 2, 3  # what a character is; 0: it parts words
+FOREIGN, NUMBER = 4, 5  # what a unit of another script than Latin and Chinese is, and one that begins with a digit
+FROM_FOREIGN = 0x250  # letters below are Latin
 SYMBOLS = set("-*/%^&@#\\")  # punctuation to Unicode, but 3 - 2 is not 3 * 2
 # Powers of an odd number modulo 2**64: the place of a character in its word, or of a unit in its n-gram, counts.
 POWERS = np.array([pow(0x9E3779B97F4A7C15, n + 1, 1 << 64) for n in range(64)], np.uint64)
@@ -24,14 +26,13 @@ class Units(NamedTuple):
 
     hashes: np.ndarray  # (U,) uint64
     text: np.ndarray  # (U,) int32: the text that a unit is of
-    kinds: np.ndarray  # (U,) uint8: WORD, SINGLE or CHINESE
+    kinds: np.ndarray  # (U,) uint8: WORD, SINGLE, CHINESE, FOREIGN or NUMBER
     lengths: np.ndarray  # (U,) int32, characters
     texts: int  # how many there are
 
-    def chinese_share(self) -> np.ndarray:
-        """(texts,) float: how much of a text's units are Chinese characters; 0 of a text without units."""
-        chinese = np.bincount(self.text, self.kinds == CHINESE, self.texts)
-        return chinese / np.maximum(self.counts(), 1)
+    def share(self, *kinds: int) -> np.ndarray:
+        """(texts,) float: how much of a text's units are of these kinds; 0 of a text without units."""
+        return np.bincount(self.text, np.isin(self.kinds, kinds), self.texts) / np.maximum(self.counts(), 1)
 
     def counts(self) -> np.ndarray:
         """(texts,) units of each text."""
@@ -83,7 +84,11 @@ def units_of(texts: Sequence[str]) -> Units:
     lengths = np.add.reduceat(inside.astype(np.int32), starts - starts[0])
     ends = np.cumsum([len(text) + 1 for text in lowered])
     text = np.searchsorted(ends, starts, "right").astype(np.int32)
-    return Units(hashes, text, kinds[starts - starts[0]], lengths, len(texts))
+    first, of_unit = codes[starts - starts[0]], kinds[starts - starts[0]]
+    of_unit[(of_unit == WORD) & (first >= FROM_FOREIGN)] = FOREIGN
+    of_unit[(first >= ord("0")) & (first <= ord("9"))] = NUMBER
+    of_unit[((first >= 0x3040) & (first < 0x3100)) | ((first >= 0xAC00) & (first < 0xD7B0))] = FOREIGN  # kana, Hangul
+    return Units(hashes, text, of_unit, lengths, len(texts))
 
 
 def ngrams(units: Units, n: int) -> tuple[np.ndarray, np.ndarray]:

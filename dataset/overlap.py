@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dataset.files import DataFile
 from dataset.jsonl import parse_line
 from dataset.ngrams import ngrams, units_of
+from dataset.tables import Source
 
 N = 13  # Brown et al. 2020, "Language Models are Few-Shot Learners", appendix C
 SHORTEST = 8  # units: a question of 8 to 12 is looked for as a whole, a shorter one says too little
@@ -82,7 +82,7 @@ def overlap(questions: Sequence[str], files: Iterable[str | Path]) -> Overlap:
 
 def texts_of_file(path: str | Path) -> Iterator[str]:
     """The text of each row, whatever its keys are; lines that are no rows are left out."""
-    for number, line in DataFile(path).lines():
+    for number, line in Source(Path(path)).lines():
         row, _ = parse_line(number, line)
         if row is not None:
             yield "\n".join(strings_of(row))
