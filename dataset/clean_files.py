@@ -60,7 +60,7 @@ def clean_files(job: Job) -> dict[str, Any]:
     for source in sources:
         if source.path.stat().st_size == 0:
             raise DataError(f"{source.path}: the file is empty; download it again, or leave it out")
-    with _workspace(job.out) as folder, _Removals(job, folder) as removals, Spool(folder) as spool:
+    with _workspace(job.out) as folder, _Removals(job) as removals, Spool(folder) as spool:
         report = _new_report(job, sources)
         for n, chunk, done in _cleaned(job, sources):
             _count(report, sources[n], chunk, done)
@@ -77,9 +77,9 @@ def clean_files(job: Job) -> dict[str, Any]:
         for source, rules in removals.by_source.items():
             report["sources"][source]["removed"] = dict(rules.most_common())
         _finish(report, spool, alive, job, sources)
+        removals.close()
         with writing(job.out):
             report["output"] = _write(job, spool, alive, folder)
-            removals.publish()
     return report
 
 
@@ -273,8 +273,8 @@ def _opened(path: Path) -> Iterator[IO[bytes]]:
 class _Removals:
     """The rows that were taken out: into a file, if one is wanted, and counted by rule and source."""
 
-    def __init__(self, job: Job, folder: Path):
-        self.target, self.part = job.removed, folder / "removed"
+    def __init__(self, job: Job):
+        self.target = job.removed
         self.by_rule: dict[str, dict] = {}
         self.by_source: dict[str, Counter] = {}
         self.file: IO[bytes] | None = None
@@ -287,9 +287,8 @@ class _Removals:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.file:
-            with contextlib.suppress(OSError):
-                self.file.close()
+        with contextlib.suppress(DataError):
+            self.close()
 
     def add(self, source: Source, number: int, rule: str, why: str, line: bytes) -> None:
         text = line.decode("utf-8", "replace").rstrip("\r\n")
@@ -305,7 +304,7 @@ class _Removals:
             with writing(self.target):
                 self.file.write((json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8", "surrogatepass"))
 
-    def publish(self) -> None:
+    def close(self) -> None:
         if self.file:
             with writing(self.target):
                 self.file.close()

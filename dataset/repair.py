@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 from dataset.chat import ROLES
-from dataset.cleaning import EVERYWHERE, LATIN_MOJIBAKE, PLAIN_TEXT, is_code, read_as_gbk
+from dataset.cleaning import EVERYWHERE, LATIN_MOJIBAKE, PLAIN_TEXT, TAGS, is_code, read_as_gbk
 
 # name -> what it does, in the order in which they are done
 TEXT_REPAIRS = {
@@ -42,17 +42,22 @@ CONTROL = re.compile(
     + "|"
     + EVERYWHERE["private-use characters or noncharacters"].pattern
 )
-# One quick look for all that control, width and blanks change inside a line.
+# One quick look for all that control, width and blanks change inside a line. Characters beyond the basic plane are
+# apart, for re is several times as fast without them.
 DIRT = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\xa0\u00ad\u061c\u180e\u200b-\u200f\u2028-\u202f\u2060-\u2069\ufeff０-９Ａ-Ｚａ-ｚ"
-    + EVERYWHERE["private-use characters or noncharacters"].pattern.removeprefix("[")
+    "[\x00-\x08\x0b-\x1f\x7f-\xa0\xad\u061c\u180e\u200b-\u200f\u2028-\u202f\u2060-\u2069\ufeff０-９Ａ-Ｚａ-ｚ"
+    "\ue000-\uf8ff\ufdd0-\ufdef\ufffe\uffff]"
 )
+ASCII_DIRT = re.compile("[\x00-\x08\x0b-\x1f\x7f]")
+BEYOND = re.compile("[\U00010000-\U0010ffff]")
 LINE_ENDS = re.compile("\r\n?|[\u0085\u2028\u2029]")
 SPACES = re.compile("[\u00a0\u202f]")
 EMPTY_LINES = re.compile("\n{4,}")
 SCRIPT = re.compile(r"<(script|style)\b[^>]*>.*?(?:</\1\s*>|\Z)|<!--.*?(?:-->|\Z)|<!DOCTYPE[^>]*>", re.I | re.S)
 BREAK = re.compile(r"</?(?:br|p|div|li|tr|h[1-6]|ul|ol|table|section|article|blockquote|pre|hr)\b[^<>]*(?:>|\Z)", re.I)
 CELL = re.compile(r"</?(?:td|th)\b[^<>]*(?:>|\Z)", re.I)
+# No tag is what a comparison may look like: a < b and c > d. One that the text's end cuts off has an attribute.
+TAG = re.compile(rf"</?(?:{TAGS})(?:\s*/?>|\s[^<>]*=[^<>]*>|\s[^<>]{{0,200}}=[^<>]{{0,200}}\Z)", re.I)
 PICTURE = re.compile(r"!\[[^\]\n]*\]\([^)\s]+\)")
 LINK = re.compile(r"\[([^\]\n]*)\]\([^)\s]+\)")
 WIDE = {code: code - 0xFEE0 for first, last in ("０９", "ＡＺ", "ａｚ") for code in range(ord(first), ord(last) + 1)}
@@ -73,7 +78,7 @@ def _converter() -> Callable[[str], str]:
 def repair_text(text: str, repairs: Collection[str], chat: bool = False) -> tuple[str, list[str]]:
     """The text mended, and the names of the repairs that changed it. In a message of a `chat` HTML and Markdown stay:
     they may be what it is about."""
-    done, dirty = [], bool(DIRT.search(text))
+    done, dirty = [], is_dirty(text)
     for name in TEXT_REPAIRS:
         if name in ("control", "width") and not dirty:
             continue
@@ -82,6 +87,13 @@ def repair_text(text: str, repairs: Collection[str], chat: bool = False) -> tupl
             if text != before:
                 done.append(name)
     return text, done
+
+
+def is_dirty(text: str) -> bool:
+    """Whether it may hold what control, width and blanks take out of lines."""
+    if text.isascii():
+        return bool(ASCII_DIRT.search(text))
+    return bool(DIRT.search(text) or BEYOND.search(text))
 
 
 def _mojibake(text: str) -> str:
@@ -110,9 +122,9 @@ def _html(text: str) -> str:
         if "<" in text:
             text = SCRIPT.sub("", text)
             text = CELL.sub(" ", BREAK.sub("\n", text))
-            text = PLAIN_TEXT["HTML"].sub(lambda match: match[0] if match[0].startswith("&") else "", text)
+            text = TAG.sub("", text)
         text = html.unescape(text)
-    return text.strip()
+    return text
 
 
 def _markdown(text: str) -> str:
@@ -139,7 +151,7 @@ def _width(text: str) -> str:
 
 
 def _blanks(text: str) -> str:
-    if DIRT.search(text):
+    if is_dirty(text):
         text = LINE_ENDS.sub("\n", SPACES.sub(" ", text))
     text = "\n".join(map(str.rstrip, text.split("\n"))).strip()
     return EMPTY_LINES.sub("\n\n", text) if "\n\n\n\n" in text else text

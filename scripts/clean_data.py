@@ -11,7 +11,7 @@ from pathlib import Path
 import _path  # noqa: F401
 
 import cli
-from cli import ArgumentParser, UsageError
+from cli import ArgumentParser
 from dataset import clean_rows, filters, repair
 from dataset.clean_files import Job, clean_files
 from dataset.clean_report import markdown, rules_table, summary, write_json
@@ -93,7 +93,7 @@ def job_of(parser: ArgumentParser, args) -> Job:
     files, against = data_files(args.files), data_files(args.against)
     for path in (args.out, args.removed):
         if path and path.exists() and any(path.samefile(file) for file in (*files, *against) if file.exists()):
-            raise UsageError(f"{path}: is read, so it cannot be written too; give another name")
+            parser.error(f"{path}: is read, so it cannot be written too; give another name")
     source = Source(files[0], args.sample_by, args.text_column)
     kind = guess_kind(files[0], source.lines(), source.unit) if args.kind == "auto" else args.kind
     repairs = [name for name in {**repair.TEXT_REPAIRS, **repair.ROW_REPAIRS} if name not in off]
