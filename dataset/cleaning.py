@@ -1,9 +1,8 @@
-"""What is odd about a text though a model can be trained on it: web dirt, broken encodings, repetition, duplicates.
+"""What is odd about a text though a model can be trained on it: web dirt, broken encodings, repetition.
 
-Used by scripts/inspect_data.py. Training keeps such rows; whether they should go is the user's decision.
+Used by scripts/inspect_data.py, which tells of it, and by repair.py and filters.py, which mend it or take the row out.
 """
 
-import hashlib
 import re
 import unicodedata
 import zlib
@@ -11,8 +10,6 @@ import zlib
 from dataset.checks import Fault
 
 VERY_SHORT, VERY_LONG = 10, 10_000  # characters
-NEAR = 0.6  # share of common word triples from which two texts are near duplicates
-MOST_NEAR = 200_000  # rows among which near duplicates are searched: the index keeps about 3 kB of each
 
 EMOJI = "\U0001f000-\U0001faff\u2600-\u27bf\u2190-\u21ff\u2b00-\u2bff\ufe0f"
 TAGS = (
@@ -79,6 +76,16 @@ ASCII_KINDS = {"carriage returns", "markers of other models", "unbroken run of l
 CJK = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U000323af]")
 LATIN_MOJIBAKE = re.compile(f"[\u00c2-\u00f4][{CP1252_TAIL}]{{1,3}}")
 CJK_IN_UTF8 = re.compile(rb"[\xe4-\xe9][\x80-\xbf]{2}")
+# What UTF-8 of Chinese mostly turns into when it is read as GBK: characters that are very rare in Chinese itself.
+_OF_GBK = (
+    "紝锛殑鐨浠銆浜鍙屽傚鏈傛澶鏄屾杩屼鍏鍒瀹涔鎴備鍦槸竴鐢鍚勫湪灏璇垜勬缁岃鏂傝鏃笉鍔ュ鏉湁簡繖岀鍗骞鍥璁嶅傜ㄥ寮"
+)
+GBK_MOJIBAKE = re.compile(f"[{_OF_GBK}][^\n]{{0,9}}[{_OF_GBK}]")
+CODE_LINE = re.compile(
+    r"\s*(?:(?:def|class|import|from|return|if|for|while|else|elif|try|except|with|let|const|var|function|public|private|"
+    r"static|void|int|#include|package|use|fn|func|struct|end|SELECT|INSERT)\b.*[:;{}()=,\"']\s*$|[{}()\[\];]+\s*$|"
+    r".*[;{}]\s*$|.*\w\(.*\)\s*$|\S+\s*[-+*/]?=\s*\S.*$|```)"
+)
 WORDS = re.compile(r"[^\W\u2e80-\uffff]+|[\u2e80-\uffff\U00020000-\U000323af]")
 
 
@@ -99,7 +106,7 @@ def text_warnings(text: str, chat: bool = False) -> list[Fault]:
     if not ascii_only:
         if not unicodedata.is_normalized("NFC", text):
             report("not in Unicode form NFC", "characters are written in parts, or in an old form")
-        if mojibake := _mojibake(text):
+        if mojibake := mojibake_in(text):
             report("mojibake", mojibake)
         scripts = [name for name, pattern in SCRIPTS.items() if pattern.search(text)]
         if len(scripts) > 1:
@@ -127,7 +134,7 @@ def _has_symbols(text: str) -> bool:
     return any(unicodedata.category(char).startswith("S") and char not in "$+<=>^`|~" for char in text)
 
 
-def _mojibake(text: str) -> str:
+def mojibake_in(text: str) -> str:
     """UTF-8 bytes that were decoded as Windows-1252 (sequences that decode back), or as GBK (most of them do)."""
     for match in LATIN_MOJIBAKE.finditer(text):
         try:
@@ -135,63 +142,27 @@ def _mojibake(text: str) -> str:
             return f"UTF-8 read as Windows-1252: {match[0]!r} was {original!r}"
         except UnicodeDecodeError:
             continue
-    if CJK.search(text):
-        data = "".join(CJK.findall(text)).encode("gb18030", "ignore")
-        back = CJK_IN_UTF8.findall(data)
-        if len(back) >= 4 and len(back) * 3 > 0.4 * len(data):
-            return f"UTF-8 read as GBK: the text was {b''.join(back[:10]).decode('utf-8')!r} ..."
+    if back := read_as_gbk(text):
+        return f"UTF-8 read as GBK: the text was {b''.join(back[:10]).decode('utf-8')!r} ..."
     return ""
+
+
+def read_as_gbk(text: str) -> list[bytes]:
+    """The Chinese characters in UTF-8 that were read as GBK, if the text is made of such."""
+    if not GBK_MOJIBAKE.search(text):
+        return []
+    data = "".join(CJK.findall(text)).encode("gb18030", "ignore")
+    back = CJK_IN_UTF8.findall(data)
+    return back if len(back) >= 4 and len(back) * 3 > 0.4 * len(data) else []
+
+
+def is_code(text: str) -> bool:
+    """Whether most lines look like those of a program."""
+    lines = [line for line in text.split("\n") if line.strip()]
+    return len(lines) > 2 and sum(bool(CODE_LINE.match(line)) for line in lines) > 0.5 * len(lines)
 
 
 def cjk_share(text: str) -> float:
     """Share of Chinese characters among the words, where one Chinese character counts as a word."""
     words = WORDS.findall(text)
     return sum(map(len, CJK.findall(text))) / max(len(words), 1)
-
-
-class Duplicates:
-    """Remembers rows (8 bytes for a hash each) and reports those that were there before, in full or nearly."""
-
-    def __init__(self, near: bool = True):
-        self.exact: dict[bytes, int] = {}
-        self.normal: dict[bytes, int] = {}
-        self.index = self.blank = None
-        if near:
-            try:
-                from datasketch import MinHash, MinHashLSH
-
-                self.blank = MinHash(num_perm=128, hashfunc=int)
-                self.index = MinHashLSH(threshold=NEAR, num_perm=128, weights=(0.1, 0.9))
-                self.signatures: dict = {}
-            except ImportError:
-                pass
-
-    def check(self, number: int, text: str, same: str | None = None) -> Fault | None:
-        """Compares row `number` with those before. `same`: what a full duplicate must have in common, if not `text`."""
-        if (first := self._seen(self.exact, same or text, number)) is not None:
-            return Fault("warning", f"exact duplicate: of line {first}")
-        normal = " ".join(unicodedata.normalize("NFKC", same or text).lower().split())
-        if (first := self._seen(self.normal, normal, number)) is not None:
-            return Fault("warning", f"same text but for blanks, case or width: of line {first}")
-        if self.index is None or len(self.signatures) >= MOST_NEAR:
-            return None
-        hashes = [zlib.crc32(word.encode("utf-8")) for word in WORDS.findall(text.lower())]
-        triples = {
-            (a * 1_000_003 ^ b * 8_191 ^ c) & 0xFFFFFFFF
-            for a, b, c in zip(hashes, hashes[1:], hashes[2:], strict=False)
-        }
-        if len(triples) < 8:
-            return None
-        signature = self.blank.copy()
-        signature.update_batch(triples)
-        likeness = [(signature.jaccard(self.signatures[other]), -other) for other in self.index.query(signature)]
-        self.index.insert(number, signature, check_duplication=False)
-        self.signatures[number] = signature
-        share, first = max(likeness, default=(0, 0))
-        return Fault("warning", f"near duplicate: of line {-first}, about {share:.0%} alike") if share >= NEAR else None
-
-    @staticmethod
-    def _seen(table: dict[bytes, int], text: str, number: int) -> int | None:
-        key = hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest()
-        first = table.setdefault(key, number)
-        return None if first == number else first

@@ -57,7 +57,7 @@ class DataFile:
         head = self._head()
         if self.packed and (remedy := _other_format(self.path, head)):
             raise DataError(f"{self.path}: {remedy}; it lies in the {self.packed} file")
-        self.encoding = _encoding(head)
+        self.encoding = encoding_of(head)
         decoder = codecs.getincrementaldecoder(self.encoding)("replace")
         text = decoder.decode(head).removeprefix("\ufeff")
         self.layout = _layout(text, whole=len(head) < HEAD)
@@ -254,7 +254,7 @@ COMMON = set(
 THREE_BYTES = re.compile(rb"[\xe1-\xef][\x80-\xbf]{2}")
 
 
-def _encoding(head: bytes) -> str:
+def encoding_of(head: bytes) -> str:
     """What the file's beginning is written in; "utf-8" also where it cannot be told, and then lines are faulty."""
     for mark, name in BOMS.items():
         if head.startswith(mark):

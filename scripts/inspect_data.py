@@ -4,7 +4,6 @@ python scripts/inspect_data.py dataset/starter_data/sft.jsonl
 python scripts/inspect_data.py dataset/starter_data/sft.jsonl --row 3
 """
 
-import itertools
 import json
 import os
 import re
@@ -13,22 +12,29 @@ import sys
 import textwrap
 from array import array
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import _path  # noqa: F401
 import numpy as np
 
 from cli import ArgumentParser, prepare_terminal
-from dataset import checks, cleaning, packing
+from dataset import checks, clean_rows, cleaning, dedup, packing
 from dataset.chat import render_chat
 from dataset.checks import Fault, printable
 from dataset.files import DataError, DataFile, with_path
+from dataset.ngrams import units_of
+from dataset.overlap import QuestionGrams, texts_of_file
 from dataset.packing import Sample
+from dataset.tables import STAGES, data_files, guess_kind
 from dataset.tokenizer import TOKENIZER_DIR, load_tokenizer
 
-STAGES = {"pretrain": "pretrain", "sft": "sft", "dpo": "preference"}  # what packing.py calls the formats
 PARTS = {"sft": ("conversations",), "dpo": ("chosen", "rejected")}
+COPIES = {
+    "exact": "exact duplicate: {of}",
+    "normalised": "same text but for blanks, case or width: {of}",
+    "near": "near duplicate: {of}, {share:.0%} alike",
+}
 PAIR = re.compile(r"(?<=: )of line \d+")
 
 
@@ -40,6 +46,8 @@ def main() -> None:
     parser.add_argument("--tokenizer", type=Path, default=TOKENIZER_DIR, metavar="DIR", help="default: model/tokenizer")
     seq_len = "tokens in a training row: what you give to training (default 512)"
     parser.add_argument("--seq_len", "--max_seq_len", type=int, default=512, help=seq_len)
+    parser.add_argument("--questions", nargs="+", default=[], metavar="FILE", help="benchmarks: show the rows that "
+                        "hold one of their questions (13 words in a row, or Chinese characters)")  # fmt: skip
     parser.add_argument("--all", action="store_true", help="print every line number, also of faults in very many lines")
     args = parser.parse_args()
     if args.seq_len < 2:
@@ -52,32 +60,18 @@ def main() -> None:
         if not next(file.lines(), None):
             raise DataError(f"{args.file}: the file is empty")
         tokenizer = load_tokenizer(args.tokenizer)
-        kind = guess_kind(file) if args.kind == "auto" else args.kind
+        kind = guess_kind(file.path, file.lines(), file.unit) if args.kind == "auto" else args.kind
         if args.row is not None:
             show_row(file, kind, args.row, tokenizer, args.seq_len)
         else:
-            Report(file, kind, tokenizer, args.seq_len).print(args.all)
+            questions = [text for path in data_files(args.questions) for text in texts_of_file(path)]
+            Report(file, kind, tokenizer, args.seq_len, questions).print(args.all)
         sys.stdout.flush()
     except (DataError, OSError, ValueError) as error:
         if isinstance(error, BrokenPipeError):  # `| head` has read enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return
         sys.exit(f"error: {error}")
-
-
-def guess_kind(file: DataFile) -> str:
-    """The format that most of the first rows can be read as."""
-    votes: Counter = Counter()
-    first = "the file is empty"
-    for number, line in itertools.islice(file.lines(), 200):
-        for kind, key in (("pretrain", "text"), ("dpo", "chosen"), ("sft", "conversations")):
-            row, _, faults = packing.read_row(STAGES[kind], number, line)
-            votes[kind] += row is not None and (key in row or (kind == "dpo" and "rejected" in row))
-        if number == 1 and faults:
-            first = f"{file.unit} 1: {shown(file, faults[0].text)}"
-    if not votes.total():
-        raise DataError(f"{file.path}: what its rows are cannot be told; name the format with --kind ({first})")
-    return max(votes, key=lambda kind: (votes[kind], list(STAGES).index(kind)))
 
 
 def messages_of(row: dict, kind: str) -> list[dict]:
@@ -113,22 +107,26 @@ def too_long(tokens: int, seq_len: int) -> list[Fault]:
 class Report:
     """Reads the file once, in memory that grows by some bytes a row, and prints what it found."""
 
-    def __init__(self, file: DataFile, kind: str, tokenizer, seq_len: int):
+    def __init__(self, file: DataFile, kind: str, tokenizer, seq_len: int, questions: Sequence[str] = ()):
         self.file, self.kind, self.tokenizer, self.seq_len = file, kind, tokenizer, seq_len
         self.size = file.path.stat().st_size
         self.faults: dict[tuple[str, str], list[tuple[int, str]]] = {}
-        self.lines = self.used = self.warned = 0
+        self.lines = self.used = 0
+        self.warned_lines: set[int] = set()
         self.characters, self.tokens, self.turns = array("I"), array("I"), array("I")
         self.languages, self.roles, self.features = Counter(), Counter(), Counter()
         self.trained = self.continued = self.windows = 0
         self.notes: dict[str, list[int]] = {}
-        self.duplicates = cleaning.Duplicates()
+        self.keys, self.used_lines, self.texts = dedup.ListedKeys(), array("L"), []
+        self.grams, self.found_questions = QuestionGrams(questions) if questions else None, set()
         self.forms, self.needed = Counter(), 0  # needed: tokens of the longest pair
         self.progress = packing.FileProgress(f"reading {file.path.name}", self.size)
         rows = packed_tokens = 0
         for packed in self._packed():
             rows += 1
             packed_tokens += len(packed["input_ids"]) - (kind == "pretrain")
+        self._compare_texts()
+        self._file_copies()
         self.progress.end()
         self.rows, self.fill = rows, packed_tokens / max(rows * seq_len, 1)
 
@@ -185,22 +183,53 @@ class Report:
             usable = tokens <= self.seq_len
         if usable:
             self.forms[form] += bool(form)
-            text, same = row.get("text"), None
+            text = same = clean_rows.text_of(row, STAGES[self.kind])
             if self.kind != "pretrain":
                 messages = messages_of(row, self.kind)
-                text = "\n".join(message.get("content") or "" for message in messages)
                 same = json.dumps(messages, ensure_ascii=False, sort_keys=True)
                 self._count_messages(messages)
             self.characters.append(len(text))
             share = cleaning.cjk_share(text)
             self.languages["Chinese" if share >= 0.5 else "mixed" if share >= 0.05 else "other"] += 1
-            if duplicate := self.duplicates.check(number, text, same):
-                found.append(duplicate)
-            self.warned += bool(found)
-        for level, text in found:
-            kind = checks.kind_of(text)
-            self.faults.setdefault((level, kind), []).append((number, text))
+            self.used_lines.append(number)
+            self.texts.append((same, text))
+            if len(self.texts) >= 1000:
+                self._compare_texts()
+            if found:
+                self.warned_lines.add(number)
+        for fault in found:
+            self._file(number, fault)
         return (row, pieces) if usable else (None, [])
+
+    def _file(self, number: int, fault: Fault) -> None:
+        self.faults.setdefault((fault.level, checks.kind_of(fault.text)), []).append((number, fault.text))
+
+    def _compare_texts(self) -> None:
+        """Keeps the keys of the texts that were read, which duplicates are found by, and looks for questions."""
+        texts = [text for _, text in self.texts]
+        self.keys.add(dedup.row_keys([same for same, _ in self.texts], texts, units_of(texts)))
+        for text, question in self.grams.hits(texts) if self.grams else ():
+            number = self.used_lines[len(self.used_lines) - len(texts) + text]
+            if question not in self.found_questions:
+                self._file(number, Fault("warning", f"benchmark question: {question + 1} of --questions"))
+            self.found_questions.add(question)
+        self.texts.clear()
+
+    def _file_copies(self) -> None:
+        for copy in dedup.find(self.keys, self._texts_of):
+            of = f"of line {self.used_lines[copy.of]}"
+            what = COPIES[copy.rule].format(of=of, share=copy.similarity)
+            self.warned_lines.add(self.used_lines[copy.row])
+            self._file(self.used_lines[copy.row], Fault("warning", what))
+
+    def _texts_of(self, rows: np.ndarray) -> list[str]:
+        """The texts of some of the used rows: the file is read once more for them."""
+        wanted, texts = {self.used_lines[row] for row in rows.tolist()}, []
+        for number, line in self.file.lines():
+            if number in wanted:
+                row, _, _ = packing.read_row(STAGES[self.kind], number, line)
+                texts.append(clean_rows.text_of(row, STAGES[self.kind]))
+        return texts
 
     def _count_messages(self, messages: list[dict]) -> None:
         self.turns.append(len(messages))
@@ -213,7 +242,7 @@ class Report:
         unit = self.file.unit
         how = "".join(f", {what}" for what in self.file.kind)
         print(f"{self.file.path}: {self.kind}{how}, {self.size:,} bytes, {self.lines:,} {unit}s")
-        print(f"  used by training   {self.used:,} rows, {self.warned:,} of them with warnings")
+        print(f"  used by training   {self.used:,} rows, {len(self.warned_lines):,} of them with warnings")
         print(f"  skipped            {self.lines - self.used:,} {unit}s with errors")
         for form, count in self.forms.most_common():
             if form:
@@ -232,10 +261,12 @@ class Report:
             print(f"\n{title}" if groups else f"\nNo {level}s.")
             for kind, entries in sorted(groups.items(), key=lambda group: -len(group[1])):
                 self._print_group(kind, entries, everything)
-        if self.duplicates.index is None:
-            print("\nNear duplicates were not searched: that needs `pip install datasketch`.")
-        elif self.used > cleaning.MOST_NEAR:
-            print(f"\nNear duplicates were searched among the first {cleaning.MOST_NEAR:,} rows only.")
+        if self.grams:
+            checked = int(self.grams.long_enough.sum())
+            share = len(self.found_questions) / max(checked, 1)
+            print(
+                f"\nBenchmark questions: {len(self.found_questions):,} of {checked:,} ({share:.1%}) stand in this file."
+            )
 
     def _print_figures(self) -> None:
         total = sum(self.languages.values())

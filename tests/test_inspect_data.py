@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from dataset.chat import load_tokenizer
-from dataset.cleaning import Duplicates, text_warnings
+from dataset.cleaning import text_warnings
 from dataset.files import DataFile
 from scripts.inspect_data import Report, visible
 from tests.samples import assistant, dumps, messy_chats, messy_text, real_chats, real_texts
@@ -65,7 +65,7 @@ def test_good_data_has_no_errors_and_few_warnings(tokenizer, tmp_path, kind):
     path = tmp_path / "good.jsonl"
     path.write_text("".join(dumps(row) + "\n" for row in rows), encoding="utf-8")
     found, by_line = report(path, kind, tokenizer)
-    assert found.used == found.lines == len(rows) and found.warned <= 0.03 * found.lines
+    assert found.used == found.lines == len(rows) and len(found.warned_lines) <= 0.03 * found.lines
     assert all(text.startswith("warning") for texts in by_line.values() for text in texts)
 
 
@@ -99,20 +99,6 @@ def test_text_warning(text, kind):
 )
 def test_good_text_has_no_warning(text):
     assert text_warnings(text) == []
-
-
-def test_near_duplicate_of_any_language_and_only_near_ones():
-    english = "The old man walked along the river every morning and fed the ducks with bread from his own table there."
-    chinese = "老人每天早上沿着河边散步，用自己桌上的面包喂鸭子，然后坐在长椅上看报纸，直到太阳升得很高才回家。"
-    seen = Duplicates()
-    assert [seen.check(1, english), seen.check(2, chinese)] == [None, None]
-    assert "near duplicate: of line 1" in seen.check(3, english.replace("morning", "evening")).text
-    assert "near duplicate: of line 2" in seen.check(4, chinese.replace("报纸", "小说")).text
-    assert "exact duplicate: of line 1" in seen.check(5, english).text
-    assert "same text" in seen.check(6, f" {english.upper()}\n").text
-    assert (
-        seen.check(7, "A young woman ran through the city every evening and sold flowers to the people there.") is None
-    )
 
 
 # The script as its user meets it
