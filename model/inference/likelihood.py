@@ -76,15 +76,14 @@ class SharedLayer(NamedTuple):
 
 @torch.no_grad()
 def score_items(
-    model: MiniMindLM, items: list[Item], show: Callable[[int], None] = lambda done: None, share: bool = True
+    model: MiniMindLM, items: list[Item], show: Callable[[int], None] = lambda done: None
 ) -> list[list[Score]]:
-    """The scores of every item's continuations, in order. show(items so far) is called after each batch. share: compute
-    once what all contexts begin with, for which the model's attention must take more keys than queries."""
+    """The scores of every item's continuations, in order. show(items so far) is called after each batch."""
     scores: list[list[Score]] = [[]] * len(items)
     done = 0
     for start in range(0, len(items), TOGETHER):
         part = range(start, min(start + TOGETHER, len(items)))
-        shared = common_beginning([items[i].context for i in part]) if share else 0
+        shared = common_beginning([items[i].context for i in part])
         beginning = _read_beginning(model, items[start].context[:shared])
         for batch in _batches(items, part, shared, model.config.vocab_size):
             for i, score in zip(batch, _score_batch(model, [items[i] for i in batch], beginning, shared), strict=True):
