@@ -192,3 +192,36 @@ def test_command_line(place):
         0.75,
         1,
     )
+
+
+REQUESTS = [
+    ("The capital of France is", " Paris"),
+    ("The capital of France is ", "Paris"),  # the harness moves the blank to the answer
+    ("答案：", "A"),
+    ("答案：", " A"),
+    ("问题：7 + 15 等于几？\n答案：", "二十二"),
+    ("Hello<|im_end|>", " there"),
+    ("One", ", two, three"),
+    ("", "No context at all"),
+]
+
+
+def test_the_server_answers_their_local_completions(ours, place):
+    """With the tokens that the harness sends, each sum is that of the model itself."""
+    pytest.importorskip("tenacity", reason="needs lm_eval[api]")
+    pytest.importorskip("aiohttp", reason="needs lm_eval[api]")
+    from lm_eval.models.openai_completions import LocalCompletionsAPI
+    from serving import running
+
+    with running(place, "--dtype", "fp32") as server:
+        options = dict(tokenizer=str(place / "hf"), tokenizer_backend="huggingface", max_length=CONTEXT)
+        client = LocalCompletionsAPI(f"{server.url}/v1/completions", model="full_sft_64", **options)
+        requests = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(REQUESTS)]
+        theirs = client.loglikelihood(requests)
+        for (context, continuation), (logprob, greedy) in zip(REQUESTS, theirs, strict=True):
+            # Their tokenizer reads a marker in a text as the marker; the model is asked about these very tokens.
+            ids = client._encode_pair(context, continuation) if context else ([client.prefix_token_id], None)
+            ids = ids if context else (ids[0], client.tok_encode(continuation))
+            ((expected, is_greedy),) = ours._loglikelihood_tokens([((context, continuation), *ids)])
+            assert logprob == pytest.approx(expected, abs=1e-3), (context, continuation)
+            assert greedy == is_greedy
