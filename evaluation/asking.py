@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from model.checkpoint import load_meta, run_arguments
+from model.device import DTYPES, compute_dtype
 from model.inference.chatbot import Chatbot, TransformersChatbot
 from model.inference.likelihood import Item, Score, score_items
 
@@ -128,6 +129,14 @@ def is_chat_model(bot: Chatbot | TransformersChatbot, path: Path) -> bool:
     meta = load_meta(path)
     began = run_arguments(meta).get("from_weight", "none" if meta else None)
     return not (str(meta.get("stage", path.stem)).startswith("pretrain") or began == "none")
+
+
+def exact_dtype(device: torch.device, name: str | None = None) -> torch.dtype:
+    """fp32 on a CPU, where rounding could decide between two options; elsewhere bf16 where the hardware computes in it.
+    `name` overrides."""
+    if name:
+        return DTYPES[name]
+    return torch.float32 if device.type == "cpu" else compute_dtype(device)
 
 
 def without_markers(text: str, markers) -> str:

@@ -20,10 +20,10 @@ if not importlib.util.find_spec("lm_eval"):
 from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from evaluation.asking import Examinee, is_chat_model
+from evaluation.asking import Examinee, exact_dtype, is_chat_model
 from evaluation.report import Bar
 from model.checkpoint import CheckpointError
-from model.device import DTYPES, compute_dtype
+from model.device import DTYPES
 from model.files import write_bytes
 from model.inference.chatbot import AnswerSettings, Chatbot, load_chatbot
 from model.inference.engine import SamplingParams, generate_each
@@ -140,17 +140,11 @@ class MiniMindEvalLM(TemplateLM):
 
 def load(path: Path, args: argparse.Namespace) -> MiniMindEvalLM:
     device = cli.find_device(args.device)
-    dtype = DTYPES[args.dtype] if args.dtype else exact_dtype(device)
     settings = AnswerSettings(args.max_seq_len)
-    bot = load_chatbot(path, device, dtype, settings, tokenizer=args.tokenizer)
+    bot = load_chatbot(path, device, exact_dtype(device, args.dtype), settings, tokenizer=args.tokenizer)
     if not isinstance(bot, Chatbot):
         raise CheckpointError(f"{path} is of another architecture: lm_eval --model hf --model_args pretrained={path}")
     return MiniMindEvalLM(bot, bool(args.begins))
-
-
-def exact_dtype(device):
-    """As scripts/evaluate.py: exact on a CPU."""
-    return DTYPES["fp32"] if device.type == "cpu" else compute_dtype(device)
 
 
 def main() -> None:

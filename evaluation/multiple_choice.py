@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from dataset.questions import ChoiceQuestion
 from evaluation.asking import Examinee, Prompt
-from evaluation.statistics import Interval, mean_and_error, ratio, share_of_best, wilson
+from evaluation.statistics import Interval, ratio, share_of_best, wilson
 from evaluation.tasks import Task
 from model.inference.likelihood import Item
 
@@ -166,8 +166,3 @@ def run_pairs(examinee: Examinee, task: Task, show: Callable = lambda done: None
         result.n_bytes.append(len(pair.good.encode()))
         result.answers.append({"right": row.right[-1], "scores": [round(good.logprob, 4), round(bad.logprob, 4)]})
     return result
-
-
-def macro_error(row: Row) -> float:
-    """Standard error of the accuracy over questions."""
-    return mean_and_error(row.right)[1]

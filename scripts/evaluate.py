@@ -19,12 +19,12 @@ from cli import UsageError
 from dataset.jsonl import DataError
 from dataset.overlap import overlap
 from evaluation import report
-from evaluation.asking import Examinee, is_chat_model
+from evaluation.asking import Examinee, exact_dtype, is_chat_model
 from evaluation.generative import run_generative
 from evaluation.multiple_choice import FORMS, Result, needed, run_choice, run_pairs
 from evaluation.tasks import OURS, PUBLISHED, Task, read_task
 from model.checkpoint import CheckpointError
-from model.device import DTYPES, compute_dtype
+from model.device import DTYPES
 from model.files import write_bytes
 from model.inference.chatbot import AnswerSettings, load_chatbot
 
@@ -85,9 +85,7 @@ def read_tasks(args: argparse.Namespace) -> list[Task]:
 
 def load(path: Path, args: argparse.Namespace, generates: bool) -> Examinee:
     device = cli.find_device(args.device)
-    dtype = DTYPES[args.dtype] if args.dtype else None
-    if dtype is None:
-        dtype = DTYPES["fp32"] if device.type == "cpu" else compute_dtype(device)
+    dtype = exact_dtype(device, args.dtype)
     temperature = args.temperature if args.samples > 1 else 0.0
     settings = AnswerSettings(args.max_seq_len, args.max_new_tokens, temperature, 1.0)
     bot = load_chatbot(path, device, dtype, settings, tokenizer=args.tokenizer, compiled=None if generates else False)
