@@ -34,6 +34,9 @@ def arguments(stage: str, description: str, **defaults) -> argparse.ArgumentPars
     add = parser.add_argument_group("data").add_argument
     add("--data_path", help="JSONL file (default: the starter corpus)")
     add("--val_path", help="held-out JSONL file (default: the starter corpus's, or none with your own --data_path)")
+    add("--eval_tasks", metavar="FILE", help="JSONL of multiple-choice questions, such as "
+        "evaluation/questions/everyday.jsonl: at each validation, bits per byte of the right answers, and a few "
+        "answers")  # fmt: skip
     add("--max_seq_len", type=int, default=256, help="tokens in a row")
     add("--num_workers", type=int, default=0, help="processes that prepare batches")
     add("--val_tokens", type=int, default=32_768, help="validate on at most this many tokens, 0 = all")

@@ -269,6 +269,11 @@ def draw_curve(log_path: Path, picture: Path) -> bool:
             _from_zero(right)
             end = f"{val[-1][1]:.3f}"
             right.annotate(end, val[-1], textcoords="offset points", xytext=(-10, 8), color="tab:orange")
+            asked = [(r["tokens"], r["val_answer_bpb"]) for r in rows if "val_answer_bpb" in r]
+            if asked and name == "val_bpb":
+                right.plot(*zip(*asked, strict=True), color="tab:green", marker="s", markersize=3)
+                right.annotate(f"answers {asked[-1][1]:.3f}", asked[-1], textcoords="offset points", xytext=(-60, 8),
+                    color="tab:green")  # fmt: skip
             break
     _from_zero(left)
     left.set_title(log_path.stem)

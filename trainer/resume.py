@@ -23,7 +23,7 @@ MACHINE = ("from_resume", "device", "num_workers", "log_interval", "use_wandb", 
 MACHINE += ("tracker", "activation_checkpointing", "fsdp", "local_rank", "cache_dir")
 # Recorded, and free to differ: how often it saves and measures; the paths, whose contents count (Run.inputs); the
 # preset, for which the sizes stand, and what the name of the weights says.
-FREE = ("save_interval", "val_interval", "val_tokens", "save_weight", "preset", "use_moe")
+FREE = ("save_interval", "val_interval", "val_tokens", "eval_tasks", "save_weight", "preset", "use_moe")
 FREE += ("data_path", "val_path", "from_weight", "teacher", "tokenizer")
 ROUNDING = ("batch_size", "accumulation_steps", "compile")  # free too, but the result is another one
 

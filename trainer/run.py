@@ -37,6 +37,7 @@ from model.checkpoint import CheckpointError
 from model.device import training_dtype
 from trainer import outputs, parallel
 from trainer.advice import Outcome, advice
+from trainer.answers import AnswerProbe
 from trainer.arguments import ROOT, budget_of, check, data_paths, starting_model, zero_config_of
 from trainer.caches import describe_compiled, use_cache_dir
 from trainer.interrupt import Interrupt
@@ -107,6 +108,8 @@ class Run:
         self.model.activation_checkpointing = bool(args.activation_checkpointing)
         if self.processes.rank:  # the weights are equal by now, what is dropped out must not be
             torch.manual_seed(args.seed + self.processes.rank)
+        chat = stage != "pretrain"
+        self.probe = AnswerProbe(args.eval_tasks, self.tokenizer, chat) if args.eval_tasks else None
         self.progress, self.compiled = Progress(), None
         self.share = 0.0  # of the budget that is used up
         self.reporter = Reporter(self.stage, self.path(".pth"), self.processes, args.log_interval)
@@ -198,8 +201,11 @@ class Run:
         return self.share + 1e-9 >= self.progress.next_validation
 
     def validate(self, loss_fn: LossFn, rows) -> None:
-        """Log what evaluate() finds; without rows, nothing."""
-        self.log_validation({} if rows is None else self.evaluate(loss_fn, rows))
+        """Log what evaluate() finds, and how the questions of --eval_tasks go; without either, nothing."""
+        figures = {} if rows is None else self.evaluate(loss_fn, rows)
+        if self.probe:
+            figures |= self.probe.ask(self.parallel.model if self.parallel else self.model, self.dtype, self.reporter)
+        self.log_validation(figures)
 
     def log_validation(self, figures: dict[str, float]) -> None:
         """Log figures named val_..., and count this validation as done."""
