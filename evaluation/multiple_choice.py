@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from dataset.questions import ChoiceQuestion
+from dataset.choices import ChoiceQuestion
 from evaluation.asking import Examinee, Prompt
 from evaluation.statistics import Interval, ratio, share_of_best, wilson
 from evaluation.tasks import Task

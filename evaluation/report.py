@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 from dataset.jsonl import DataError
-from dataset.questions import LETTERS
+from dataset.choices import LETTERS
 from evaluation.multiple_choice import CLOZE_LABEL, Result, Row
 from evaluation.statistics import paired_difference, wilson
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dataset.jsonl import DataError, read_jsonl
-from dataset.questions import ChoiceQuestion, question_of, read_questions
+from dataset.choices import ChoiceQuestion, question_of, read_choices
 from evaluation.scoreboard import Question, read_heldout
 
 QUESTIONS = Path(__file__).resolve().parent / "questions"  # those that come with the repository
@@ -215,7 +215,7 @@ def read_task(name: str, data: str | Path | None) -> Task:
     """A benchmark by its name, from the folder `data`/NAME, or `data` itself if that is its folder; one of those that
     come with the repository; or a JSONL file of questions by its path. DataError says what is missing."""
     if name in OURS:
-        return Task(name, "choice", read_questions(OURS[name]))
+        return Task(name, "choice", read_choices(OURS[name]))
     if name in PUBLISHED:
         if data is None:
             raise DataError(f"{name}: its files are not part of the repository; give their folder with --data")
@@ -231,6 +231,6 @@ def read_task(name: str, data: str | Path | None) -> Task:
         first = next((row for _, row, fault in read_jsonl(name) if not fault), {})
         if "conversations" in first:
             return Task(Path(name).stem, "heldout", read_heldout(name), main="exact")
-        return Task(Path(name).stem, "choice", read_questions(name))
+        return Task(Path(name).stem, "choice", read_choices(name))
     known = ", ".join([*OURS, *PUBLISHED])
     raise DataError(f"--tasks {name}: there is no such task; there are {known}, or the path of a JSONL file")

@@ -13,7 +13,7 @@ import _path
 
 import cli
 from dataset.jsonl import DataError
-from dataset.questions import read_questions
+from dataset.choices import read_choices
 from evaluation.statistics import wilson
 from model.export.optional import need
 from trainer.report import read_log
@@ -69,7 +69,7 @@ def main() -> None:
     picture = _path.ROOT / "out" / "answers.png"
     parser.add_argument("--out", type=Path, default=picture, help="the picture (default: out/answers.png)")
     args: argparse.Namespace = parser.parse_args()
-    questions = read_questions(args.questions)
+    questions = read_choices(args.questions)
     chance = sum(1 / len(question.choices) for question in questions) / len(questions)
     draw(*points(args.logs), len(questions), chance, args.out)
     print(f"wrote {args.out}")

@@ -15,7 +15,7 @@ import torch
 
 from dataset.chat import BOS_ID, EOS_ID, load_tokenizer
 from dataset.jsonl import DataError
-from dataset.questions import ChoiceQuestion, question_of, read_questions
+from dataset.choices import ChoiceQuestion, question_of, read_choices
 from evaluation import report
 from evaluation.asking import Examinee, Prompt, without_markers
 from evaluation.generative import final_number, run_generative
@@ -68,7 +68,7 @@ def jsonl(path: Path, rows: list[dict]) -> Path:
 
 def test_our_questions_are_sound():
     for path in OURS.values():
-        questions = read_questions(path)
+        questions = read_choices(path)
         assert len(questions) == 60
         places = Counter(question.answer for question in questions)
         assert set(places.values()) == {15}  # always the same letter is right a quarter of the time
@@ -133,8 +133,8 @@ def test_a_question_that_is_none_is_named_with_its_line(tmp_path):
     good = {"question": "q", "choices": ["a", "b"], "answer": "B"}
     for bad in ({"question": " "}, {"choices": ["a"]}, {"answer": 2}, {"answer": True}):
         with pytest.raises(DataError, match="line 2: "):
-            read_questions(jsonl(tmp_path / "q.jsonl", [good, good | bad]))
-    assert read_questions(jsonl(tmp_path / "q.jsonl", [good]))[0].answer == 1
+            read_choices(jsonl(tmp_path / "q.jsonl", [good, good | bad]))
+    assert read_choices(jsonl(tmp_path / "q.jsonl", [good]))[0].answer == 1
 
 
 # ------------------------------------------------------------------------------------------------ asking and scoring
@@ -251,7 +251,7 @@ def test_a_fresh_clone_evaluates_with_one_command(weights, tmp_path):
 
 
 def test_two_models_and_contamination(weights, tmp_path):
-    questions = read_questions(OURS["school"])[:20]
+    questions = read_choices(OURS["school"])[:20]
     seen = [{"text": f"{q.question}\n{q.choices[q.answer]} and more words after it"} for q in questions[:5]]
     train = jsonl(tmp_path / "train.jsonl", [*seen, {"text": "nothing of that kind " * 9}])
     rows = [{"question": q.question, "choices": q.choices, "answer": q.answer} for q in questions]

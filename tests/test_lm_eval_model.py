@@ -19,7 +19,7 @@ from lm_eval.models.huggingface import HFLM  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
 
 from dataset.chat import EOS_ID, load_tokenizer, render_chat  # noqa: E402
-from dataset.questions import ChoiceQuestion, read_questions  # noqa: E402
+from dataset.choices import ChoiceQuestion, read_choices  # noqa: E402
 from evaluation.asking import Examinee  # noqa: E402
 from evaluation.lm_eval_model import MiniMindEvalLM  # noqa: E402
 from evaluation.multiple_choice import run_choice  # noqa: E402
@@ -54,7 +54,7 @@ def place(tmp_path_factory) -> Path:
         out / "full_sft_64.pth", model, {"stage": "full_sft", "context": CONTEXT}, tokenizer=load_tokenizer()
     )
     save_hf(out / "hf", model, load_tokenizer(), dtype=torch.float32)
-    questions = read_questions(OURS["school"])
+    questions = read_choices(OURS["school"])
     jsonl(out / "like_cmmlu_dev.jsonl", [column(q) for q in questions[:SHOTS]])
     jsonl(out / "like_cmmlu.jsonl", [column(q) for q in questions[SHOTS:22]])
     jsonl(out / "like_mmlu.jsonl", [column(q) for q in questions[30:50]])
@@ -117,13 +117,13 @@ def test_answers_are_those_of_transformers(ours, theirs, place):
 
 
 def test_whole_texts_in_windows(ours, theirs):
-    texts = [" ".join(q.question for q in read_questions(OURS["school"])), "短"]  # longer than the context, and short
+    texts = [" ".join(q.question for q in read_choices(OURS["school"])), "短"]  # longer than the context, and short
     requests = [Instance("loglikelihood_rolling", {}, (text,), i) for i, text in enumerate(texts)]
     assert ours.loglikelihood_rolling(requests) == pytest.approx(theirs.loglikelihood_rolling(requests), abs=1e-2)
 
 
 def test_a_prompt_that_is_too_long_loses_its_beginning(ours, theirs):
-    context = " ".join(q.question for q in read_questions(OURS["school"]))
+    context = " ".join(q.question for q in read_choices(OURS["school"]))
     request = [Instance("loglikelihood", {}, (context, " yes indeed"), 0)]
     (mine,), (other,) = ours.loglikelihood(request), theirs.loglikelihood(request)
     assert mine[0] == pytest.approx(other[0], abs=1e-4)
@@ -131,7 +131,7 @@ def test_a_prompt_that_is_too_long_loses_its_beginning(ours, theirs):
 
 def test_our_own_evaluation_agrees(place):
     """The same questions, form and worked examples: the same likelihoods, so the same accuracy."""
-    questions = read_questions(OURS["school"])
+    questions = read_choices(OURS["school"])
     task = Task("like_cmmlu", "choice", questions[SHOTS:22], description=ZH_DESCRIPTION, shots={})
     task.shots = {question.subject: questions[:SHOTS] for question in task.questions}
     english = [question for question in questions[30:50]]

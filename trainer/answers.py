@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from dataset.chat import render_chat
-from dataset.questions import ChoiceQuestion, read_questions
+from dataset.choices import ChoiceQuestion, read_choices
 from dataset.tokenizer import ChatTokenizer
 from model.inference.engine import SamplingParams, generate
 from model.inference.likelihood import Item, score_items
@@ -26,7 +26,7 @@ class AnswerProbe:
     """Each question as scripts/evaluate.py puts it in the cloze form: in a chat, or as a text that is continued."""
 
     def __init__(self, path: str | Path, tokenizer: ChatTokenizer, chat: bool):
-        self.questions, self.tokenizer, self.chat = read_questions(path), tokenizer, chat
+        self.questions, self.tokenizer, self.chat = read_choices(path), tokenizer, chat
         self.items = [Item(self.prompt(question), self.answers(question)) for question in self.questions]
 
     def prompt(self, question: ChoiceQuestion) -> list[int]:

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from dataset.cache import default_cache_dir
 from dataset.jsonl import DataError
-from dataset.starter import chat, lists, long_chats, own, skills, stages, stories, words
+from dataset.starter import chat, lists, long_chats, own, reason_rl, skills, stages, stories, words
 from dataset.starter.facts import LIFE, NATURE, WORLD
 from dataset.starter.registers import TYPED, typed
 from dataset.starter.skills import NAMES, Item, is_held_out
@@ -95,7 +95,7 @@ FILES = (
     "dpo_val.jsonl",
 )
 FILES += tuple(f"{stage}{part}.jsonl" for stage in STAGES for part in ("", "_val", "_heldout"))
-FILES += ("tools_heldout.jsonl", "long.jsonl", "long_val.jsonl")
+FILES += ("tools_heldout.jsonl", "long.jsonl", "long_val.jsonl", "reason_rl.jsonl", "reason_rl_val.jsonl")
 
 # Share of the pretraining bytes, in percent.
 TEXTS = {"story": 10, "description": 12, "facts": 13, "dialogue": 37, "worked": 20, "translation": 8}
@@ -381,6 +381,9 @@ def write_starter(out_dir: str | Path = DEFAULT, size: float = 1.0, seed: int = 
             conversations = without(kept, conversations)
             write_jsonl(out_dir / f"{stage}{part}.jsonl", [{"conversations": messages} for messages in conversations])
         write_jsonl(out_dir / f"{stage}_heldout.jsonl", make_heldout(rng_for(f"{stage}_heldout"), STAGES[stage]))
+    for part, rows in (("", int(reason_rl.QUESTIONS * size)), ("_val", reason_rl.HELD_OUT)):
+        questions = reason_rl.make_questions(rng_for("reason_rl" + part), rows, held=part == "_val")
+        write_jsonl(out_dir / f"reason_rl{part}.jsonl", [reason_rl.question_row(item) for item in questions])
     (out_dir / STAMP).write_text(json.dumps(stamp(size, seed)), encoding="utf-8")
     return {"sft": counts, "heldout": Counter(row["skill"] for row in heldout)}
 
