@@ -23,6 +23,7 @@ from dataset import cache, files, packing
 from dataset.cache import content_hash, default_cache_dir
 from dataset.jsonl import DataError, read_jsonl
 from dataset.packing import PADDING
+from dataset.questions import Questions, read_questions
 from dataset.tokenizer import ChatTokenizer
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
 __all__ = ["DataError", "batches", "collate", "preference_dataset", "pretrain_dataset", "read_jsonl"]
 __all__ += ["content_hash", "default_cache_dir"]
-__all__ += ["reason_dataset", "sft_dataset", "summary", "bytes_per_token", "validation_batches"]
+__all__ += ["question_dataset", "reason_dataset", "sft_dataset", "summary", "bytes_per_token", "validation_batches"]
 
 # The files whose code shapes the rows.
 RENDERING = ("chat", "template", "tokenizer", "checks", "files", "jsonl", "mapping", "packing")
@@ -61,8 +62,16 @@ def preference_dataset(path: str | Path, tokenizer: ChatTokenizer, seq_len: int,
     return _packed_dataset("preference", Path(path), tokenizer, seq_len, **options)
 
 
-def summary(dataset: Dataset) -> dict:
-    """The figures of a packed dataset: kind, seq_len, lines, used, skipped, tokens, labels, rows, fill, seconds, ..."""
+def question_dataset(path: str | Path, tokenizer: ChatTokenizer, seq_len: int, quiet: bool = False, **options):
+    """Questions with an answer to check against (dataset/questions.py), for reinforcement learning."""
+    return read_questions(path, quiet)
+
+
+def summary(dataset: Dataset | Questions) -> dict:
+    """The figures of a packed dataset: kind, seq_len, lines, used, skipped, tokens, labels, rows, fill, seconds, ...;
+    of questions the hash of their file."""
+    if isinstance(dataset, Questions):
+        return {"sha256": dataset.sha256}
     return json.loads(dataset.info.description)
 
 
@@ -281,12 +290,15 @@ def batches(
 
     Global batch k is samples [start + k*B*W, start + (k+1)*B*W) of that order, and rank r takes its B of them. Nothing
     is dropped at the end of an epoch; a run resumed at `start_sample` goes on in the same order on any number of ranks.
+    Of Questions a batch is a list.
     """
     from torch import Generator
     from torch.utils.data import DataLoader
 
-    source, to_batch = _Source(dataset), _collate_of(dataset)
     indices = _batch_indices(len(dataset), batch_size, seed, start_sample, shuffle, rank, world_size)
+    if isinstance(dataset, Questions):
+        return ([dataset[i] for i in chosen] for chosen in indices)
+    source, to_batch = _Source(dataset), _collate_of(dataset)
     if num_workers == 0:
         return (to_batch(source.__getitems__(chosen)) for chosen in indices)
     # Its own generator: the loader would draw its workers' seed from the global one, and so change the run.

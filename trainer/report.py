@@ -229,7 +229,7 @@ def cut_log(path: Path, step: int) -> None:
 def draw_curve(log_path: Path, picture: Path) -> bool:
     """Training loss and validation figure (bits per byte, else accuracy) over tokens, as a PNG. False without
     matplotlib."""
-    plt = _pyplot()
+    plt = pyplot()
     if plt is None:
         return False
     rows = list(read_log(log_path))
@@ -261,7 +261,7 @@ def draw_curve(log_path: Path, picture: Path) -> bool:
 
 def compare_curves(log_paths: list[Path], name: str, label: str, picture: Path) -> bool:
     """One figure of several runs over tokens, as a PNG. False without matplotlib."""
-    plt = _pyplot()
+    plt = pyplot()
     if plt is None:
         return False
     figure, axes = plt.subplots(figsize=(8, 4.5), dpi=120)
@@ -283,7 +283,7 @@ def _from_zero(axes) -> None:
     axes.set_ylim(0, 1.05 * axes.get_ylim()[1])  # a flat curve would lie on the frame
 
 
-def _pyplot():
+def pyplot():
     try:
         import matplotlib
     except ImportError:

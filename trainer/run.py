@@ -12,8 +12,9 @@
     run.validate(sft_loss, val_rows)
     run.finish()
 
-Another kind of loop is made of the same verbs: accumulate(batches) begins an update on batches that the script made
-itself, and as many updates as it likes may follow one step of the stream; log_validation() takes any figures.
+Another kind of loop is made of the same verbs: draws(rows) gives the rows of each step as they are, accumulate(batches)
+begins an update on batches that the script made itself, and as many updates as it likes may follow; log_validation()
+takes any figures.
 """
 
 import argparse
@@ -125,15 +126,25 @@ class Run:
     def steps(self, rows) -> Iterator[Iterator[dict]]:
         """The micro-batches of one step after the other, until the budget is used up, from where a killed run stood.
         Ctrl-C and SIGTERM end it after a step, with a resume state and exit status 130."""
-        stream = self._begin(rows)
-        args, count = self.args, self.processes.count
-        while self.share < 1:
-            micro_batches = self.accumulate([next(stream) for _ in range(args.accumulation_steps)])
-            self.progress.samples += args.batch_size * args.accumulation_steps * count
+        for draw in self.draws(rows):
+            micro_batches = self.accumulate([draw() for _ in range(self.args.accumulation_steps)])
             if self._weight == 0:
-                self._skip_step()
+                self.skip("no token in the batch is to be learnt from")
             else:
                 yield micro_batches
+
+    def draws(self, rows) -> Iterator[Callable]:
+        """For a loop that makes its batches itself: one step after the other as steps() has them, each a function that
+        gives the next --batch_size rows of this process, as often as it is called. All processes must call it equally
+        often."""
+        stream = self._begin(rows)
+
+        def draw():
+            self.progress.samples += self.args.batch_size * self.processes.count
+            return next(stream)
+
+        while self.share < 1:
+            yield draw
             self._save_if_due()
             if self._stop:
                 self._end_early()
@@ -222,7 +233,7 @@ class Run:
     def _advice(self) -> list[str]:
         args, progress = self.args, self.progress
         name, flags = self.stage, ""
-        if hasattr(args, "lora_name"):
+        if getattr(args, "lora_name", None):
             name = str(self.path(".pth")) if args.save_weight else args.lora_name
             flags += "" if args.from_weight == "full_sft" else f" --weight {shlex.quote(args.from_weight)}"
         elif "/" in name:
@@ -332,17 +343,22 @@ class Run:
     def _to_device(self, batch: dict) -> dict:
         return {k: v.to(self.device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
 
+    def whole_model(self) -> nn.Module:
+        """The plain model with all its weights as they are now, to generate with. All processes must call it."""
+        return self.parallel.whole_model() if self.parallel else self.model
+
     def _tick(self) -> None:
         """What the clock and the signals say after a step, the same on all processes."""
         elapsed = time.perf_counter() - self._clock
         self.progress.seconds, self._stop = self.processes.agree(elapsed, self._interrupt.asked)
         self.share = self.progress.share(self.budget, self._rows)
 
-    def _skip_step(self) -> None:
+    def skip(self, reason: str) -> None:
+        """A step in which nothing is learnt."""
         self.progress.step += 1
         self.progress.skipped += 1
         self._tick()
-        self.reporter.say(f"step {self.progress.step}: no token in the batch is to be learnt from; skipped")
+        self.reporter.say(f"step {self.progress.step}: {reason}; skipped")
 
     @torch.no_grad()
     def evaluate(self, loss_fn: LossFn, rows) -> dict[str, float]:

@@ -65,7 +65,9 @@ def converted(rng: random.Random, lang: str, summed: bool, more: bool) -> Task:
         extra = f"再加 {c} {small}" if more else ""
         question = rng.choice(["{0} {1}{3}，一共是多少{2}？", "把 {0} {1}{3}换算成{2}。", "{0} {1}{3}等于多少{2}？"])
     else:
-        question = rng.choice(["How many {2} are {0} {1}{3}?", "Convert {0} {1}{3} to {2}.", "What is {0} {1}{3} in {2}?"])
+        question = rng.choice(
+            ["How many {2} are {0} {1}{3}?", "Convert {0} {1}{3} to {2}.", "What is {0} {1}{3} in {2}?"]
+        )
     calls = [("calculator", {"expression": first})] if summed else []
     calls.append(("convert", {"value": a if not summed else LAST, "unit": unit, "to": to}))
     calls += [("calculator", {"expression": f"{LAST} + {c}"})] if more else []
@@ -190,7 +192,7 @@ def make_rows(rng: random.Random, kinds: list[str], held: bool, other: Other) ->
     for i, kind in enumerate(kinds):
         some = make.get(kind) or rng.choice([one_call, partial(no_call, held=held, other=other)])
         while True:
-            task = some(rng, ("zh", "en")[i % 2])
+            task = some(rng, ("zh", "en")[(i + i // len(SHARES)) % 2])
             if is_held_out(task.key) == held and (kind, task.question) not in asked:
                 break
         asked.add((kind, task.question))
@@ -203,4 +205,4 @@ def make_tasks(rng: random.Random, rows: int, other: Other) -> list[dict]:
 
 
 def make_heldout(rng: random.Random, other: Other) -> list[dict]:
-    return make_rows(rng, [kind for kind in SHARES for _ in range(HELD_OUT)], True, other)
+    return make_rows(rng, list(SHARES) * HELD_OUT, True, other)

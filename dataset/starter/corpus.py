@@ -21,7 +21,7 @@ from pathlib import Path
 
 from dataset.cache import default_cache_dir
 from dataset.jsonl import DataError
-from dataset.starter import chains, chat, lists, long_chats, own, skills, stages, stories, words
+from dataset.starter import chains, chat, lists, long_chats, own, reason_rl, skills, stages, stories, words
 from dataset.starter.facts import LIFE, NATURE, WORLD
 from dataset.starter.registers import TYPED, typed
 from dataset.starter.skills import NAMES, Item, is_held_out
@@ -97,7 +97,8 @@ FILES = (
     "dpo_val.jsonl",
 )
 FILES += tuple(f"{stage}{part}.jsonl" for stage in STAGES for part in ("", "_val", "_heldout"))
-FILES += ("tools_heldout.jsonl", "long.jsonl", "long_val.jsonl", "agent.jsonl", "agent_heldout.jsonl")
+FILES += ("tools_heldout.jsonl", "long.jsonl", "long_val.jsonl")
+FILES += ("reason_rl.jsonl", "reason_rl_val.jsonl", "agent.jsonl", "agent_val.jsonl")
 
 # Share of the pretraining bytes, in percent.
 TEXTS = {"story": 10, "description": 12, "facts": 13, "dialogue": 37, "worked": 20, "translation": 8}
@@ -370,9 +371,9 @@ def write_starter(out_dir: str | Path = DEFAULT, size: float = 1.0, seed: int = 
     write_jsonl(out_dir / "dpo.jsonl", make_preferences(rng_for("dpo"), int(PREFERENCES * size), held=False))
     write_jsonl(out_dir / "dpo_val.jsonl", make_preferences(rng_for("dpo_val"), 300, held=True))
     write_jsonl(out_dir / "tools_heldout.jsonl", make_tools_heldout(rng_for("tools_heldout")))
-    tasks = chains.make_tasks(rng_for("agent"), int(AGENT_ROWS * size), beside_tools)
-    write_jsonl(out_dir / "agent.jsonl", tasks)
-    write_jsonl(out_dir / "agent_heldout.jsonl", chains.make_heldout(rng_for("agent_heldout"), beside_tools))
+    agent = chains.make_tasks(rng_for("agent"), int(AGENT_ROWS * size), beside_tools)
+    write_jsonl(out_dir / "agent.jsonl", agent)
+    write_jsonl(out_dir / "agent_val.jsonl", chains.make_heldout(rng_for("agent_val"), beside_tools))
     for part, rows in (("", int(LONG_ROWS * size)), ("_val", 100)):
         conversations = without(kept, make_long(rng_for("long" + part), rows))
         write_jsonl(out_dir / f"long{part}.jsonl", [{"conversations": messages} for messages in conversations])
@@ -381,6 +382,9 @@ def write_starter(out_dir: str | Path = DEFAULT, size: float = 1.0, seed: int = 
             conversations = without(kept, make_stage(rng_for(stage + part), stage, rows))
             write_jsonl(out_dir / f"{stage}{part}.jsonl", [{"conversations": messages} for messages in conversations])
         write_jsonl(out_dir / f"{stage}_heldout.jsonl", make_heldout(rng_for(f"{stage}_heldout"), STAGES[stage]))
+    for part, rows in (("", int(reason_rl.QUESTIONS * size)), ("_val", reason_rl.HELD_OUT)):
+        questions = reason_rl.make_questions(rng_for("reason_rl" + part), rows, held=part == "_val")
+        write_jsonl(out_dir / f"reason_rl{part}.jsonl", [reason_rl.question_row(item) for item in questions])
     (out_dir / STAMP).write_text(json.dumps(stamp(size, seed)), encoding="utf-8")
     return {"sft": counts, "heldout": Counter(row["skill"] for row in heldout)}
 

@@ -85,10 +85,10 @@ SHOPPING = {
 }
 
 
-def two_sums(rng: random.Random, lang: str) -> tuple[str, str, str, str]:
-    """a + b - c, as a story or in digits; of sums that may be trained on."""
+def two_sums(rng: random.Random, lang: str, low: int = 2, high: int = 25) -> tuple[str, str, str, str]:
+    """a + b - c with a and b from low to high, as a story or in digits; of sums that may be trained on."""
     while True:
-        a, b = rng.randint(2, 25), rng.randint(2, 25)
+        a, b = rng.randint(low, high), rng.randint(low, high)
         c = rng.randint(2, a + b - 1)
         if not is_held_out(pair_key(a, b)) and not is_held_out(pair_key(a + b, c)):
             break
