@@ -1,7 +1,7 @@
 """An agent learns to use tools: it calls, reads the result, calls again; what led to right answers becomes likelier.
 
 python train_agent.py                                       # starter tasks, from out/full_sft_*.pth
-python train_agent.py --data_path agent_rl_math.jsonl       # {"conversations": [...], "gt": ["42"]} lines, MiniMind's too
+python train_agent.py --data_path agent_rl_math.jsonl       # {"conversations": [...], "gt": ["42"]}, MiniMind's too
 python eval_model.py --weight agent --tools 1
 
 No way to an answer is shown: a reward of 1 for a right last answer is all there is. The tools are the built-in ones:
@@ -22,12 +22,12 @@ from trainer.tool_turns import ToolTurns, agent_tiers, with_our_tools
 
 
 def agent_loss(model, batch, args):
-    """Minus the mean over all sampled tokens (N,) of min(r, weight_cap) A log pi, with the advantage A = R - mean of the
-    group, the same for all tokens of all turns, and r = pi / pi_engine without gradient: the weight that makes up for
-    what has changed since a token was sampled (CISPO, MiniMax 2025, arXiv:2506.13585).
+    """Minus the mean over all sampled tokens (N,) of min(r, weight_cap) A log pi, with the advantage A = R - mean of
+    the group, the same for all tokens of all turns, and r = pi / pi_engine without gradient: the weight that makes up
+    for what has changed since a token was sampled (CISPO, MiniMax 2025, arXiv:2506.13585).
 
-    With one update a rollout r is 1 but for the rounding between engine and trainer, and this is REINFORCE with the mean
-    of the group as its baseline. Tokens of the template and of tool results are no labels, so they have no part in it."""
+    With one update a rollout r is 1 but for the rounding between engine and trainer, and this is REINFORCE with the
+    group's mean as its baseline. Tokens of the template and of results are no labels: they have no part in it."""
     log_probs, distribution, out = token_log_probs(model, batch)
     ratio = (log_probs.detach() - batch["engine_log_probs"]).exp()
     losses = -ratio.clamp(max=args.weight_cap) * batch["advantages"] * log_probs

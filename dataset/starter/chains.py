@@ -1,8 +1,8 @@
 """Tasks for an agent: their answers take two or three calls of the built-in tools after one another, or none at all, or
 another try after an error.
 
-Two calls are demonstrated now and then in the long chats. Three never are: agent.jsonl has the questions and what is
-true, and train_agent.py finds the way from one to the other.
+Two calls, and a second try, are demonstrated now and then in the long chats. Three calls never are: agent.jsonl has the
+questions and what is true, and train_agent.py finds the way from one to the other.
 """
 
 import json
@@ -166,9 +166,13 @@ def fill(value: str | int, last: str) -> str | int:
     return value.replace(LAST, last) if isinstance(value, str) else value
 
 
+RECOVERED = 0.2  # share of the demonstrations that begin with an error
+
+
 def demonstration(rng: random.Random, lang: str) -> list[dict]:
-    """A task of two calls from its question to its answer."""
-    while is_held_out((task := two_calls(rng, lang)).key):
+    """A task of two calls, or of a call and another one after an error, from its question to its answer."""
+    make = recovery if rng.random() < RECOVERED else two_calls
+    while is_held_out((task := make(rng, lang)).key):
         pass
     messages, last = carry_out(task)
     answer = {"role": "assistant", "content": task.answer.format(last)}
