@@ -21,15 +21,16 @@ from trainer.run import Run
 from trainer.tool_turns import ToolTurns, agent_tiers, with_our_tools
 
 
-def agent_loss(model, batch, args):
-    """Minus the mean over all sampled tokens (N,) of min(r, weight_cap) A log pi, with the advantage A = R - mean of
-    the group, the same for all tokens of all turns, and r = pi / pi_engine without gradient: the weight that makes up
-    for what has changed since a token was sampled (CISPO, MiniMax 2025, arXiv:2506.13585).
+def agent_loss(model, batch, old_log_probs, args):
+    """Minus the mean over all sampled tokens (N,) of min(r, weight_cap) A log pi (CISPO, MiniMax 2025,
+    arXiv:2506.13585). The advantage A = R - mean of the group is the same for all tokens of all turns; r = pi / pi_old
+    has no gradient. old_log_probs (N,): None at the first update of a rollout, which is by the weights that sampled it:
+    then r is 1, and this is REINFORCE with the group's mean as its baseline.
 
-    With one update a rollout r is 1 but for the rounding between engine and trainer, and this is REINFORCE with the
-    group's mean as its baseline. Tokens of the template and of results are no labels: they have no part in it."""
+    Tokens of the template and of results are no labels: they have no part in it."""
     log_probs, distribution, out = token_log_probs(model, batch)
-    ratio = (log_probs.detach() - batch["engine_log_probs"]).exp()
+    old_log_probs = log_probs.detach() if old_log_probs is None else old_log_probs
+    ratio = (log_probs.detach() - old_log_probs).exp()
     losses = -ratio.clamp(max=args.weight_cap) * batch["advantages"] * log_probs
     cut = (ratio > args.weight_cap).float().sum() / max(len(ratio), 1)
     metrics = out.metrics | {"clipped": cut, "entropy": entropy(distribution)}
@@ -72,11 +73,14 @@ def main():
             continue
         advantages = advantages_of(collected.groups, by_deviation=False)
         batches = policy_batches(collected.rollouts, {"advantages": advantages}, "tokens", run)
+        old_log_probs = []
         for update in range(args.updates_per_rollout):
-            for batch in run.accumulate(batches):
-                loss, metrics, log_probs = agent_loss(run.model, batch, args)
+            for i, batch in enumerate(run.accumulate(batches)):
+                old = old_log_probs[i] if update else None
+                loss, metrics, log_probs = agent_loss(run.model, batch, old, args)
                 run.backward(loss, batch)
                 figures.batch(metrics, log_probs, batch, first=update == 0)
+                old_log_probs += [log_probs] * (update == 0)
             run.update(figures.of_update())
     figures.finish()
     run.finish(save)

@@ -8,7 +8,8 @@ written anew: so what is trained is what was sampled, and the engine computes on
 
 import argparse
 import json
-from functools import partial
+import sys
+from functools import cache, partial
 
 from dataset.chat import parse_tools, render_chat
 from dataset.jsonl import DataError
@@ -17,6 +18,7 @@ from dataset.tokenizer import ChatTokenizer
 from model.inference.tools import SCHEMAS, TOOLS, run_tool
 from trainer.rollout import Generator, OneTurn, Rollout
 
+MANY = 20  # calls, of which one should work
 CALL_ROUNDS = 4  # calls, results, calls, ... for one question, at most: as in eval_model.py
 OURS = {"calculate_math": "calculator", "unit_converter": "convert"}  # MiniMind's names of tools that we have
 
@@ -56,8 +58,17 @@ class ToolTurns(OneTurn):
     def answer(self, generator: Generator, rollouts: list[Rollout], **options) -> None:
         """The reward is for the last answer alone, less --failed_call_cost for each call that got an error back."""
         super().answer(generator, rollouts, next_turn=partial(carry_out, tokenizer=self.tokenizer), **options)
+        calls, failed = (sum(getattr(rollout, name) for rollout in rollouts) for name in ("calls", "failed_calls"))
+        if failed == calls >= MANY:
+            last = next(m["content"] for rollout in rollouts for m in rollout.messages if m["role"] == "tool")
+            _say_once(f"note: all of {calls} calls got an error back, such as {last}: does the model know these tools?")
         for rollout in rollouts:
             rollout.reward -= self.args.failed_call_cost * rollout.failed_calls
+
+
+@cache
+def _say_once(text: str) -> None:
+    print(text, file=sys.stderr)
 
 
 def with_our_tools(questions: Questions, path: str, quiet: bool) -> Questions:
@@ -70,7 +81,7 @@ def with_our_tools(questions: Questions, path: str, quiet: bool) -> Questions:
     if not kept:
         raise DataError(f"{path}: all {others} questions {why}")
     if others and not quiet:
-        print(f"{path}: {others} of {len(questions)} questions left out: they {why}")
+        print(f"{path}: {others} of {len(questions)} questions left out: they {why}", file=sys.stderr)
     return kept
 
 
