@@ -81,7 +81,7 @@ def grpo_loss(model, batch, old_log_probs, reference, args):
 def parse_arguments():
     parser = arguments(
         "grpo", __doc__, from_weight="reason", optimizer="adamw", weight_decay=0.0, batch_size=32, decay=1.0,
-        log_interval=1,
+        log_interval=1, compile="0",
     )  # fmt: skip
     add = add_rollout_flags(parser)
     add("--objective", choices=("grpo", "cispo"), default="grpo")

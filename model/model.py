@@ -415,6 +415,18 @@ class MiniMindLM(nn.Module):
         segment (packed conversations). logits_at: (B, T) bool, where logits are wanted: all others are never computed.
         cache: what was computed before, which then says the positions.
         """
+        x, routings = self.hidden_states(input_ids, segment_ids, logits_at, cache)
+        logits = F.linear(x, self.model.embed_tokens.weight)
+        if not self.config.is_moe:
+            return ModelOutput(logits)
+        aux_losses, loads = zip(*routings, strict=True)
+        aux_loss = self.config.router_aux_loss_coef * torch.stack(aux_losses).mean()
+        return ModelOutput(logits, aux_loss, torch.stack(loads))
+
+    def hidden_states(
+        self, input_ids: Tensor, segment_ids: Tensor | None, logits_at: Tensor | None, cache: Cache | None = None
+    ) -> tuple[Tensor, list[Routing | None]]:
+        """What the output layer reads, (B, T, hidden) or (N, hidden), and what the routers did."""
         B, T = input_ids.shape
         # Positions run on over the segments of a row: RoPE sees differences alone.
         positions = torch.arange(T, device=input_ids.device)[None]  # (1, T)
@@ -436,12 +448,7 @@ class MiniMindLM(nn.Module):
             routings.append(routing)
         if logits_at is not None:
             x = x[logits_at]  # (N, hidden)
-        logits = F.linear(self.model.norm(x), self.model.embed_tokens.weight)
-        if not self.config.is_moe:
-            return ModelOutput(logits)
-        aux_losses, loads = zip(*routings, strict=True)
-        aux_loss = self.config.router_aux_loss_coef * torch.stack(aux_losses).mean()
-        return ModelOutput(logits, aux_loss, torch.stack(loads))
+        return self.model.norm(x), routings
 
     @torch.inference_mode()
     def generate(

@@ -33,6 +33,17 @@ def advantages_of(groups: list[list[Rollout]], by_deviation: bool) -> list[list[
     return values
 
 
+def gae(rewards: Tensor, values: Tensor, gamma: float, lam: float) -> Tensor:
+    """Generalized advantage estimates (Schulman et al. 2015, arXiv:1506.02438) of the sampled tokens of one rollout,
+    (T,): A_t = delta_t + gamma lam A_{t+1} with delta_t = r_t + gamma V_{t+1} - V_t; after the last token both are 0.
+    Tokens that were not sampled are no steps: the estimates are carried over them."""
+    advantages, following, value = torch.zeros_like(values), 0.0, 0.0
+    for t in reversed(range(len(values))):
+        following = rewards[t] + gamma * value - values[t] + gamma * lam * following
+        advantages[t], value = following, values[t]
+    return advantages
+
+
 def policy_batches(rollouts: list[Rollout], values: dict[str, list[list[float]]], weigh: str, run: Run) -> list[dict]:
     """Rollouts packed into batches of --rows rows of --max_seq_len tokens: all of one shape, as many on each
     process.

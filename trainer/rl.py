@@ -23,7 +23,7 @@ from model.files import write_bytes
 from model.model import LoRAConfig, add_lora
 from trainer.report import pyplot, read_log
 from trainer.rewards import REWARDS
-from trainer.rollout import Collected, Generator, OneTurn, Rollout, interval, measure, shown
+from trainer.rollout import Collected, Generator, OneTurn, Rollout, interval, measure, policy_of, shown
 from trainer.run import Run
 
 MEASURED = 500  # questions that are asked before and after
@@ -138,14 +138,16 @@ class Figures:
                 self.sums[name] = self.sums.get(name, 0.0) + float(value) * batch["tokens"]
         self.tokens += batch["tokens"]
         if first and len(log_probs):
-            self.gap = max(self.gap, float((log_probs - batch["engine_log_probs"]).abs().max()))
+            gap = (log_probs - batch["engine_log_probs"]).abs().nan_to_num(0.0)
+            self.gap = max(self.gap, float(gap.max()))
 
     def of_update(self) -> dict:
         """For Run.update(): means over the tokens of this process' batches."""
         means = {name: value / max(self.tokens, 1) for name, value in self.sums.items()}
         figures = self.of_step | means | {"engine_gap": self.gap}
         figures["training_seconds"] = round(time.perf_counter() - self.clock, 3)
-        self.sums, self.tokens = {}, 0
+        self.sums, self.tokens, self.clock = {}, 0, time.perf_counter()
+        self.of_step.pop("rollout_seconds", None)  # the next update has the same rollouts
         return figures
 
     def finish(self) -> None:
@@ -169,11 +171,10 @@ class Figures:
         """By all processes together, each its share."""
         run, args = self.run, self.args
         mine = questions[run.processes.rank :: run.processes.count]
-        model = run.whole_model()
         if not questions:
             return {}
         what = f"asking {len(questions)} held-out questions"
-        with Generator(model, run.tokenizer, run.dtype, args.max_seq_len, seed=0) as generator:
+        with Generator(policy_of(run), run.tokenizer, run.dtype, args.max_seq_len, seed=0) as generator:
             with shown(what, len(mine) * samples, not run.processes.is_main) as show:
                 found = measure(generator, mine, self.play, samples, show)
         total = run.processes.total
@@ -187,12 +188,12 @@ SHOWN = {"greedy": "greedy pass@1", "sampled": "pass@1 at T = 1", "pass_at_k": "
 def print_table(before: dict[str, dict], after: dict[str, dict]) -> None:
     if not after:
         return
-    print(f"{'questions':<22}{'':<18}{'before':>16}{'after':>16}")
+    print(f"{'questions':<27}{'':<18}{'before':>16}{'after':>16}")
     for name, found in after.items():
         for what, title in SHOWN.items():
             shares = [of[name][what] for of in (before, after)]
             cells = [f"{share:.1%} \u00b1 {interval(share, found['n']):.1%}" for share in shares]
-            print(f"{name + ' (' + str(found['n']) + ')':<22}{title:<18}{cells[0]:>16}{cells[1]:>16}")
+            print(f"{name + ', ' + str(found['n']):<27}{title:<18}{cells[0]:>16}{cells[1]:>16}")
 
 
 def other_tiers(args: argparse.Namespace) -> dict[str, list[Question]]:

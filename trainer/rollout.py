@@ -1,6 +1,6 @@
 """Rollouts: what the current weights say to a question, token for token as it was sampled, and what that was worth.
 
-with Generator(run.whole_model(), run.tokenizer, run.dtype, max_len=256) as generator:
+with Generator(policy_of(run), run.tokenizer, run.dtype, max_len=256) as generator:
     rollouts = [begin(tokenizer, question, prompt=7, member=g) for g in range(8)]
     generator.complete(rollouts, max_new_tokens=128)        # or with next_turn, for conversations with tools
 
@@ -11,6 +11,7 @@ trained. Nothing else can be asked for but the likeliest tokens, to measure.
 import contextlib
 import copy
 import hashlib
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -42,7 +43,7 @@ class Rollout:
     trained: list[bool]  # of the ids: whether they were sampled
     prompt: int = 0  # number of the question among all that the run draws: the members of a group share it
     member: int = 0
-    log_probs: list[float] = field(default_factory=list)  # of the sampled tokens, by the engine, fp32
+    log_probs: list[float] = field(default_factory=list)  # of the sampled tokens, by the engine, fp32; nan: not asked
     turns: int = 0  # answers so far
     truncated: bool = False  # the last answer has no end
     reward: float = 0.0
@@ -104,8 +105,8 @@ class Generator:
 
         next_turn(rollout): called when an answer has ended, which is the last of rollout.messages; it may append() what
         comes next and return True for another answer. max_new_tokens: of each answer. A rollout that has no room left
-        in max_len ends, truncated. greedy: the likeliest tokens. log_probs False: none are wanted, zeros stand for
-        them. show(done) is called after each step."""
+        in max_len ends, truncated. greedy: the likeliest tokens. log_probs: of the first member of each group, nan
+        stands for the others', and for all with False. show(done) is called after each step."""
         slots = max(1, min(SLOTS, len(rollouts)))
         engine = Engine(self.model, slots=slots, max_len=self.max_len, compiled=self.step or False)
         running: dict[int, tuple[Rollout, int]] = {}  # by the engine's number; and where the answer begins
@@ -118,7 +119,7 @@ class Generator:
             params = SamplingParams(
                 temperature=0.0 if greedy else 1.0, max_new_tokens=max_new_tokens, stop_token_ids=self.stop_ids,
                 seed=seed_of(self.seed, rollout.prompt, rollout.member, rollout.turns),
-                top_logprobs=0 if log_probs else None,
+                top_logprobs=0 if log_probs and rollout.member == 0 else None,
             )  # fmt: skip
             running[engine.add(rollout.ids, params)] = rollout, len(rollout.ids)
             return True
@@ -131,7 +132,7 @@ class Generator:
                     rollout, start = running[event.index]
                     rollout.ids.append(event.token_id)
                     rollout.trained.append(True)
-                    rollout.log_probs.append(event.logprob or 0.0)
+                    rollout.log_probs.append(math.nan if event.logprob is None else event.logprob)
                     if event.finish_reason:
                         del running[event.index]
                         self.end_turn(rollout, start, event.finish_reason == "length")
@@ -190,13 +191,19 @@ class Collected:
         return [rollout for group in self.groups for rollout in group]
 
 
-def collect(run, draw: Callable[[], list[Question]], play: "OneTurn") -> Collected:
-    """Groups of --group_size rollouts of the next questions. Those whose members all have one reward are dropped, for
-    there is nothing to compare; if fewer than --enough of --batch_size are left, further questions are drawn, --refills
-    times at most. All processes draw equally often."""
+def policy_of(run) -> nn.Module:
+    """The plain model that answers, with the weights as they are now. All processes must call it."""
+    model = run.whole_model()
+    return getattr(model, "policy", model)  # beside a critic
+
+
+def collect(run, draw: Callable[[], list[Question]], play: "OneTurn", compare: bool = True) -> Collected:
+    """Groups of --group_size rollouts of the next questions. With `compare` those whose members all have one reward are
+    dropped, for there is nothing to compare; if fewer than --enough of --batch_size are left, further questions are
+    drawn, --refills times at most. All processes draw equally often."""
     args, start = run.args, time.perf_counter()
     kept, seen = [], []
-    with Generator(run.whole_model(), run.tokenizer, run.dtype, args.max_seq_len, args.seed) as generator:
+    with Generator(policy_of(run), run.tokenizer, run.dtype, args.max_seq_len, args.seed) as generator:
         for _ in range(1 + args.refills):
             first = run.progress.samples + run.processes.rank * args.batch_size
             groups = [
@@ -205,7 +212,7 @@ def collect(run, draw: Callable[[], list[Question]], play: "OneTurn") -> Collect
             ]
             play.answer(generator, [rollout for group in groups for rollout in group])
             seen += groups
-            kept += [group for group in groups if len({rollout.reward for rollout in group}) > 1]
+            kept += [group for group in groups if not compare or len({rollout.reward for rollout in group}) > 1]
             if run.processes.total(len(kept)) >= args.enough * args.batch_size * run.processes.count:
                 break
     figures = figures_of(run, seen, kept)

@@ -165,7 +165,7 @@ class Run:
             self._last = i == len(micro_batches) - 1
             # One autocast for each batch: it keeps the weights that it has rounded, and update() changes them.
             with self.parallel.accumulating(self._last), self.autocast():
-                yield self._to_device(batch)
+                yield self.to_device(batch)
 
     def backward(self, loss: Tensor, batch: dict) -> None:
         """Add the gradient of the batch's mean loss, so that each item counts the same in whichever batch or process
@@ -340,7 +340,7 @@ class Run:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=self.dtype)
 
-    def _to_device(self, batch: dict) -> dict:
+    def to_device(self, batch: dict) -> dict:
         return {k: v.to(self.device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
 
     def whole_model(self) -> nn.Module:
@@ -374,7 +374,7 @@ class Run:
         model.eval()
         # A graph without gradients would take longer to compile than it saves.
         with torch.compiler.set_stance("force_eager"):
-            for batch in map(self._to_device, validation_batches(rows, args.batch_size)):
+            for batch in map(self.to_device, validation_batches(rows, args.batch_size)):
                 with self.autocast():
                     loss, metrics = loss_fn(model, batch)
                 # How well a MoE balances its experts is no part of how well it knows the text.

@@ -6,7 +6,7 @@ import random
 from dataset.starter.skills import Item, is_held_out
 from dataset.starter.stages import two_sums
 
-LOW, HIGH = 10, 40  # two_sums of reason.jsonl goes from 2 to 25
+LOW, HIGH = 15, 55  # two_sums of reason.jsonl goes from 2 to 25
 QUESTIONS, HELD_OUT = 6_000, 600
 
 

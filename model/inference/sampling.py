@@ -155,6 +155,7 @@ class Sampler:
         self.top_p = column([p.top_p if p.top_p < 1 else float("inf") for p in params])
         self.min_p = column([p.min_p for p in params])
         self.any_greedy, self.all_greedy = bool(self.greedy.any()), bool(self.greedy.all())
+        self.any_temperature = any(p.temperature not in (0, 1) for p in params)
         self.any_top_k = any(0 < p.top_k < vocab_size for p in params)
         self.any_top_p = any(p.top_p < 1 for p in params)
         self.any_min_p = any(p.min_p > 0 for p in params)
@@ -182,7 +183,8 @@ class Sampler:
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """Temperature, then top-k: (B, vocab)."""
-        logits = logits / self.temperature
+        if self.any_temperature:
+            logits = logits / self.temperature
         if self.any_top_k:
             ordered = logits.topk(int(self.top_k.max()), dim=-1).values
             logits = logits.masked_fill(logits < ordered.gather(1, self.top_k - 1), float("-inf"))
