@@ -40,7 +40,7 @@ def agent_loss(model, batch, old_log_probs, args):
 def parse_arguments():
     parser = arguments(
         "agent", __doc__, from_weight="full_sft", optimizer="adamw", weight_decay=0.0, batch_size=16, max_seq_len=1024,
-        decay=1.0, log_interval=1,
+        decay=1.0, log_interval=1, compile="0",
     )  # fmt: skip
     add = add_rollout_flags(parser)
     add("--weight_cap", type=float, default=5.0, help="the largest ratio itself, not its distance from 1")

@@ -50,7 +50,7 @@ def measures(rng: random.Random, lang: str) -> tuple[str, str, str, str]:
 
 
 def amount(rng: random.Random) -> int:
-    return rng.randint(2, 49)
+    return rng.randint(2, 20)
 
 
 # --- two calls, three calls ------------------------------------------------------------------------------------------
@@ -58,7 +58,7 @@ def amount(rng: random.Random) -> int:
 
 def converted(rng: random.Random, lang: str, summed: bool, more: bool) -> Task:
     """An amount, perhaps a sum, of a big unit, and perhaps some more, in a small one."""
-    a, b, c = amount(rng), amount(rng), rng.randint(2, 500)
+    a, b, c = amount(rng), amount(rng), rng.randint(2, 99)
     unit, big, to, small = measures(rng, lang)
     first, extra = (f"{a} + {b}" if summed else str(a)), (f" plus {c} {small}" if more else "")
     if lang == "zh":
@@ -115,20 +115,24 @@ def three_calls(rng: random.Random, lang: str) -> Task:
 
 # --- recovery --------------------------------------------------------------------------------------------------------
 
-SLIPS = {  # tool: what goes wrong in a call of it
-    "calculator": lambda arguments: {"expression": arguments["expression"].replace(" ", " ? ", 1)},
-    "add_days": lambda arguments: arguments | {"date": arguments["date"].replace("-", "/")},
-    "convert": lambda arguments: arguments | {"unit": f"{arguments['unit']}?"},
-}
-
 
 def recovery(rng: random.Random, lang: str) -> Task:
-    """A question of one call, which has been made with a slip: it got an error back."""
-    question, name, arguments, answer = stages.tool_call(rng, lang)
-    slip = SLIPS[name](arguments)
+    """A question of one call that writes a date or a sign in another way than the tool reads it: copied as it stands,
+    it has got an error back."""
+    if rng.random() < 0.5:
+        a, b = amount(rng), amount(rng)
+        said, meant = rng.choice([(f"{a} × {b}", f"{a} * {b}"), (f"{a * b} ÷ {b}", f"{a * b} / {b}")])
+        name, slip, arguments = "calculator", {"expression": said}, {"expression": meant}
+        question, answer = rng.choice(stages.CALCULATE[lang]).format(said), f"{said} = {{}}"
+    else:
+        date, days = day(rng), rng.randint(1, 60)
+        said = date.replace("-", "/")
+        name, slip, arguments = "add_days", {"date": said, "days": days}, {"date": date, "days": days}
+        question = rng.choice(stages.DATES[lang]).format(said, days)
+        answer = "那天是 {}。" if lang == "zh" else "It is {}."
     call = {"role": "assistant", "content": "", "tool_calls": json.dumps([{"name": name, "arguments": slip}])}
     before = [call, {"role": "tool", "content": run_tool(name, slip)}]
-    return Task(question, [(name, arguments)], answer, f"tool|{name}|{json.dumps(arguments)}", before=before)
+    return Task(question, [(name, arguments)], answer, f"recovery|{said}|{json.dumps(arguments)}", before=before)
 
 
 # --- to call or not to call ------------------------------------------------------------------------------------------
