@@ -20,6 +20,8 @@ from trainer.rollout import collect
 from trainer.run import Run
 from trainer.tool_turns import ToolTurns, agent_tiers, with_our_tools
 
+FOLLOWED = 40  # held-out questions that are asked on the way
+
 
 def agent_loss(model, batch, old_log_probs, args):
     """Minus the mean over all sampled tokens (N,) of min(r, weight_cap) A log pi (CISPO, MiniMax 2025,
@@ -39,7 +41,7 @@ def agent_loss(model, batch, old_log_probs, args):
 
 def parse_arguments():
     parser = arguments(
-        "agent", __doc__, from_weight="full_sft", optimizer="adamw", weight_decay=0.0, batch_size=16, max_seq_len=1024,
+        "agent", __doc__, from_weight="full_sft", optimizer="adamw", weight_decay=0.0, batch_size=8, max_seq_len=1024,
         decay=1.0, log_interval=1, compile="0",
     )  # fmt: skip
     add = add_rollout_flags(parser)
@@ -61,7 +63,8 @@ def main():
     questions, held_out = run.rows(question_dataset, "agent")
     play = ToolTurns(run.tokenizer, REWARDS[args.reward], args)
     questions = fitting(with_our_tools(questions, args.data_path, quiet), play, args, quiet)
-    figures = Figures(run, held_out, ToolTurns(run.tokenizer, REWARDS["right"], args), agent_tiers(held_out, args))
+    followed = held_out and held_out[:FOLLOWED]
+    figures = Figures(run, followed, ToolTurns(run.tokenizer, REWARDS["right"], args), agent_tiers(held_out, args))
 
     for draw in run.draws(questions):
         if run.validation_due:

@@ -18,6 +18,7 @@ from model.inference.tools import run_tool
 LAST = "{last}"  # in an argument: the result of the call before
 
 
+ROWS = 4_000  # of agent.jsonl, at size 1.0
 HELD_OUT = 500  # of each kind of task
 
 

@@ -85,7 +85,6 @@ THOUGHTS = {"zh": ["这个我会。", "很简单。"], "en": ["I can do this.", 
 THOUGHT = 0.05  # share of those that have one: a chat that asks for thinking must not lose what needs none
 PREFERENCES = 6_000  # at size 1.0
 LONG_ROWS = 12_000  # at size 1.0
-AGENT_ROWS = 4_000  # at size 1.0
 BESIDE_TOOLS = (WORLD, NATURE, LIFE, "comparing", "sorting", "counting", "opposites")  # what no tool can do
 FILES = (
     "pretrain.jsonl",
@@ -303,16 +302,7 @@ def without(kept: set[str], conversations: list[list]) -> list[list]:
 
 def make_tools_heldout(rng: random.Random) -> list[dict]:
     """Is the right call made and its result used, is none made where none is needed, and does it know who it is?"""
-    rows, asked = [], set()
-    while len(rows) < 4 * HELD_OUT_PER_SKILL:
-        exchange, key = stages.tool_exchange(rng, LANGUAGES[len(rows) // 2 % 2])
-        if is_held_out(key) and key not in asked:
-            asked.add(key)
-            (call,) = json.loads(exchange[1]["tool_calls"])
-            opening = [stages.TOOLS_OFFERED, exchange[0]]
-            rows.append({"skill": "call", "conversations": opening, "call": call})
-            conversation = [*opening, *exchange[1:-1]]
-            rows.append({"skill": "result", "conversations": conversation, "answers": [exchange[-1]["content"]]})
+    rows = stages.tool_questions(rng, 2 * HELD_OUT_PER_SKILL)
     others = {name: skill for name, skill in SKILLS.items() if name not in CALLED and name != "system_prompt"}
     for row in make_heldout(rng, others)[:: len(others) // 3]:
         conversation = [stages.TOOLS_OFFERED, *row["conversations"]]
@@ -371,7 +361,7 @@ def write_starter(out_dir: str | Path = DEFAULT, size: float = 1.0, seed: int = 
     write_jsonl(out_dir / "dpo.jsonl", make_preferences(rng_for("dpo"), int(PREFERENCES * size), held=False))
     write_jsonl(out_dir / "dpo_val.jsonl", make_preferences(rng_for("dpo_val"), 300, held=True))
     write_jsonl(out_dir / "tools_heldout.jsonl", make_tools_heldout(rng_for("tools_heldout")))
-    agent = chains.make_tasks(rng_for("agent"), int(AGENT_ROWS * size), beside_tools)
+    agent = chains.make_tasks(rng_for("agent"), int(chains.ROWS * size), beside_tools)
     write_jsonl(out_dir / "agent.jsonl", agent)
     write_jsonl(out_dir / "agent_val.jsonl", chains.make_heldout(rng_for("agent_val"), beside_tools))
     for part, rows in (("", int(LONG_ROWS * size)), ("_val", 100)):
