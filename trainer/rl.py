@@ -103,12 +103,15 @@ def fitting(questions: Questions, play: OneTurn, args: argparse.Namespace, quiet
 class Figures:
     """Measures before, during and after the training, gathers what a step tells, writes samples and curves.
 
-    held_out: questions, None for no measuring. play: as collect()'s, with the true reward."""
+    held_out: questions, None for no measuring. play: as collect()'s, with the true reward. tiers: what is measured
+    before and after, by name (default: held_out and other_tiers())."""
 
-    def __init__(self, run: Run, held_out: Questions | None, play: OneTurn):
+    def __init__(self, run: Run, held_out: Questions | None, play: OneTurn, tiers: dict[str, list] | None = None):
         self.run, self.play, self.args = run, play, run.args
         self.held_out = held_out or []
-        self.other = other_tiers(run.args)
+        self.tiers = (
+            {"held-out": self.held_out[: run.args.measure], **other_tiers(run.args)} if tiers is None else tiers
+        )
         self.of_step: dict[str, float] = {}
         self.sums, self.tokens, self.gap, self.clock = {}, 0, 0.0, 0.0
         self.before = self._measure_all()  # of the weights that the run began with, a resumed one too
@@ -155,13 +158,13 @@ class Figures:
             return
         print_table(self.before, after)
         figures = {f"val_{name}_{what}": found[what] for name, found in after.items() for what in SHOWN}
-        run.log_validation({"val_accuracy": after["held-out"]["greedy"]} | figures if after else {})
+        run.log_validation({"val_accuracy": next(iter(after.values()))["greedy"]} | figures if after else {})
 
     def _measure_all(self) -> dict[str, dict]:
         found = {}
-        for name, questions in {"held-out": self.held_out, **self.other}.items():
+        for name, questions in self.tiers.items():
             if questions and self.args.measure:
-                found[name] = self._measure(questions[: self.args.measure], samples=4)
+                found[name] = self._measure(questions, samples=4)
         return found
 
     def _measure(self, questions: list[Question], samples: int) -> dict[str, float]:

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from dataset.cache import default_cache_dir
 from dataset.jsonl import DataError
-from dataset.starter import chat, lists, long_chats, own, reason_rl, skills, stages, stories, words
+from dataset.starter import chains, chat, lists, long_chats, own, reason_rl, skills, stages, stories, words
 from dataset.starter.facts import LIFE, NATURE, WORLD
 from dataset.starter.registers import TYPED, typed
 from dataset.starter.skills import NAMES, Item, is_held_out
@@ -85,6 +85,7 @@ THOUGHTS = {"zh": ["这个我会。", "很简单。"], "en": ["I can do this.", 
 THOUGHT = 0.05  # share of those that have one: a chat that asks for thinking must not lose what needs none
 PREFERENCES = 6_000  # at size 1.0
 LONG_ROWS = 12_000  # at size 1.0
+BESIDE_TOOLS = (WORLD, NATURE, LIFE, "comparing", "sorting", "counting", "opposites")  # what no tool can do
 FILES = (
     "pretrain.jsonl",
     "pretrain_val.jsonl",
@@ -95,7 +96,8 @@ FILES = (
     "dpo_val.jsonl",
 )
 FILES += tuple(f"{stage}{part}.jsonl" for stage in STAGES for part in ("", "_val", "_heldout"))
-FILES += ("tools_heldout.jsonl", "long.jsonl", "long_val.jsonl", "reason_rl.jsonl", "reason_rl_val.jsonl")
+FILES += ("tools_heldout.jsonl", "long.jsonl", "long_val.jsonl")
+FILES += ("reason_rl.jsonl", "reason_rl_val.jsonl", "agent.jsonl", "agent_val.jsonl")
 
 # Share of the pretraining bytes, in percent.
 TEXTS = {"story": 10, "description": 12, "facts": 13, "dialogue": 37, "worked": 20, "translation": 8}
@@ -308,16 +310,7 @@ def without(kept: set[str], conversations: list[list]) -> list[list]:
 
 def make_tools_heldout(rng: random.Random) -> list[dict]:
     """Is the right call made and its result used, is none made where none is needed, and does it know who it is?"""
-    rows, asked = [], set()
-    while len(rows) < 4 * HELD_OUT_PER_SKILL:
-        exchange, key = stages.tool_exchange(rng, LANGUAGES[len(rows) // 2 % 2])
-        if is_held_out(key) and key not in asked:
-            asked.add(key)
-            (call,) = json.loads(exchange[1]["tool_calls"])
-            opening = [stages.TOOLS_OFFERED, exchange[0]]
-            rows.append({"skill": "call", "conversations": opening, "call": call})
-            conversation = [*opening, *exchange[1:-1]]
-            rows.append({"skill": "result", "conversations": conversation, "answers": [exchange[-1]["content"]]})
+    rows = stages.tool_questions(rng, 2 * HELD_OUT_PER_SKILL)
     others = {name: skill for name, skill in SKILLS.items() if name not in CALLED and name != "system_prompt"}
     for row in make_heldout(rng, others)[:: len(others) // 3]:
         conversation = [stages.TOOLS_OFFERED, *row["conversations"]]
@@ -325,6 +318,11 @@ def make_tools_heldout(rng: random.Random) -> list[dict]:
     for row in make_heldout(rng, {"identity": SKILLS["identity"]}):
         rows.append(row | {"conversations": [stages.TOOLS_OFFERED, *row["conversations"]]})
     return rows
+
+
+def beside_tools(rng: random.Random, lang: str, held: bool) -> Item:
+    """What no built-in tool can answer."""
+    return draw_item(rng, rng.choice(BESIDE_TOOLS), lang, held)
 
 
 def make_preferences(rng: random.Random, rows: int, held: bool) -> list[dict]:
@@ -371,6 +369,9 @@ def write_starter(out_dir: str | Path = DEFAULT, size: float = 1.0, seed: int = 
     write_jsonl(out_dir / "dpo.jsonl", make_preferences(rng_for("dpo"), int(PREFERENCES * size), held=False))
     write_jsonl(out_dir / "dpo_val.jsonl", make_preferences(rng_for("dpo_val"), 300, held=True))
     write_jsonl(out_dir / "tools_heldout.jsonl", make_tools_heldout(rng_for("tools_heldout")))
+    agent = chains.make_tasks(rng_for("agent"), int(chains.ROWS * size), beside_tools)
+    write_jsonl(out_dir / "agent.jsonl", agent)
+    write_jsonl(out_dir / "agent_val.jsonl", chains.make_heldout(rng_for("agent_val"), beside_tools))
     for part, rows in (("", int(LONG_ROWS * size)), ("_val", 100)):
         conversations = without(kept, make_long(rng_for("long" + part), rows))
         write_jsonl(out_dir / f"long{part}.jsonl", [{"conversations": messages} for messages in conversations])

@@ -7,7 +7,7 @@ stands before the question: what is learnt here is to look past it.
 import json
 import random
 
-from dataset.starter import stages
+from dataset.starter import chains, stages
 from dataset.starter.registers import TYPED, typed
 from dataset.starter.skills import is_held_out
 
@@ -15,6 +15,7 @@ LONGEST = 2_800  # bytes of a chat, its functions included: about 800 tokens
 SHORT = 0.7  # share of the chats that are a single exchange, as most first questions are
 WITH_FUNCTIONS = 0.5  # share of the others that list some
 OURS = 0.6  # share of those whose functions are the built-in tools, which are then called
+CHAINED = 0.3  # share of those calls that are two after one another, or the second try after an error
 
 OTHER = {"zh": "en", "en": "zh"}
 VERBS = ("get", "find", "list", "search", "create", "send", "open", "delete", "update", "read")
@@ -65,6 +66,9 @@ def long_chat(rng: random.Random, lang: str, opening, exchange) -> list[dict]:
         lang = OTHER[lang] if rng.random() < 0.1 else lang
         if not ours or rng.random() < 0.5:
             messages += exchange(lang, ours)
+            continue
+        if rng.random() < CHAINED:
+            messages += chains.demonstration(rng, lang)
             continue
         called, key = stages.tool_exchange(rng, lang)
         called[0]["content"] = typed(rng, called[0]["content"], lang) if rng.random() < TYPED else called[0]["content"]

@@ -239,3 +239,18 @@ def tool_exchange(rng: random.Random, lang: str) -> tuple[list[dict], str]:
         {"role": "assistant", "content": answer.format(result)},
     ]
     return messages, f"tool|{name}|{json.dumps(arguments)}"
+
+
+def tool_questions(rng: random.Random, exchanges: int) -> list[dict]:
+    """Of so many held-out exchanges the question, whose call is asked for, and its result, whose answer is."""
+    rows, asked = [], set()
+    while len(rows) < 2 * exchanges:
+        exchange, key = tool_exchange(rng, ("zh", "en")[len(rows) // 2 % 2])
+        if is_held_out(key) and key not in asked:
+            asked.add(key)
+            (call,) = json.loads(exchange[1]["tool_calls"])
+            opening = [TOOLS_OFFERED, exchange[0]]
+            rows.append({"skill": "call", "conversations": opening, "call": call})
+            conversation = [*opening, *exchange[1:-1]]
+            rows.append({"skill": "result", "conversations": conversation, "answers": [exchange[-1]["content"]]})
+    return rows
