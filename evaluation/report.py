@@ -8,8 +8,8 @@ import sys
 import time
 from pathlib import Path
 
-from dataset.jsonl import DataError
 from dataset.choices import LETTERS
+from dataset.jsonl import DataError
 from evaluation.multiple_choice import CLOZE_LABEL, Result, Row
 from evaluation.statistics import paired_difference, wilson
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from dataset.jsonl import DataError, read_jsonl
 from dataset.choices import ChoiceQuestion, question_of, read_choices
+from dataset.jsonl import DataError, read_jsonl
 from evaluation.scoreboard import Question, read_heldout
 
 QUESTIONS = Path(__file__).resolve().parent / "questions"  # those that come with the repository

@@ -12,8 +12,8 @@ from pathlib import Path
 import _path
 
 import cli
-from dataset.jsonl import DataError
 from dataset.choices import read_choices
+from dataset.jsonl import DataError
 from evaluation.statistics import wilson
 from model.export.optional import need
 from trainer.report import read_log

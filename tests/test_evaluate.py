@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from dataset.chat import BOS_ID, EOS_ID, load_tokenizer
-from dataset.jsonl import DataError
 from dataset.choices import ChoiceQuestion, question_of, read_choices
+from dataset.jsonl import DataError
 from evaluation import report
 from evaluation.asking import Examinee, Prompt, without_markers
 from evaluation.generative import final_number, run_generative
