@@ -171,12 +171,12 @@ def encode_all(kind: str, tokenizer: ChatTokenizer, seq_len: int, chunks: Iterab
             yield waiting.popleft().result()
 
 
-def chunks_of(lines: Iterable[tuple[int, bytes]]) -> Iterator[list[tuple[int, bytes]]]:
+def chunks_of(lines: Iterable[tuple[int, bytes]], most: int = CHUNK) -> Iterator[list[tuple[int, bytes]]]:
     chunk, size = [], 0
     for number, line in lines:
         chunk.append((number, line))
         size += len(line) + 64
-        if size >= CHUNK:
+        if size >= most:
             yield chunk
             chunk, size = [], 0
     if chunk:

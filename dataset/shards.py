@@ -167,7 +167,7 @@ class _Maker:
                 progress.at(self.data.position)
                 yield number, line
 
-        for chunk in packing.chunks_of(lines()):
+        for chunk in packing.chunks_of(lines(), min(packing.CHUNK, self.file.shard_bytes)):
             marks.append(((chunk[-1][0], self.data.position), sum(len(line) for _, line in chunk)))
             yield chunk
         progress.end()

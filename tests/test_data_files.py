@@ -198,7 +198,10 @@ def test_traditional_and_short_chinese_is_known_by_its_common_characters(tmp_pat
 
 def test_the_rows_of_parquet(tmp_path):
     """What a row lacks is no key of it, in nested fields too; rows after others can be asked for alone."""
-    chats = [{"conversations": [{"role": "user", "content": "你好"}], "n": 1}, {"conversations": [{"role": "assistant"}]}]
+    chats = [
+        {"conversations": [{"role": "user", "content": "你好"}], "n": 1},
+        {"conversations": [{"role": "assistant"}]},
+    ]
     assert read(tmp_path / "rows", parquet(chats)) == chats
     many = [{"text": f"{n} 小猫"} for n in range(1000)]
     assert read(tmp_path / "rows", parquet(many)) == many
@@ -210,8 +213,8 @@ def test_the_rows_of_parquet(tmp_path):
 # What is refused
 
 
-def parquet(rows: tuple | list = ({"text": "a"},)) -> bytes:
-    table = pyarrow.Table.from_pylist([*rows])
+def parquet(rows: list | None = None) -> bytes:
+    table = pyarrow.Table.from_pylist(rows or [{"text": "a"}])
     sink = io.BytesIO()
     pyarrow.parquet.write_table(table, sink)
     return sink.getvalue()
@@ -295,9 +298,7 @@ def test_a_folder_names_the_files_in_it(tmp_path):
         DataFile(tmp_path / "absent.jsonl")
 
 
-@pytest.mark.parametrize(
-    "remedy", [("arrow", arrow()), ("csv", b"text,label\nhello,1\n"), ("txt", b"a cat\nb d\n")]
-)
+@pytest.mark.parametrize("remedy", [("arrow", arrow()), ("csv", b"text,label\nhello,1\n"), ("txt", b"a cat\nb d\n")])
 def test_the_remedies_work(tmp_path, remedy):
     """The command that is given makes a file that is read."""
     name, data = remedy
