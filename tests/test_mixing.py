@@ -448,3 +448,15 @@ if __name__ == "__main__":
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
     cached = sum(entry.stat().st_size for entry in (tmp_path / "cache").glob("*/rows-*.arrow"))
     assert int(done.stdout) < 0.75 * cached, (done.stdout, cached)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="bash")
+@pytest.mark.parametrize("recipe", ["minimind2_small", "minimind3", "minimind3_moe"])
+def test_the_recipes_run_on_little(tmp_path, recipe):
+    """From the data to an answer, with one variable."""
+    env = os.environ | {"TOY": "1", "TOY_STEPS": "4", "OUT": str(tmp_path), "PYTHON": sys.executable}
+    command = ["bash", ROOT / "recipes" / f"{recipe}.sh"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, encoding="utf-8", timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "5/5 chat" in done.stdout and list((tmp_path / f"{recipe}_toy").glob("full_sft_64*.pth"))
