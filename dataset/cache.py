@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 import zlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -151,10 +151,18 @@ def largest_cache() -> int:
         raise DataError("MINIMIND_CACHE_GB is no number: set it to gigabytes, such as 20") from None
 
 
-def trim(folder: Path, keep: Path, most: int) -> tuple[int, list[int]]:
+def shard_bytes() -> int:
+    """Bytes of text in a shard of a large source: MINIMIND_SHARD_MB, or 64 MiB."""
+    try:
+        return max(int(float(os.environ.get("MINIMIND_SHARD_MB", 64)) * (1 << 20)), 1)
+    except (ValueError, OverflowError):
+        raise DataError("MINIMIND_SHARD_MB is no number: set it to megabytes, such as 64") from None
+
+
+def trim(folder: Path, keep: Path | Collection[Path], most: int) -> tuple[int, list[int]]:
     """Removes the entries that were used longest ago until all together are at most `most` bytes, `keep` never.
     Returns (bytes that are left, bytes of each removed one)."""
-    entries = []
+    entries, kept = [], {keep} if isinstance(keep, Path) else set(keep)
     for entry in filter(Path.is_dir, folder.iterdir()):
         try:
             entries.append((entry.stat().st_mtime, folder_size(entry), entry))
@@ -162,7 +170,7 @@ def trim(folder: Path, keep: Path, most: int) -> tuple[int, list[int]]:
             continue  # another process has just removed it
     total, removed = sum(size for _, size, _ in entries), []
     for _, size, entry in sorted(entries):
-        if total > most and entry != keep and _remove(entry):
+        if total > most and entry not in kept and _remove(entry):
             total -= size
             removed.append(size)
     return total, removed

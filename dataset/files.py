@@ -19,6 +19,8 @@ import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from dataset import parquet
+
 MAX_LINE = 64 << 20  # bytes; a longer line is not a row, and would have to be held in memory whole
 HEAD = 1 << 20  # bytes that a file is known by
 BUFFER = 1 << 20
@@ -37,6 +39,7 @@ class DataFile:
 
     def __init__(self, path: str | Path):
         self.path, self.kind, self.unit, self._raw = Path(path), [], "line", None
+        self._done = 0  # bytes of a Parquet file
         try:
             if self.path.is_dir():
                 raise DataError(_folder(self.path))
@@ -44,7 +47,11 @@ class DataFile:
                 raise DataError(f"{path}: not a file; give the path of one JSONL file")
             with open(self.path, "rb") as raw:
                 self.packed = _compression(raw.read(16))
-            if remedy := _other_format(self.path, self._head(unpack=False)):
+            head = self._head(unpack=False)
+            if head.startswith(b"PAR1"):
+                self._look_at_parquet()
+                return
+            if remedy := _other_format(self.path, head):
                 raise DataError(f"{path}: {remedy}")
             self._look()
         except FileNotFoundError:
@@ -71,6 +78,10 @@ class DataFile:
             self.unit = "row"
             self.kind.append("JSON array" if self.layout == "array" else "JSON objects over several lines")
 
+    def _look_at_parquet(self) -> None:
+        self.layout, self.packed, self.encoding, self.kind, self.unit = "parquet", "", "utf-8", ["Parquet"], "row"
+        self.text_size = parquet.text_size(self.path)
+
     def _head(self, unpack: bool = True) -> bytes:
         with open(self.path, "rb") as raw:
             return (self._unpacked(raw) if unpack else raw).read(HEAD)
@@ -90,18 +101,30 @@ class DataFile:
     @property
     def position(self) -> int:
         """Bytes of the file, compressed as it is, that lines() has read."""
+        if self.layout == "parquet":
+            return self._done
         return self._raw.tell() if self._raw and not self._raw.closed else 0
 
-    def lines(self) -> Iterator[tuple[int, bytes]]:
+    def lines(self, after: int = 0, position: int = 0) -> Iterator[tuple[int, bytes]]:
         """Yields (number from 1, bytes in UTF-8 with the line end). Only byte 0x0A ends a line; one is cut at MAX_LINE.
-        Of an array or of objects over several lines, a row is a line. Memory does not grow with the file."""
-        number = 0
+        Of an array or of objects over several lines, a row is a line. Memory does not grow with the file.
+        after: the number of lines that are left out at the beginning; position: what it was after them."""
+        begin = after if position and not self.kind else 0  # plain lines: those before need not be read
+        number = begin
         try:
+            if self.layout == "parquet":
+                for number, (line, share) in enumerate(parquet.lines(self.path), 1):
+                    self._done = int(share * self.path.stat().st_size)
+                    if number > after:
+                        yield number, line
+                return
             with open(self.path, "rb") as self._raw:
+                self._raw.seek(position if begin else 0)
                 stream = self._unpacked(self._raw)
                 lines = self._lines(stream) if self.layout == "lines" else self._values(stream)
-                for number, line in enumerate(lines, 1):  # noqa: B007
-                    yield number, line
+                for number, line in enumerate(lines, begin + 1):
+                    if number > after:
+                        yield number, line
         except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError) as error:
             raise self._unreadable(error, number) from None
 
@@ -112,7 +135,7 @@ class DataFile:
             return DataError(f"{self.path}: not {name}{where}, as its beginning is; save it as UTF-8 and run again")
         if isinstance(error, OSError) and error.strerror and error.errno:
             return DataError(f"{self.path}: cannot be read: {error.strerror}")
-        what = f"the {self.packed} data is cut off or damaged{where} ({error})"
+        what = f"the {self.packed or 'Parquet'} data is cut off or damaged{where} ({error})"
         return DataError(f"{self.path}: {what}; download or copy the file again")
 
     def _lines(self, stream: io.BufferedIOBase) -> Iterator[bytes]:
@@ -357,10 +380,11 @@ def _other_format(path: Path, head: bytes) -> str | None:
         size = re.search(rb"size (\d+)", head)
         size = f" of {int(size[1]):,} bytes" if size else ""
         return f"a Git LFS pointer to a file{size}, not the file: run git lfs pull in its repository, or download it"
-    if head.startswith((b"PAR1", b"ARROW1")):
-        name = "parquet" if head.startswith(b"PAR1") else "arrow"
-        return f"a {name} file; write it as JSONL: " + _python(
-            f"import datasets; datasets.load_dataset('{name}', data_files='{path}')['train']", path
+    if head.startswith(b"PAR1"):  # inside a compressed one: Parquet has to be read from its end
+        return "a parquet file; unpack it first, for it is compressed in itself"
+    if head.startswith(b"ARROW1"):
+        return "an arrow file; write it as JSONL: " + _python(
+            f"import datasets; datasets.load_dataset('arrow', data_files='{path}')['train']", path
         )
     if head.startswith(b"PK\x03\x04"):
         return _zip(path)

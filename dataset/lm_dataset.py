@@ -7,12 +7,14 @@ for batch in batches(rows, batch_size=8, seed=0): ...
 from __future__ import annotations  # torch and datasets are imported where they are used: `--help` stays quick
 
 import hashlib
+import itertools
 import json
 import os
 import shutil
 import sys
 from collections.abc import Iterable, Iterator
 from concurrent.futures import BrokenExecutor
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,8 +24,11 @@ import numpy as np
 from dataset import cache, files, packing
 from dataset.cache import content_hash, default_cache_dir
 from dataset.jsonl import DataError, read_jsonl
+from dataset.mixing import Mixture, Part
 from dataset.packing import PADDING
 from dataset.questions import Questions, read_questions
+from dataset.shards import Builder, ShardedFile, require_space
+from dataset.sources import Source, parse_sources
 from dataset.tokenizer import ChatTokenizer
 
 if TYPE_CHECKING:
@@ -32,42 +37,136 @@ if TYPE_CHECKING:
 
 __all__ = ["DataError", "batches", "collate", "preference_dataset", "pretrain_dataset", "read_jsonl"]
 __all__ += ["content_hash", "default_cache_dir"]
-__all__ += ["question_dataset", "sft_dataset", "summary", "bytes_per_token", "validation_batches"]
+__all__ += ["question_dataset", "sft_dataset", "summary", "bytes_per_token", "validation_batches", "training_data"]
 
+Paths = str | Path | list[Source]
 # The files whose code shapes the rows.
-RENDERING = ("chat", "template", "tokenizer", "checks", "files", "jsonl", "mapping", "packing")
+RENDERING = ("chat", "template", "tokenizer", "checks", "files", "jsonl", "mapping", "packing", "parquet")
+LARGE = 16  # shards of text from which a source is packed in shards
 IGNORE = -100  # label that the loss leaves out
 
 
-def pretrain_dataset(path: str | Path, tokenizer: ChatTokenizer, seq_len: int, **options) -> Dataset:
-    """{"text"} lines -> rows of seq_len + 1 tokens (column input_ids). Options: cache_dir, num_proc, quiet."""
-    return _packed_dataset("pretrain", Path(path), tokenizer, seq_len, **options)
+def pretrain_dataset(path: Paths, tokenizer: ChatTokenizer, seq_len: int, **options) -> Dataset | Mixture:
+    """{"text"} lines -> rows of seq_len + 1 tokens (column input_ids). Options: cache_dir, num_proc, quiet. Of sources
+    (training_data()), a Mixture of such rows, which batches() takes too."""
+    return _rows("pretrain", path, tokenizer, seq_len, **options)
 
 
-def sft_dataset(path: str | Path, tokenizer: ChatTokenizer, seq_len: int, **options) -> Dataset:
+def sft_dataset(path: Paths, tokenizer: ChatTokenizer, seq_len: int, **options) -> Dataset | Mixture:
     """{"conversations"} lines -> rows of up to seq_len tokens (columns input_ids, loss_mask, segment_lengths).
     Options: cache_dir, num_proc, quiet."""
-    return _packed_dataset("sft", Path(path), tokenizer, seq_len, **options)
+    return _rows("sft", path, tokenizer, seq_len, **options)
 
 
-def preference_dataset(path: str | Path, tokenizer: ChatTokenizer, seq_len: int, **options) -> Dataset:
+def preference_dataset(path: Paths, tokenizer: ChatTokenizer, seq_len: int, **options) -> Dataset | Mixture:
     """{"chosen", "rejected"} lines -> rows as sft_dataset's. A pair is two segments of one row, chosen and rejected, so
     odd segments are chosen and even ones rejected; labels are the tokens of the last answer. Pairs that are longer than
     a row are skipped and counted."""
-    return _packed_dataset("preference", Path(path), tokenizer, seq_len, **options)
+    return _rows("preference", path, tokenizer, seq_len, **options)
 
 
-def question_dataset(path: str | Path, tokenizer: ChatTokenizer, seq_len: int, quiet: bool = False, **options):
+def question_dataset(path: Paths, tokenizer: ChatTokenizer, seq_len: int, quiet: bool = False, **options) -> Questions:
     """Questions with an answer to check against (dataset/questions.py), for reinforcement learning."""
-    return read_questions(path, quiet)
+    if not isinstance(path, list):
+        return read_questions(path, quiet)
+    if weighted := [source.name for source in path if source.weight is not None]:
+        raise DataError(f"{weighted[0]}: questions have no weights, only texts and conversations have")
+    parts = [read_questions(file, quiet) for source in path for file in source.files]
+    questions = Questions(question for part in parts for question in part)
+    questions.sha256 = hashlib.sha256("".join(part.sha256 for part in parts).encode()).hexdigest()
+    return questions
 
 
-def summary(dataset: Dataset | Questions) -> dict:
+def training_data(texts: list[str]) -> str | list[Source]:
+    """What --data_path says: the path of one file; or sources, where there are several, or one is large."""
+    sources = parse_sources(texts)
+    files = [file for source in sources for file in source.files]
+    return sources if len(files) > 1 or _is_large(files) else str(files[0])
+
+
+def summary(dataset: Dataset | Mixture | Questions) -> dict:
     """The figures of a packed dataset: kind, seq_len, lines, used, skipped, tokens, labels, rows, fill, seconds, ...;
-    of questions the hash of their file."""
+    of a Mixture kind, seq_len and sha256; of questions the hash of their files."""
     if isinstance(dataset, Questions):
         return {"sha256": dataset.sha256}
-    return json.loads(dataset.info.description)
+    return dataset.figures() if isinstance(dataset, Mixture) else json.loads(dataset.info.description)
+
+
+def row_count(dataset: Dataset | Mixture, exact: bool) -> int:
+    """Rows of an epoch. Unless it must be exact, a large source that is still in the making is not waited for."""
+    return dataset.guess() if isinstance(dataset, Mixture) and not exact else len(dataset)
+
+
+def _rows(kind: str, path: Paths, *positional, **options) -> Dataset | Mixture:
+    make = _mixture if isinstance(path, list) else _packed_dataset
+    return make(kind, path if isinstance(path, list) else Path(path), *positional, **options)
+
+
+def _is_large(paths: list[Path]) -> bool:
+    """By the size of the text alone, so that a source is always read in the same order."""
+    return sum(files.DataFile(path).text_size for path in paths) >= LARGE * cache.shard_bytes()
+
+
+def _mixture(
+    kind: str,
+    sources: list[Source],
+    tokenizer: ChatTokenizer,
+    seq_len: int,
+    cache_dir: str | Path | None = None,
+    num_proc: int | None = None,
+    quiet: bool = False,
+) -> Mixture:
+    """Small sources are packed now, file by file; large ones by a process of their own, in shards."""
+    cache_dir = Path(cache_dir or default_cache_dir())
+    parts, sharded = [], []
+    for source in sources:
+        for path in source.files:
+            _check(path, seq_len)
+    with _writable(cache_dir):
+        cache.make_cache_dir(cache_dir)
+    for source in sources:
+        hashes = [content_hash(path, cache_dir, quiet) for path in source.files]
+        parts.append(Part(source.name, hashes=hashes))
+        if _is_large(source.files):
+            parts[-1].files = [
+                _sharded(kind, path, digest, tokenizer, seq_len, cache_dir)
+                for path, digest in zip(source.files, hashes, strict=True)
+            ]
+            sharded += parts[-1].files
+            continue
+        for path in source.files:
+            dataset = _packed_dataset(kind, path, tokenizer, seq_len, cache_dir, num_proc, quiet)
+            parts[-1].paths.append(Path(dataset.cache_files[0]["filename"]))
+            parts[-1].sizes.append(len(dataset))
+    if sharded:
+        require_space(sharded, cache_dir, quiet)
+        builder = Builder(sharded, quiet)
+        for part in parts:
+            part.builder = builder
+    weights = None
+    if any(source.weight is not None for source in sources):
+        weights = [1.0 if source.weight is None else source.weight for source in sources]
+    content = [weights, [part.hashes for part in parts], [file.shard_bytes for file in sharded]]
+    digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    return Mixture(parts, weights, kind, seq_len, digest)
+
+
+def _sharded(
+    kind: str, path: Path, digest: str, tokenizer: ChatTokenizer, seq_len: int, cache_dir: Path
+) -> ShardedFile:
+    size = cache.shard_bytes()
+    folder = _cache_folder(kind, digest, tokenizer, seq_len, cache_dir, size)
+    text_size = files.DataFile(path).text_size
+    return ShardedFile(kind, path.absolute(), folder, tokenizer, seq_len, {"sha256": digest}, text_size, size)
+
+
+@contextmanager
+def _writable(cache_dir: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        remedy = "set MINIMIND_CACHE to a folder that can be written"
+        raise DataError(f"{cache_dir}: cannot write the token cache: {error.strerror or error}; {remedy}") from None
 
 
 def _packed_dataset(
@@ -83,7 +182,7 @@ def _packed_dataset(
 
     _check(path, seq_len)
     cache_dir = Path(cache_dir or default_cache_dir())
-    try:
+    with _writable(cache_dir):
         cache.make_cache_dir(cache_dir)
         version, digest = _version(path), content_hash(path, cache_dir, quiet)
         folder = _cache_folder(kind, digest, tokenizer, seq_len, cache_dir)
@@ -97,7 +196,11 @@ def _packed_dataset(
             dataset = _open(folder)
             cached = dataset is not None
             if not cached:
-                _build(folder, kind, path, tokenizer, seq_len, num_proc, quiet, {"sha256": digest})
+                try:
+                    _build(folder, kind, path, tokenizer, seq_len, num_proc, quiet, {"sha256": digest})
+                except BrokenExecutor:
+                    text = "a process that tokenised it was killed; is there enough memory?"
+                    raise DataError(f"{path}: {text}") from None
                 if _version(path) != version:
                     shutil.rmtree(folder)
                     raise DataError(f"{path}: the file was changed while it was read; run again when it is whole")
@@ -106,11 +209,6 @@ def _packed_dataset(
         finally:
             lock.release()
         place = "" if cached or quiet else _tell_place(cache_dir, folder)
-    except OSError as error:
-        remedy = "set MINIMIND_CACHE to a folder that can be written"
-        raise DataError(f"{cache_dir}: cannot write the token cache: {error.strerror or error}; {remedy}") from None
-    except BrokenExecutor:
-        raise DataError(f"{path}: a process that tokenised it was killed; is there enough memory?") from None
     _say(packing.describe(path, summary(dataset), "; cached" if cached else place), quiet)
     return dataset
 
@@ -155,10 +253,14 @@ def _tell_place(cache_dir: Path, folder: Path) -> str:
     return text
 
 
-def _cache_folder(kind: str, digest: str, tokenizer: ChatTokenizer, seq_len: int, cache_dir: Path) -> Path:
+def _cache_folder(
+    kind: str, digest: str, tokenizer: ChatTokenizer, seq_len: int, cache_dir: Path, shard_bytes: int | None = None
+) -> Path:
     """Where the rows of a file with this content are kept: all that shapes the rows is in the name."""
     # The code that renders and packs is part of the key: a changed template must not meet rows of the old one.
     code = [Path(__file__).with_name(f"{name}.py").read_text(encoding="utf-8") for name in RENDERING]
+    if shard_bytes:
+        code.append(f"{shard_bytes} {Path(__file__).with_name('shards.py').read_text(encoding='utf-8')}")
     identity = [kind, seq_len, digest, tokenizer.chat_hash, code]
     key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
     return cache_dir / f"{kind}-{seq_len}-{key}"
@@ -236,6 +338,12 @@ def _answers(labels: np.ndarray, segment_ids: np.ndarray) -> dict[str, torch.Ten
     }
 
 
+def _open_rows(path: str) -> _Source:
+    from datasets import Dataset
+
+    return _Source(Dataset.from_file(path))
+
+
 class _Source:
     """Packed rows by index, as numpy straight from Arrow; what a DataLoader needs of a dataset."""
 
@@ -270,8 +378,14 @@ def _batch_indices(
         ahead = ahead[batch_size * world_size :]
 
 
+def _grouped(keys: Iterator, batch_size: int, rank: int, world_size: int) -> Iterator[list]:
+    """This rank's part of each global batch of an endless order."""
+    while True:
+        yield list(itertools.islice(keys, batch_size * world_size))[rank * batch_size : (rank + 1) * batch_size]
+
+
 def batches(
-    dataset: Dataset,
+    dataset: Dataset | Mixture,
     batch_size: int,
     *,
     seed: int,
@@ -290,10 +404,16 @@ def batches(
     from torch import Generator
     from torch.utils.data import DataLoader
 
-    indices = _batch_indices(len(dataset), batch_size, seed, start_sample, shuffle, rank, world_size)
     if isinstance(dataset, Questions):
+        indices = _batch_indices(len(dataset), batch_size, seed, start_sample, shuffle, rank, world_size)
         return ([dataset[i] for i in chosen] for chosen in indices)
-    source, to_batch = _Source(dataset), _collate_of(dataset)
+    to_batch = _collate_of(dataset)
+    if isinstance(dataset, Mixture):
+        source = dataset.reader(_open_rows)
+        indices = _grouped(dataset.keys(seed, start_sample, shuffle), batch_size, rank, world_size)
+    else:
+        source = _Source(dataset)
+        indices = _batch_indices(len(dataset), batch_size, seed, start_sample, shuffle, rank, world_size)
     if num_workers == 0:
         return (to_batch(source.__getitems__(chosen)) for chosen in indices)
     # Its own generator: the loader would draw its workers' seed from the global one, and so change the run.
@@ -309,7 +429,7 @@ def validation_batches(dataset: Dataset, batch_size: int) -> Iterator[dict]:
         yield to_batch(rows + [{}] * (batch_size - len(rows)))
 
 
-def _collate_of(dataset: Dataset) -> partial:
+def _collate_of(dataset: Dataset | Mixture) -> partial:
     figures = summary(dataset)
     return partial(collate, seq_len=figures["seq_len"], kind=figures["kind"])
 

@@ -76,7 +76,8 @@ def read_row(kind: str, number: int, line: bytes) -> tuple[dict | None, str, lis
     return row, form, (preference_faults if kind == "preference" else conversation_faults)(row)
 
 
-def _encode(kind: str, tokenizer: ChatTokenizer, seq_len: int, lines: list[tuple[int, bytes]]) -> Encoded:
+def encode(kind: str, tokenizer: ChatTokenizer, seq_len: int, lines: list[tuple[int, bytes]]) -> Encoded:
+    """Lines, each with its number, tokenised."""
     dtype = np.uint16 if tokenizer.get_vocab_size() <= 1 << 16 else np.uint32
     texts, pieces, skipped, forms = [], [], [], Counter()
     for number, line in lines:
@@ -128,12 +129,16 @@ def _start_worker(kind: str, tokenizer: ChatTokenizer, seq_len: int) -> None:
     global _worker
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process per core already
     _worker = (kind, tokenizer, seq_len)
-    # A worker must not outlive a killed parent: its queue never tells it.
+    end_with_parent()
+
+
+def end_with_parent() -> None:
+    """This process must not outlive a killed parent: its queue never tells it."""
     threading.Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
 
 
 @contextmanager
-def _hidden_script() -> Iterator[None]:
+def hidden_script() -> Iterator[None]:
     """A process that is spawned imports the script that runs, for what it may define: torch and all, three seconds and
     300 MB for each worker, which needs none of it. It does not where the script's path is not known."""
     script = vars(sys.modules["__main__"])
@@ -146,21 +151,19 @@ def _hidden_script() -> Iterator[None]:
 
 
 def _encode_in_worker(lines: list[tuple[int, bytes]]) -> Encoded:
-    return _encode(*_worker, lines)
+    return encode(*_worker, lines)
 
 
-def _encode_all(
-    kind: str, tokenizer: ChatTokenizer, seq_len: int, chunks: Iterable, num_proc: int
-) -> Iterator[Encoded]:
-    """_encode over all chunks, in order; with several processes only a few chunks are in flight, so RAM stays flat."""
+def encode_all(kind: str, tokenizer: ChatTokenizer, seq_len: int, chunks: Iterable, num_proc: int) -> Iterator[Encoded]:
+    """encode() over all chunks, in order; with several processes only a few chunks are in flight, so RAM stays flat."""
     if num_proc <= 1:
-        yield from (_encode(kind, tokenizer, seq_len, chunk) for chunk in chunks)
+        yield from (encode(kind, tokenizer, seq_len, chunk) for chunk in chunks)
         return
     options = (get_context("spawn"), _start_worker, (kind, tokenizer, seq_len))
     with ProcessPoolExecutor(num_proc, *options) as pool:
         waiting: deque = deque()
         for chunk in chunks:
-            with _hidden_script():
+            with hidden_script():
                 waiting.append(pool.submit(_encode_in_worker, chunk))
             if len(waiting) > 2 * num_proc:
                 yield waiting.popleft().result()
@@ -168,12 +171,12 @@ def _encode_all(
             yield waiting.popleft().result()
 
 
-def chunks_of(lines: Iterable[tuple[int, bytes]]) -> Iterator[list[tuple[int, bytes]]]:
+def chunks_of(lines: Iterable[tuple[int, bytes]], most: int = CHUNK) -> Iterator[list[tuple[int, bytes]]]:
     chunk, size = [], 0
     for number, line in lines:
         chunk.append((number, line))
         size += len(line) + 64
-        if size >= CHUNK:
+        if size >= most:
             yield chunk
             chunk, size = [], 0
     if chunk:
@@ -252,9 +255,7 @@ def pack_file(
     if num_proc is None:
         num_proc = min(os.cpu_count() or 1, 16) if size > PARALLEL_FROM else 1
     file = DataFile(path)
-    figures: dict[str, Any] = identity | {"kind": kind, "seq_len": seq_len, "lines": 0, "used": 0, "skipped": {}}
-    figures |= {"file": file.kind, "unit": file.unit, "forms": Counter()}
-    figures |= {"tokens": 0, "labels": 0, "continued": 0, "windows": 0, "rows": 0}
+    figures = new_figures(kind, seq_len, file, identity)
     progress = FileProgress(f"tokenising {path.name}", size, quiet)
 
     def lines() -> Iterator[tuple[int, bytes]]:
@@ -264,41 +265,60 @@ def pack_file(
             yield number, line
 
     def encoded() -> Iterator[Sample]:
-        for rows, skipped, forms in _encode_all(kind, tokenizer, seq_len, chunks_of(lines()), num_proc):
-            figures["used"] += len(rows)
-            figures["forms"] += forms
-            for number, why, tokens in skipped:
-                add_reason(figures["skipped"], number, why, tokens)
+        for rows, skipped, forms in encode_all(kind, tokenizer, seq_len, chunks_of(lines()), num_proc):
+            count(figures, rows, skipped, forms)
             yield from rows
-
-    def pieces() -> Iterator[Sample]:
-        for piece in encoded():
-            figures["labels"] += int(piece.mask[1:].sum())
-            windows = list(split_conversation(piece, seq_len))
-            if len(piece.ids) > seq_len:
-                figures["continued"] += 1
-                figures["windows"] += len(windows)
-            yield from windows
 
     if kind == "pretrain":
         packed = pack_documents((piece.ids for piece in encoded()), seq_len)
     else:
-        packed = pack_pieces(pieces(), seq_len)
-    _write_arrow(folder / "rows.arrow", packed, figures)
+        packed = pack_pieces(windows_of(encoded(), seq_len, figures), seq_len)
+    write_arrow(folder / "rows.arrow", packed, figures)
     progress.end()
-    if kind == "pretrain":
+    complete_figures(path, figures, time.perf_counter() - started)
+    (folder / "summary.json").write_text(json.dumps(figures, ensure_ascii=False), encoding="utf-8")
+
+
+def new_figures(kind: str, seq_len: int, file: DataFile, identity: dict[str, str]) -> dict[str, Any]:
+    figures: dict[str, Any] = identity | {"kind": kind, "seq_len": seq_len, "lines": 0, "used": 0, "skipped": {}}
+    figures |= {"file": file.kind, "unit": file.unit, "forms": Counter()}
+    return figures | {"tokens": 0, "labels": 0, "continued": 0, "windows": 0, "rows": 0}
+
+
+def count(figures: dict, rows: list[Sample], skipped: list[tuple[int, str, int]], forms: Counter) -> None:
+    """Adds what came of some lines."""
+    figures["used"] += len(rows)
+    figures["forms"] += forms
+    for number, why, tokens in skipped:
+        add_reason(figures["skipped"], number, why, tokens)
+
+
+def windows_of(pieces: Iterable[Sample], seq_len: int, figures: dict) -> Iterator[Sample]:
+    """split_conversation() of each piece, counted."""
+    for piece in pieces:
+        figures["labels"] += int(piece.mask[1:].sum())
+        windows = list(split_conversation(piece, seq_len))
+        if len(piece.ids) > seq_len:
+            figures["continued"] += 1
+            figures["windows"] += len(windows)
+        yield from windows
+
+
+def complete_figures(path: Path, figures: dict, seconds: float) -> None:
+    """Adds what is known once the whole file is packed. DataError if nothing came of it."""
+    if figures["kind"] == "pretrain":
         figures["labels"] = figures["tokens"] = figures["tokens"] - figures["rows"]  # rows share a token
     if not figures["rows"]:
         if not figures["lines"]:
             raise DataError(f"{path}: the file is empty")
-        why = with_path("; ".join(reasons(figures["skipped"], file.unit)), path, file.kind)
-        raise DataError(f"{path}: none of its {figures['lines']:,} {file.unit}s can be used: {why}")
-    figures["fill"] = figures["tokens"] / (figures["rows"] * seq_len)
-    figures["seconds"] = round(time.perf_counter() - started, 1)
-    (folder / "summary.json").write_text(json.dumps(figures, ensure_ascii=False), encoding="utf-8")
+        why = with_path("; ".join(reasons(figures["skipped"], figures["unit"])), path, figures["file"])
+        raise DataError(f"{path}: none of its {figures['lines']:,} {figures['unit']}s can be used: {why}")
+    figures["fill"] = figures["tokens"] / (figures["rows"] * figures["seq_len"])
+    figures["seconds"] = round(seconds, 1)
 
 
-def _write_arrow(path: Path, rows: Iterator[dict[str, np.ndarray]], figures: dict) -> None:
+def write_arrow(path: Path, rows: Iterator[dict[str, np.ndarray]], figures: dict) -> None:
+    """Counts the rows and their tokens in figures."""
     import pyarrow as pa
 
     with pa.OSFile(str(path), "wb") as file:

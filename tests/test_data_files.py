@@ -196,13 +196,35 @@ def test_traditional_and_short_chinese_is_known_by_its_common_characters(tmp_pat
         assert read(tmp_path / "f", json.dumps({"text": text}, ensure_ascii=False).encode("gbk")) == [{"text": text}]
 
 
+def test_the_rows_of_parquet(tmp_path):
+    """What a row lacks is no key of it, in nested fields too; rows after others can be asked for alone."""
+    chats = [
+        {"conversations": [{"role": "user", "content": "你好"}], "n": 1},
+        {"conversations": [{"role": "assistant"}]},
+    ]
+    assert read(tmp_path / "rows", parquet(chats)) == chats
+    many = [{"text": f"{n} 小猫"} for n in range(1000)]
+    assert read(tmp_path / "rows", parquet(many)) == many
+    file = DataFile(tmp_path / "rows")
+    assert [number for number, _ in file.lines(after=997)] == [998, 999, 1000]
+    assert file.position == (tmp_path / "rows").stat().st_size and file.kind == ["Parquet"]
+
+
 # What is refused
 
 
-def parquet(path: Path) -> bytes:
-    table = pyarrow.table({"text": ["a"]})
+def parquet(rows: list | None = None) -> bytes:
+    table = pyarrow.Table.from_pylist(rows or [{"text": "a"}])
     sink = io.BytesIO()
     pyarrow.parquet.write_table(table, sink)
+    return sink.getvalue()
+
+
+def arrow() -> bytes:
+    table = pyarrow.table({"text": ["a"]})
+    sink = io.BytesIO()
+    with pyarrow.ipc.new_file(sink, table.schema) as file:
+        file.write_table(table)
     return sink.getvalue()
 
 
@@ -231,7 +253,8 @@ LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2\nsize 12345
         (b"<!DOCTYPE html>\n<html><body>Please log in</body></html>", ["HTML", "/resolve/"]),
         (b"\n  <html>\n<head>", ["HTML"]),
         (b'<?xml version="1.0"?><rss></rss>', ["XML"]),
-        (parquet(Path()), ["parquet", "load_dataset", ".jsonl"]),
+        (gzip.compress(parquet()), ["parquet", "unpack"]),
+        (parquet()[:-30], ["Parquet", "download"]),
         (b"ARROW1\0\0", ["arrow", "load_dataset"]),
         (zipped("xl/workbook.xml"), ["Excel", "read_excel", ".jsonl"]),
         (zipped("word/document.xml"), ["Word"]),
@@ -275,9 +298,7 @@ def test_a_folder_names_the_files_in_it(tmp_path):
         DataFile(tmp_path / "absent.jsonl")
 
 
-@pytest.mark.parametrize(
-    "remedy", [("parquet", parquet(Path())), ("csv", b"text,label\nhello,1\n"), ("txt", b"a cat\nb d\n")]
-)
+@pytest.mark.parametrize("remedy", [("arrow", arrow()), ("csv", b"text,label\nhello,1\n"), ("txt", b"a cat\nb d\n")])
 def test_the_remedies_work(tmp_path, remedy):
     """The command that is given makes a file that is read."""
     name, data = remedy

@@ -8,6 +8,8 @@ import math
 from pathlib import Path
 
 from cli import ArgumentParser, UsageError, seed
+from dataset.lm_dataset import training_data
+from dataset.sources import Source
 from dataset.tokenizer import TOKENIZER_DIR, ChatTokenizer, load_tokenizer
 from model import checkpoint
 from model.device import DTYPES
@@ -32,7 +34,8 @@ def arguments(stage: str, description: str, **defaults) -> argparse.ArgumentPars
         "that the weights carry, else model/tokenizer)")  # fmt: skip
 
     add = parser.add_argument_group("data").add_argument
-    add("--data_path", help="JSONL file (default: the starter corpus)")
+    add("--data_path", nargs="+", metavar="SOURCE", help="JSONL or Parquet file, 'PATTERN' or folder; several with "
+        "weights: a.jsonl:2 b.jsonl:1 (default: the starter corpus)")  # fmt: skip
     add("--val_path", help="held-out JSONL file (default: the starter corpus's, or none with your own --data_path)")
     add("--eval_tasks", metavar="FILE", help="JSONL of multiple-choice questions, such as "
         "evaluation/questions/everyday.jsonl: at each validation, bits per byte of the right answers, and a few "
@@ -92,8 +95,11 @@ def arguments(stage: str, description: str, **defaults) -> argparse.ArgumentPars
 
 def check(args: argparse.Namespace) -> None:
     """UsageError for a number that makes no sense, or a path that is none."""
+    if isinstance(args.data_path, list) and len(args.data_path) == 1:
+        [args.data_path] = args.data_path
     for name in ("data_path", "val_path", "out_dir", "from_weight"):
-        if getattr(args, name) == "":
+        value = getattr(args, name)
+        if value == "" or isinstance(value, list) and "" in value:
             raise UsageError(f"--{name} is empty: give a path, or leave it out")
     if args.use_wandb and args.tracker not in (None, "wandb"):
         raise UsageError(f"--use_wandb and --tracker {args.tracker}: one tracker at a time, leave one out")
@@ -142,10 +148,11 @@ def zero_config_of(args: argparse.Namespace) -> dict | None:
     return config
 
 
-def data_paths(args: argparse.Namespace, starter: str) -> list[str | Path | None]:
-    """--data_path and --val_path (None without), or the starter corpus' files of that name."""
+def data_paths(args: argparse.Namespace, starter: str) -> list[str | Path | list[Source] | None]:
+    """--data_path, a file or sources, and --val_path (None without), or the starter corpus' files of that name."""
     if args.data_path is not None:
-        return [args.data_path, args.val_path]
+        texts = args.data_path if isinstance(args.data_path, list) else [args.data_path]
+        return [training_data(list(map(str, texts))), args.val_path]
     from dataset.starter.corpus import ensure_starter
 
     folder = ensure_starter()

@@ -31,7 +31,8 @@ import torch
 from torch import Tensor, nn
 
 from cli import find_device
-from dataset.lm_dataset import batches, bytes_per_token, summary, validation_batches
+from dataset.lm_dataset import batches, bytes_per_token, row_count, summary, validation_batches
+from dataset.mixing import Mixture
 from model import checkpoint
 from model.adapters import fingerprint
 from model.checkpoint import CheckpointError
@@ -232,6 +233,9 @@ class Run:
         weights = self.path(".pth")
         meta = {"stage": self.stage, **self.reporter.figures(self.progress), "arguments": identity(self.args)}
         meta |= {"inputs": self.inputs, "context": self.context}
+        if isinstance(self._data, Mixture):
+            meta["sources"] = self._data.record()
+            self.reporter.say(f"sources of --data_path:\n{self._data.describe(self.progress.samples)}")
         with self._remedy():
             outputs.keep_others(weights, meta["arguments"])
             save(weights, model, meta, tokenizer=self.tokenizer)
@@ -274,8 +278,8 @@ class Run:
     def _begin(self, rows) -> Iterator[dict]:
         """Share the model out, resume, compile; the stream of batches."""
         args, processes = self.args, self.processes
-        processes.require_same(f"rows of --data_path {args.data_path}", len(rows))
-        self._rows = len(rows)
+        self._rows, self._data = row_count(rows, exact=self.budget.epochs is not None), rows
+        processes.require_same(f"rows of --data_path {args.data_path}", self._rows)
         require_same_inputs(self.resume or self.finished or {}, self.inputs, args, self.path(".pth"), processes)
         if self.finished:
             end_as_complete(self.path(".pth"), processes)
@@ -306,6 +310,8 @@ class Run:
         self._clock = time.perf_counter() - self.progress.seconds
         self._last_save, self._pause, self._saved_step = self.progress.seconds, SAVE_SECONDS, self.progress.step
         self.share = self.progress.share(self.budget, self._rows)
+        if isinstance(rows, Mixture):
+            self.reporter.say(f"sources of --data_path:\n{rows.describe(self._planned_rows())}")
         return batches(
             rows, args.batch_size, seed=args.seed, start_sample=self.progress.samples, rank=processes.rank,
             world_size=processes.count, num_workers=args.num_workers,
@@ -332,15 +338,18 @@ class Run:
         """How long the run will take at a guess, only to decide about compiling."""
         args, budget = self.args, self.budget
         expected = (budget.minutes or math.inf) * 60
-        rows = None
-        if budget.steps:
-            rows = budget.steps * args.batch_size * args.accumulation_steps * self.processes.count
-        elif budget.epochs:
-            rows = budget.epochs * self._rows
+        rows = self._planned_rows()
         if rows is not None:
             flops_per_second = 0.25 * peak * self.processes.count
             expected = min(expected, 6 * self._sizes.active * rows * args.max_seq_len / flops_per_second)
         return expected
+
+    def _planned_rows(self) -> float | None:
+        """Of the whole run; None if the clock decides."""
+        args, budget = self.args, self.budget
+        if budget.steps:
+            return budget.steps * args.batch_size * args.accumulation_steps * self.processes.count
+        return budget.epochs and budget.epochs * self._rows
 
     # -------------------------------------------------------------------------------------------- while it runs
 
