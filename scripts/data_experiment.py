@@ -115,7 +115,7 @@ def log_of(args, arm: str, seed: int) -> list[dict]:
 def train(args, arm: str, seed: int) -> None:
     if (args.out_dir / f"{arm}_{seed}" / "done").exists():
         return
-    data = ["--data_path", args.out_dir / f"{arm}.jsonl", "--val_path", args.val, "--cache_dir", args.out_dir / "cache"]
+    data = ["--data_path", args.out_dir / f"{arm}.jsonl", "--val_path", args.val]
     size = ["--preset", "nano", "--max_seq_len", 512, "--batch_size", 8, "--steps", args.steps]
     run("train_pretrain.py", [*data, *size, "--seed", seed, "--out_dir", args.out_dir / f"{arm}_{seed}"])
     (args.out_dir / f"{arm}_{seed}" / "done").touch()

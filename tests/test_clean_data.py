@@ -5,7 +5,6 @@ import gzip
 import json
 import os
 import resource
-import shutil
 import signal
 import subprocess
 import sys
@@ -454,4 +453,3 @@ def test_killed_worker_is_one_line_and_leaves_nothing(tmp_path):
     assert process.returncode == 1 and "Traceback" not in errors, errors
     assert "a worker process was killed" in errors.splitlines()[-1]
     assert [file.name for file in tmp_path.iterdir()] == ["raw.jsonl"]
-    shutil.rmtree(tmp_path)
