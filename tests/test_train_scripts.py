@@ -330,7 +330,8 @@ def test_disk_too_full_for_the_log(tmp_path, pretrain, base):
     done = pretrain("--out_dir", out, "--steps", 25, "--log_interval", 1, file_limit=3000).wait()
     one_error(done, 1, out / "pretrain_64.pth")
     told = warnings(done)
-    assert ["pretrain_64.jsonl" in told[0], len(told)] == [True, 2] and "pretrain_64.run.json" in told[1]
+    names = ("pretrain_64.jsonl", "pretrain_64.run.json")
+    assert len(told) == 2 and all(any(name in line for line in told) for name in names)
     assert (out / "pretrain_64.pth").read_bytes() == base.read_bytes()
 
 
