@@ -127,8 +127,8 @@ def is_chat_model(bot: Chatbot | TransformersChatbot, path: Path) -> bool:
     if path.is_dir():
         return bot.tokenizer.brings_template
     meta = load_meta(path)
-    began = run_arguments(meta).get("from_weight", "none" if meta else None)
-    return not (str(meta.get("stage", path.stem)).startswith("pretrain") or began == "none")
+    method = str(meta.get("method") or meta.get("stage") or path.stem)  # older files do not say the first
+    return not (method.startswith("pretrain") or run_arguments(meta).get("from_weight") == "none")
 
 
 def exact_dtype(device: torch.device, name: str | None = None) -> torch.dtype:

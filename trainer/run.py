@@ -110,8 +110,7 @@ class Run:
         self.model.activation_checkpointing = bool(args.activation_checkpointing)
         if self.processes.rank:  # the weights are equal by now, what is dropped out must not be
             torch.manual_seed(args.seed + self.processes.rank)
-        chat = stage != "pretrain"
-        self.probe = AnswerProbe(args.eval_tasks, self.tokenizer, chat) if args.eval_tasks else None
+        self.probe = AnswerProbe(args.eval_tasks, self.tokenizer, stage != "pretrain") if args.eval_tasks else None
         self.progress, self.compiled = Progress(), None
         self.share = 0.0  # of the budget that is used up
         self.reporter = Reporter(self.stage, self.path(".pth"), self.processes, args.log_interval)
@@ -216,7 +215,8 @@ class Run:
         """Log what evaluate() finds, and how the questions of --eval_tasks go; without either, nothing."""
         figures = {} if rows is None else self.evaluate(loss_fn, rows)
         if self.probe:
-            figures |= self.probe.ask(self.parallel.model if self.parallel else self.model, self.dtype, self.reporter)
+            model = self.parallel.model if self.parallel else self.model
+            figures |= self.probe.ask(model, self.dtype, self.reporter)
         self.log_validation(figures)
 
     def log_validation(self, figures: dict[str, float]) -> None:
@@ -232,7 +232,7 @@ class Run:
             return
         weights = self.path(".pth")
         meta = {"stage": self.stage, **self.reporter.figures(self.progress), "arguments": identity(self.args)}
-        meta |= {"inputs": self.inputs, "context": self.context}
+        meta |= {"method": self.method, "inputs": self.inputs, "context": self.context}
         if isinstance(self._data, Mixture):
             meta["sources"] = self._data.record()
             self.reporter.say(f"sources of --data_path:\n{self._data.describe(self.progress.samples)}")
