@@ -120,7 +120,9 @@ class Run:
         options = dict(seq_len=self.args.max_seq_len, cache_dir=self.cache_dir, quiet=not self.processes.is_main)
         rows = [make(path, self.tokenizer, **options) if path else None for path in paths]
         for flag, part in zip(("data_path", "val_path"), rows, strict=True):
-            self.inputs[flag] = part and summary(part)["sha256"]
+            self.inputs[flag] = (
+                None if part is None else summary(part)["sha256"]
+            )  # its length may have to be waited for
         return tuple(rows)
 
     def steps(self, rows) -> Iterator[Iterator[dict]]:
