@@ -125,8 +125,9 @@ class Run:
         options = dict(seq_len=self.args.max_seq_len, cache_dir=self.cache_dir, quiet=not self.processes.is_main)
         rows = [make(path, self.tokenizer, **options) if path else None for path in paths]
         for flag, path, part in zip(("data_path", "val_path"), paths, rows, strict=True):
-            self.inputs[flag] = part and summary(part)["sha256"]
-            self.data[flag] = part and {"path": str(path)} | summary(part)
+            figures = None if part is None else summary(part)  # not `part and`: its length may have to be waited for
+            self.inputs[flag] = figures and figures["sha256"]
+            self.data[flag] = figures and {"path": str(path)} | figures
         return tuple(rows)
 
     def steps(self, rows) -> Iterator[Iterator[dict]]:
