@@ -127,7 +127,8 @@ class Run:
         for flag, path, part in zip(("data_path", "val_path"), paths, rows, strict=True):
             figures = None if part is None else summary(part)  # not `part and`: its length may have to be waited for
             self.inputs[flag] = figures and figures["sha256"]
-            self.data[flag] = figures and {"path": str(path)} | figures
+            place = " ".join(source.name for source in path) if isinstance(path, list) else str(path)
+            self.data[flag] = figures and {"path": place} | figures
         return tuple(rows)
 
     def steps(self, rows) -> Iterator[Iterator[dict]]:
