@@ -247,7 +247,7 @@ def draw_rl_curves(run: Run) -> None:
         ax.set_title(title, fontsize=10)
         ax.set_xlabel("step")
         ax.grid(alpha=0.3)
-        if len(names) > 1:
+        if len(names) > 1 and ax.lines:
             ax.legend(fontsize=8)
     figure.suptitle(log_path.stem)
     figure.tight_layout()

@@ -113,9 +113,10 @@ class ZeroParallel:
             ) from error
 
     def accumulating(self, last: bool) -> contextlib.AbstractContextManager:
-        return contextlib.nullcontext()  # DeepSpeed counts the batches itself
+        return contextlib.nullcontext()  # backward() says it
 
     def backward(self, loss: Tensor, last: bool) -> None:
+        self.module.set_gradient_accumulation_boundary(last)  # how many batches a step has may differ
         self.module.backward(loss * self.processes.count, scale_wrt_gas=False)
         if not last:
             self.module.step()
