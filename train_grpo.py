@@ -10,7 +10,7 @@ Settings known by a name:
   DAPO     --aggregate token --divide_by_deviation 1 --clip_high 0.28
   GSPO     --ratio sequence --aggregate sequence --divide_by_deviation 1 --clip_low 3e-4 --clip_high 4e-4
   CISPO    --objective cispo --aggregate token --divide_by_deviation 1 --weight_cap 5
-With one update a rollout the ratio is 1: clipping and the cap act from --updates_per_rollout 2 on.
+In the first update of a rollout the ratio is 1: clipping and the cap act from the second on (--updates_per_rollout).
 """
 
 import copy
@@ -71,7 +71,7 @@ def grpo_loss(model, batch, old_log_probs, reference, args):
     if reference is not None:
         with torch.no_grad():
             _, distribution_ref, _ = token_log_probs(reference, batch)
-        kl = kl_divergence(distribution, distribution_ref)
+        kl = kl_divergence(distribution if args.beta else distribution.detach(), distribution_ref)
         losses = losses + args.beta * kl
         metrics["kl"] = kl.detach().sum() / max(len(kl), 1)
     loss = aggregate(losses, batch, args.aggregate, args.max_new_tokens)
@@ -84,6 +84,7 @@ def parse_arguments():
         log_interval=1, compile="0",
     )  # fmt: skip
     add = add_rollout_flags(parser)
+    parser.set_defaults(updates_per_rollout=2)
     add("--objective", choices=("grpo", "cispo"), default="grpo")
     add("--divide_by_deviation", type=int, choices=(0, 1), default=0, help="1 = advantages in units of their group's")
     add("--aggregate", choices=("token", "sequence", "constant"), default="token", help="every token "
@@ -103,7 +104,7 @@ def main():
     args = parse_arguments()
     run = Run(f"lora/{args.lora_name}" if args.lora_name else "grpo", args, minutes=4.0, learning_rate_factor=0.15)
     save = add_adapter(run)
-    reference = copy.deepcopy(run.model).eval().requires_grad_(False) if args.beta else None
+    reference = copy.deepcopy(run.model).eval().requires_grad_(False)
     questions, held_out = run.rows(question_dataset, "reason_rl")
     play = OneTurn(run.tokenizer, REWARDS[args.reward], args)
     questions = fitting(questions, play, args, quiet=not run.processes.is_main)
@@ -124,7 +125,8 @@ def main():
         for update in range(args.updates_per_rollout):
             for i, batch in enumerate(run.accumulate(batches)):
                 old = old_log_probs[i] if update else None
-                loss, metrics, log_probs = grpo_loss(run.model, batch, old, reference, args)
+                start = reference if args.beta or i == update == 0 else None  # without beta, only to tell
+                loss, metrics, log_probs = grpo_loss(run.model, batch, old, start, args)
                 run.backward(loss, batch)
                 figures.batch(metrics, log_probs, batch, first=update == 0)
                 old_log_probs += [log_probs] * (update == 0)

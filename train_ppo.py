@@ -109,7 +109,7 @@ def ppo_loss(model, batch, old_log_probs, reference, args, warming_up):
     if reference is not None:
         with torch.no_grad():
             _, distribution_ref, _ = token_log_probs(reference, batch)
-        kl = kl_divergence(distribution, distribution_ref)
+        kl = kl_divergence(distribution if args.beta else distribution.detach(), distribution_ref)
         losses, metrics["kl"] = losses + args.beta * kl, kl.detach().sum() / count
     losses = (0.0 if warming_up else 1.0) * losses + args.value_weight * of_critic
     return aggregate(losses, batch, "token", 1) + out.aux_loss, metrics, log_probs.detach()
@@ -140,7 +140,7 @@ def parse_arguments():
 def main():
     args = parse_arguments()
     run = Run("ppo", args, minutes=4.0, learning_rate_factor=0.15)
-    reference = copy.deepcopy(run.model).eval().requires_grad_(False) if args.beta else None
+    reference = copy.deepcopy(run.model).eval().requires_grad_(False)
     run.model = ActorCritic(run.model)
     questions, held_out = run.rows(question_dataset, "reason_rl")
     play = OneTurn(run.tokenizer, REWARDS[args.reward], args)
@@ -159,7 +159,8 @@ def main():
         for update in range(args.updates_per_rollout):
             for i, batch in enumerate(run.accumulate(batches)):
                 old = old_log_probs[i] if update else None
-                loss, metrics, log_probs = ppo_loss(run.model, batch, old, reference, args, warming_up)
+                start = reference if args.beta or i == update == 0 else None  # without beta, only to tell
+                loss, metrics, log_probs = ppo_loss(run.model, batch, old, start, args, warming_up)
                 run.backward(loss, batch)
                 figures.batch(metrics, log_probs, batch, first=update == 0)
                 old_log_probs += [log_probs] * (update == 0)

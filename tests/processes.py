@@ -31,7 +31,13 @@ from model.model import MiniMindConfig, MiniMindLM
 ROOT = Path(__file__).resolve().parent.parent
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 ENV = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "WANDB_MODE": "offline", "WANDB_SILENT": "true"}
-CLOCK = ("seconds", "tokens_per_second", "mfu")  # what a clock measures, and no two runs have in common
+CLOCK = (
+    "seconds",
+    "tokens_per_second",
+    "mfu",
+    "rollout_seconds",
+    "training_seconds",
+)  # what a clock measures, and no two runs have in common
 CONTEXT = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
 if sys.platform == "linux":
     CONTEXT.set_forkserver_preload(

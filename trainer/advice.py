@@ -19,6 +19,8 @@ class Stage(NamedTuple):
 
 CHAT = "python eval_model.py --weight {name}"
 FALLS = "the validation loss falls to the end"
+REWARDED = "reward and held-out answers rise, what was known before stays; the loss says nothing"
+NO_FALL = ("unlikelihood", "grpo", "ppo", "agent")  # whose losses need not fall
 STAGES = {
     "pretrain": Stage(
         "0.40 to 0.50 bits per byte (1.0 on a slow machine)",
@@ -50,11 +52,9 @@ STAGES = {
         f"{FALLS}; problems are learnt by heart in few epochs",
         "python eval_model.py --weight {name} --thinking 1",
     ),
-    "agent": Stage(
-        "the reward in the log rises, chains of three calls are answered that nobody has shown",
-        "the reward in the log rises; the .md file shows what the answers are like",
-        "python eval_model.py --weight {name} --tools 1",
-    ),
+    "agent": Stage(REWARDED, REWARDED, "python eval_model.py --weight {name} --tools 1"),
+    "grpo": Stage(REWARDED, REWARDED, "python eval_model.py --weight {name} --thinking 1"),
+    "ppo": Stage(REWARDED, REWARDED, "python eval_model.py --weight {name} --thinking 1"),
     "unlikelihood": Stage(
         "the share of `repeats` in the log falls, the validation loss stays within a few per cent",
         "the share of `repeats` in the log falls, the validation loss stays within a few per cent",
@@ -79,7 +79,7 @@ class Outcome(NamedTuple):
 def advice(method: str, name: str, flags: str, outcome: Outcome) -> list[str]:
     """Lines for the end. name: of the weights or the adapter; flags: what the next command needs beside it."""
     lines = []
-    fault = learnt_little(outcome, method not in ("unlikelihood", "agent"))
+    fault = learnt_little(outcome, method not in NO_FALL)
     if fault:
         lines.append(f"note: {fault}: little can have been learnt. {_more(outcome)}")
     known = STAGES.get(method.partition("/")[0])

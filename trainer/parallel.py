@@ -257,6 +257,9 @@ def skeleton(model: MiniMindLM) -> MiniMindLM:
 def filled(empty: MiniMindLM, weights: dict[str, Tensor]) -> MiniMindLM:
     """A skeleton with weights again."""
     empty.load_state_dict(weights, assign=True)
+    for part in empty.modules():
+        if isinstance(part, MiniMindLM):
+            part.set_rope()  # which no weights hold
     return empty
 
 

@@ -36,12 +36,12 @@ FOLLOWED = 100  # and at each validation on the way
 def add_rollout_flags(parser: argparse.ArgumentParser) -> Callable:
     """Those that all scripts of reinforcement learning have; returns the group's add_argument, for those of one."""
     add = parser.add_argument_group("reinforcement learning").add_argument
-    add("--group_size", type=int, default=8, help="answers to each of --batch_size questions (default: 8)")
+    add("--group_size", type=int, default=8, help="answers to each of --batch_size questions (default: %(default)s)")
     add("--max_new_tokens", type=int, default=128, help="of an answer; one that needs more is cut off and worth 0")
     add("--refills", type=int, default=2, help="times that further questions are drawn in place of those whose answers "
         "are all worth the same (default: 2)")  # fmt: skip
     add("--enough", type=float, default=0.5, help="share of --batch_size groups that need no refill (default: 0.5)")
-    add("--updates_per_rollout", type=int, default=1, help="passes over the same answers (default: 1)")
+    add("--updates_per_rollout", type=int, default=1, help="passes over the same answers (default: %(default)s)")
     add("--rows", type=int, default=16, help="rows of --max_seq_len tokens that are computed at once (default: 16)")
     add("--beta", type=float, default=0.0, help="weight of KL(policy || start), exact over the whole vocabulary")
     add("--reward", choices=list(REWARDS), default="right", help="random: worth nothing, must teach nothing")
@@ -113,7 +113,7 @@ class Figures:
             {"held-out": self.held_out[: run.args.measure], **other_tiers(run.args)} if tiers is None else tiers
         )
         self.of_step: dict[str, float] = {}
-        self.sums, self.tokens, self.gap, self.clock = {}, 0, 0.0, 0.0
+        self.sums, self.gap, self.clock = {}, 0.0, 0.0
         self.before = self._measure_all()  # of the weights that the run began with, a resumed one too
 
     def validate(self) -> None:
@@ -135,18 +135,18 @@ class Figures:
             if name == "expert_load":
                 self.of_step[name] = value
             else:
-                self.sums[name] = self.sums.get(name, 0.0) + float(value) * batch["tokens"]
-        self.tokens += batch["tokens"]
+                total, tokens = self.sums.get(name, (0.0, 0))
+                self.sums[name] = total + float(value) * batch["tokens"], tokens + batch["tokens"]
         if first and len(log_probs):
             gap = (log_probs - batch["engine_log_probs"]).abs().nan_to_num(0.0)
             self.gap = max(self.gap, float(gap.max()))
 
     def of_update(self) -> dict:
         """For Run.update(): means over the tokens of this process' batches."""
-        means = {name: value / max(self.tokens, 1) for name, value in self.sums.items()}
+        means = {name: total / max(tokens, 1) for name, (total, tokens) in self.sums.items()}
         figures = self.of_step | means | {"engine_gap": self.gap}
         figures["training_seconds"] = round(time.perf_counter() - self.clock, 3)
-        self.sums, self.tokens, self.clock = {}, 0, time.perf_counter()
+        self.sums, self.clock = {}, time.perf_counter()
         self.of_step.pop("rollout_seconds", None)  # the next update has the same rollouts
         return figures
 
