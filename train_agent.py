@@ -8,12 +8,16 @@ No way to an answer is shown: a reward of 1 for a right last answer is all there
 calculator, dates and units.
 """
 
+import copy
+
 import cli  # first: it takes Ctrl-C while the rest is imported
 
 # isort: split
+import torch
+
 from dataset.lm_dataset import question_dataset
 from trainer.arguments import arguments
-from trainer.policy import advantages_of, aggregate, entropy, policy_batches, token_log_probs
+from trainer.policy import advantages_of, aggregate, entropy, kl_divergence, policy_batches, token_log_probs
 from trainer.rewards import REWARDS
 from trainer.rl import Figures, add_adapter, add_rollout_flags, check_rollout_flags, draw_rl_curves, fitting
 from trainer.rollout import collect
@@ -23,11 +27,12 @@ from trainer.tool_turns import ToolTurns, agent_tiers, with_our_tools
 FOLLOWED = 40  # held-out questions that are asked on the way
 
 
-def agent_loss(model, batch, old_log_probs, args):
+def agent_loss(model, batch, old_log_probs, reference, args):
     """Minus the mean over all sampled tokens (N,) of min(r, weight_cap) A log pi (CISPO, MiniMax 2025,
     arXiv:2506.13585). The advantage A = R - mean of the group is the same for all tokens of all turns; r = pi / pi_old
     has no gradient. old_log_probs (N,): None at the first update of a rollout, which is by the weights that sampled it:
-    then r is 1, and this is REINFORCE with the group's mean as its baseline.
+    then r is 1, and this is REINFORCE with the group's mean as its baseline. With a reference, plus beta times the
+    exact KL to these weights.
 
     Tokens of the template and of results are no labels: they have no part in it."""
     log_probs, distribution, out = token_log_probs(model, batch)
@@ -36,6 +41,12 @@ def agent_loss(model, batch, old_log_probs, args):
     losses = -ratio.clamp(max=args.weight_cap) * batch["advantages"] * log_probs
     cut = (ratio > args.weight_cap).float().sum() / max(len(ratio), 1)
     metrics = out.metrics | {"clipped": cut, "entropy": entropy(distribution)}
+    if reference is not None:
+        with torch.no_grad():
+            _, distribution_ref, _ = token_log_probs(reference, batch)
+        kl = kl_divergence(distribution, distribution_ref)
+        losses = losses + args.beta * kl
+        metrics["kl"] = kl.detach().sum() / max(len(kl), 1)
     return aggregate(losses, batch, "token", args.max_new_tokens) + out.aux_loss, metrics, log_probs.detach()
 
 
@@ -59,6 +70,7 @@ def main():
     args = parse_arguments()
     run = Run(f"lora/{args.lora_name}" if args.lora_name else "agent", args, minutes=4.0, learning_rate_factor=0.15)
     save = add_adapter(run)
+    reference = copy.deepcopy(run.model).eval().requires_grad_(False) if args.beta else None
     quiet = not run.processes.is_main
     questions, held_out = run.rows(question_dataset, "agent")
     play = ToolTurns(run.tokenizer, REWARDS[args.reward], args)
@@ -80,7 +92,7 @@ def main():
         for update in range(args.updates_per_rollout):
             for i, batch in enumerate(run.accumulate(batches)):
                 old = old_log_probs[i] if update else None
-                loss, metrics, log_probs = agent_loss(run.model, batch, old, args)
+                loss, metrics, log_probs = agent_loss(run.model, batch, old, reference, args)
                 run.backward(loss, batch)
                 figures.batch(metrics, log_probs, batch, first=update == 0)
                 old_log_probs += [log_probs] * (update == 0)

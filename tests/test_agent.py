@@ -5,6 +5,7 @@ pytest tests/test_agent.py
 
 import json
 import random
+import re
 from functools import cache
 from types import SimpleNamespace
 
@@ -111,7 +112,7 @@ def test_the_gradient_of_a_token_is_its_advantage():
     for ratio, counts in ((1.0, 1.0), (1.5, 1.5), (7.0, 2.0)):
         old = None if ratio == 1 else log_probs.detach() - torch.tensor(ratio).log()
         model.zero_grad()
-        train_agent.agent_loss(model, batch, old, args)[0].backward()
+        train_agent.agent_loss(model, batch, old, None, args)[0].backward()
         expected = torch.autograd.grad(
             -(counts * advantages * log_probs).mean(), model.model.norm.weight, retain_graph=True
         )
@@ -128,6 +129,18 @@ def test_calls_without_end_are_cut_off():
     assert not carry_out(rollout, tokenizer) and rollout.truncated
 
 
+def test_a_tool_that_always_fails_is_told_once(capsys):
+    """One line for a step in which every call gets an error back; each of them may cost something."""
+    tokenizer, failing = load_tokenizer(), said(("calculator", {"expression": "1 +"}))
+    play = ToolTurns(tokenizer, REWARDS["right"], SimpleNamespace(max_new_tokens=9, failed_call_cost=0.1))
+    rollouts = [play_script([failing, {"role": "assistant", "content": "7"}], tokenizer)[0] for _ in range(20)]
+    for _ in range(2):
+        play.answer(SimpleNamespace(complete=lambda *args, **options: None), rollouts)
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == 1 and "all of 20 calls got an error back" in told[0] and "not an expression" in told[0]
+    assert {rollout.reward for rollout in rollouts} == {0.9}
+
+
 # ------------------------------------------------------------------------------------------------ the tasks
 
 
@@ -140,7 +153,7 @@ def other(rng: random.Random, lang: str, held: bool) -> Item:
 @cache
 def tasks() -> tuple[list[dict], list[dict]]:
     rng = random.Random(0)
-    return chains.make_tasks(rng, 800, other), chains.make_heldout(rng, other)
+    return chains.make_tasks(rng, 0.2, other), chains.make_heldout(rng, other)
 
 
 def test_tasks_are_unseen_when_held_out_and_as_many_in_either_language():
@@ -149,9 +162,9 @@ def test_tasks_are_unseen_when_held_out_and_as_many_in_either_language():
     assert len(held) == len(asked[1]) == len(chains.SHARES) * chains.HELD_OUT and len(asked[0]) == len(train)
     assert not asked[0] & asked[1]
     assert {row["skill"] for row in train} == set(chains.SHARES)
-    for kind in chains.SHARES:
-        chinese = [not row["conversations"][1]["content"].isascii() for row in held if row["skill"] == kind]
-        assert 0.4 < sum(chinese) / len(chinese) < 0.6 or kind == "call_or_answer"
+    for kind in set(chains.SHARES) - {"call_or_answer"}:  # half of which other() makes
+        chinese = [re.search(r"[一-鿿]", row["conversations"][1]["content"]) for row in held if row["skill"] == kind]
+        assert 0.4 < sum(map(bool, chinese)) / len(chinese) < 0.6
 
 
 @pytest.mark.parametrize("make, count", [(chains.two_calls, 2), (chains.three_calls, 3), (chains.recovery, 1)])
@@ -283,7 +296,7 @@ def test_a_run_learns_to_call_and_goes_on_after_a_kill(world, tmp_path):
     rows = [row for row in log(whole / "agent_64.pth") if "reward" in row]
     assert rows[0]["reward"] < 0.8 and sum(row["reward"] for row in rows[-3:]) / 3 > rows[0]["reward"] + 0.1
     assert all(row["engine_gap"] < 1e-4 for row in rows) and rows[0]["calls"] > 0
-    assert "sum (2)" in done.out and (whole / "agent_64.md").read_text(encoding="utf-8").count("## step") >= 5
+    assert "sum, 2" in done.out and (whole / "agent_64.md").read_text(encoding="utf-8").count("## step") >= 5
     killed = Script(tmp_path, job(world, parts, "--steps", 8, "--measure", 2))
     killed.wait_for_state(parts, step=3)
     killed.kill()
@@ -296,7 +309,7 @@ def test_a_run_learns_to_call_and_goes_on_after_a_kill(world, tmp_path):
 def test_adapters_and_experts_learn_too(world, tmp_path):
     """Even from coins, which differ whatever is said; the weights below an adapter stay as they are."""
     before = (world / "dense.pth").read_bytes()
-    flags, moe = ["--steps", 2, "--reward", "random"], world / "moe.pth"
+    flags, moe = ["--steps", 2, "--reward", "random", "--beta", 0.01], world / "moe.pth"
     jobs = [job(world, tmp_path, *flags, "--lora_name", "caller"), job(world, tmp_path, *flags, "--from_weight", moe)]
     Script(tmp_path, *jobs).succeed()
     adapter = weights(tmp_path / "lora" / "caller_64.pth")

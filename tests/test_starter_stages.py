@@ -110,18 +110,21 @@ def eval_sum(text: str) -> int:
 
 
 def test_tool_results_are_those_of_the_tools(corpus):
-    calls = 0
+    calls = chained = failed = 0
     for row in read(corpus, "long"):
         messages = row["conversations"]
         for i, message in enumerate(messages):
             if message.get("tool_calls"):
                 (call,) = json.loads(message["tool_calls"])
                 assert messages[i + 1] == {"role": "tool", "content": run_tool(**call)}
-                assert "error" not in messages[i + 1]["content"]
-                result = str(json.loads(messages[i + 1]["content"], parse_float=str)["result"])
-                assert result in messages[i + 2]["content"]
+                result = json.loads(messages[i + 1]["content"], parse_float=str)
                 calls += 1
-    assert calls > 100
+                if messages[i + 2].get("tool_calls"):
+                    chained += 1
+                    failed += "error" in result
+                else:
+                    assert str(result["result"]) in messages[i + 2]["content"]
+    assert calls > 100 and chained > 10 and failed > 1 and chained < calls / 3
 
 
 def test_the_new_identity_is_nobody_else(corpus):

@@ -20,7 +20,7 @@ class Stage(NamedTuple):
 CHAT = "python eval_model.py --weight {name}"
 FALLS = "the validation loss falls to the end"
 REWARDED = "reward and held-out answers rise, what was known before stays; the loss says nothing"
-NO_FALL = ("unlikelihood", "grpo", "ppo", "agent")  # a loss that need not fall
+NO_FALL = ("unlikelihood", "grpo", "ppo", "agent")  # whose losses need not fall
 STAGES = {
     "pretrain": Stage(
         "0.40 to 0.50 bits per byte (1.0 on a slow machine)",

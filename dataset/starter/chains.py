@@ -209,8 +209,10 @@ def make_rows(rng: random.Random, kinds: list[str], held: bool, other: Other) ->
     return rows
 
 
-def make_tasks(rng: random.Random, rows: int, other: Other) -> list[dict]:
-    return make_rows(rng, rng.choices(list(SHARES), list(SHARES.values()), k=rows), False, other)
+def make_tasks(rng: random.Random, size: float, other: Other) -> list[dict]:
+    """The tasks to train on, in the shares of SHARES."""
+    kinds = rng.choices(list(SHARES), list(SHARES.values()), k=int(ROWS * size))
+    return make_rows(rng, kinds, False, other)
 
 
 def make_heldout(rng: random.Random, other: Other) -> list[dict]:

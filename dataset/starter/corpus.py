@@ -369,8 +369,7 @@ def write_starter(out_dir: str | Path = DEFAULT, size: float = 1.0, seed: int = 
     write_jsonl(out_dir / "dpo.jsonl", make_preferences(rng_for("dpo"), int(PREFERENCES * size), held=False))
     write_jsonl(out_dir / "dpo_val.jsonl", make_preferences(rng_for("dpo_val"), 300, held=True))
     write_jsonl(out_dir / "tools_heldout.jsonl", make_tools_heldout(rng_for("tools_heldout")))
-    agent = chains.make_tasks(rng_for("agent"), int(chains.ROWS * size), beside_tools)
-    write_jsonl(out_dir / "agent.jsonl", agent)
+    write_jsonl(out_dir / "agent.jsonl", chains.make_tasks(rng_for("agent"), size, beside_tools))
     write_jsonl(out_dir / "agent_val.jsonl", chains.make_heldout(rng_for("agent_val"), beside_tools))
     for part, rows in (("", int(LONG_ROWS * size)), ("_val", 100)):
         conversations = without(kept, make_long(rng_for("long" + part), rows))
