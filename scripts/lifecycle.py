@@ -103,8 +103,20 @@ def reason(life: Life) -> list[Line]:
     return [Line("reasoning", "problems solved with thinking", percent(before), percent(after), skills, minutes)]
 
 
+def reinforced(life: Life, stage: str, begins_at: str, tiers: dict[str, str]) -> list[Line]:
+    """A stage of reinforcement learning; tiers: its held-out questions, and what is said of them."""
+    minutes = life.train(f"train_{stage}.py", f"{stage}_{life.size}", "--from_weight", begins_at)
+    *_, last = read_log(life.out / f"{stage}_{life.size}.jsonl")
+    lines = []
+    for tier, what in tiers.items():
+        before, after = (percent(100 * last[f"val_{tier}_sampled{when}"]) for when in ("_before", ""))
+        lines.append(Line("" if lines else stage, f"{what}, one sample", before, after))
+    lines[0].skills, lines[0].minutes = percent(life.score("heldout", stage)["all"]), minutes
+    return lines
+
+
 def dpo(life: Life) -> list[Line]:
-    minutes = life.train("train_dpo.py", f"dpo_{life.size}", "--from_weight", "reason", "--steps", "32")
+    minutes = life.train("train_dpo.py", f"dpo_{life.size}", "--from_weight", "agent", "--steps", "32")
     first, *_, last = (row["val_accuracy"] for row in life.log(f"dpo_{life.size}"))
     skills = percent(life.score("heldout", "dpo")["all"])
     return [Line("DPO", "held-out pairs ranked right", percent(100 * first), percent(100 * last), skills, minutes)]
@@ -117,6 +129,7 @@ def the_end(life: Life) -> list[Line]:
         ("all skills", "heldout", "all", {}),
         ("problems solved at once", "reason_heldout", "all", {"thinking": False}),
         ("problems solved with thinking", "reason_heldout", "all", {"thinking": True}),
+        ("problems beyond those, with thinking", "reason_rl_val", "all", {"thinking": True}),
         ("the right tool is called", "tools_heldout", "call", {}),
         ("its result is used", "tools_heldout", "result", {}),
         ("no tool is called where none is needed", "tools_heldout", "no_call", {}),
@@ -148,7 +161,11 @@ def main() -> None:
     begin, life = time.monotonic(), Life(out.resolve())
     lines = lora(life, "lora_identity", "who it is: a new name and maker", "--steps", "300")
     lines += lora(life, "lora_medical", "first aid, in unseen wordings")
-    lines += distill(life) + reason(life) + dpo(life) + the_end(life)
+    lines += distill(life) + reason(life)
+    lines += reinforced(life, "grpo", "reason", {"held-out": "problems beyond those"})
+    chains = {"three_calls": "three calls, never shown", "two_calls": "two calls"}
+    lines += reinforced(life, "agent", "grpo", chains)
+    lines += dpo(life) + the_end(life)
     minutes = (time.monotonic() - begin) / 60
     print(f"\n{table(lines)}\n\n{minutes:.1f} minutes in all; the curves of the two students: {out / 'distill.png'}")
     if args.markdown:

@@ -157,7 +157,12 @@ class Figures:
         if not run.processes.is_main:
             return
         print_table(self.before, after)
-        figures = {f"val_{name}_{what}": found[what] for name, found in after.items() for what in SHOWN}
+        figures = {
+            f"val_{name}_{what}{when}": found[name][what]
+            for when, found in (("_before", self.before), ("", after))
+            for name in found
+            for what in SHOWN
+        }
         run.log_validation({"val_accuracy": next(iter(after.values()))["greedy"]} | figures if after else {})
 
     def _measure_all(self) -> dict[str, dict]:
