@@ -123,7 +123,7 @@ def _cleaned(job: Job, sources: Sequence[Source]) -> Iterator[tuple[int, list, C
     try:
         with ProcessPoolExecutor(job.num_proc, *options) as pool:
             for n, chunk in tasks:
-                with packing._hidden_script():
+                with packing.hidden_script():
                     waiting.append((n, chunk, pool.submit(_clean_in_worker, n >= len(job.against), chunk)))
                 if len(waiting) > 2 * job.num_proc:
                     n, chunk, done = waiting.popleft()
