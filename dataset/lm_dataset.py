@@ -88,7 +88,7 @@ def summary(dataset: Dataset | Mixture | Questions) -> dict:
     """The figures of a packed dataset: kind, seq_len, lines, used, skipped, tokens, labels, rows, fill, seconds, ...;
     of a Mixture kind, seq_len and sha256; of questions the hash of their files."""
     if isinstance(dataset, Questions):
-        return {"sha256": dataset.sha256}
+        return {"sha256": dataset.sha256, "rows": len(dataset)}
     return dataset.figures() if isinstance(dataset, Mixture) else json.loads(dataset.info.description)
 
 
