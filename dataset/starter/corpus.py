@@ -85,7 +85,7 @@ THOUGHTS = {"zh": ["这个我会。", "很简单。"], "en": ["I can do this.", 
 THOUGHT = 0.05  # share of those that have one: a chat that asks for thinking must not lose what needs none
 PREFERENCES = 6_000  # at size 1.0
 LONG_ROWS = 12_000  # at size 1.0
-BESIDE_TOOLS = (WORLD, NATURE, LIFE, "comparing", "sorting", "counting", "opposites")  # what no tool can do
+BEYOND_TOOLS = (WORLD, NATURE, LIFE, "comparing", "sorting", "counting", "opposites")  # what no tool can do
 FILES = (
     "pretrain.jsonl",
     "pretrain_val.jsonl",
@@ -320,9 +320,9 @@ def make_tools_heldout(rng: random.Random) -> list[dict]:
     return rows
 
 
-def beside_tools(rng: random.Random, lang: str, held: bool) -> Item:
+def beyond_tools(rng: random.Random, lang: str, held: bool) -> Item:
     """What no built-in tool can answer."""
-    return draw_item(rng, rng.choice(BESIDE_TOOLS), lang, held)
+    return draw_item(rng, rng.choice(BEYOND_TOOLS), lang, held)
 
 
 def make_preferences(rng: random.Random, rows: int, held: bool) -> list[dict]:
@@ -369,8 +369,8 @@ def write_starter(out_dir: str | Path = DEFAULT, size: float = 1.0, seed: int = 
     write_jsonl(out_dir / "dpo.jsonl", make_preferences(rng_for("dpo"), int(PREFERENCES * size), held=False))
     write_jsonl(out_dir / "dpo_val.jsonl", make_preferences(rng_for("dpo_val"), 300, held=True))
     write_jsonl(out_dir / "tools_heldout.jsonl", make_tools_heldout(rng_for("tools_heldout")))
-    write_jsonl(out_dir / "agent.jsonl", chains.make_tasks(rng_for("agent"), size, beside_tools))
-    write_jsonl(out_dir / "agent_val.jsonl", chains.make_heldout(rng_for("agent_val"), beside_tools))
+    write_jsonl(out_dir / "agent.jsonl", chains.make_tasks(rng_for("agent"), size, beyond_tools))
+    write_jsonl(out_dir / "agent_val.jsonl", chains.make_heldout(rng_for("agent_val"), beyond_tools))
     for part, rows in (("", int(LONG_ROWS * size)), ("_val", 100)):
         conversations = without(kept, make_long(rng_for("long" + part), rows))
         write_jsonl(out_dir / f"long{part}.jsonl", [{"conversations": messages} for messages in conversations])
