@@ -294,12 +294,13 @@ def encoding_of(head: bytes) -> str:
 
 
 def _is_gb18030(head: bytes) -> bool:
-    """Without doubt: it can be decoded, what it says is Chinese, and no line is Chinese in UTF-8."""
-    lines = [line for line in head.splitlines() if not line.isascii()]
-    if any(THREE_BYTES.search(line) and _is_utf8(line) for line in lines):
+    """Without doubt: it can be decoded, what it says is Chinese, and hardly a line is Chinese in UTF-8."""
+    lines = [line for line in head.split(b"\n") if not line.isascii()]
+    others = [line for line in lines if not (THREE_BYTES.search(line) and _is_utf8(line))]
+    if len(others) < 0.9 * len(lines):
         return False
     try:
-        text = codecs.getincrementaldecoder("gb18030")().decode(head)
+        text = codecs.getincrementaldecoder("gb18030")().decode(b"\n".join(others))
     except UnicodeDecodeError:
         return False
     chinese = re.findall("[\u3400-\u9fff]", text)

@@ -156,8 +156,8 @@ def _sharded(
 ) -> ShardedFile:
     size = cache.shard_bytes()
     folder = _cache_folder(kind, digest, tokenizer, seq_len, cache_dir, size)
-    text_size = files.DataFile(path).text_size
-    return ShardedFile(kind, path.absolute(), folder, tokenizer, seq_len, {"sha256": digest}, text_size, size)
+    text_size, identity = files.DataFile(path).text_size, {"sha256": digest, "tokenizer": tokenizer.chat_hash}
+    return ShardedFile(kind, path.absolute(), folder, tokenizer, seq_len, identity, text_size, size)
 
 
 @contextmanager
@@ -197,7 +197,8 @@ def _packed_dataset(
             cached = dataset is not None
             if not cached:
                 try:
-                    _build(folder, kind, path, tokenizer, seq_len, num_proc, quiet, {"sha256": digest})
+                    identity = {"sha256": digest, "tokenizer": tokenizer.chat_hash}
+                    _build(folder, kind, path, tokenizer, seq_len, num_proc, quiet, identity)
                 except BrokenExecutor:
                     text = "a process that tokenised it was killed; is there enough memory?"
                     raise DataError(f"{path}: {text}") from None

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dataset.jsonl import parse_line
+from dataset.jsonl import DataError, parse_line
 from dataset.ngrams import ngrams, units_of
 from dataset.tables import Source
 
@@ -66,15 +66,17 @@ def _table(hashes: np.ndarray, owners: np.ndarray) -> tuple[np.ndarray, np.ndarr
     return pairs.hash.copy(), pairs.owner.copy(), bloom
 
 
-def overlap(questions: Sequence[str], files: Iterable[str | Path]) -> Overlap:
+def overlap(questions: Sequence[str], files: Iterable[str | Path], tokenizer: Any = None) -> Overlap:
     """How many of the questions (a question with its right answer, as one text each) stand in data files of any of our
-    formats: share an n-gram of 13 words, or Chinese characters, with a row. Memory does not grow with the files.
+    formats: share an n-gram of 13 words, or Chinese characters, with a row. Memory does not grow with the files. With
+    the tokenizer, folders of the token cache can be given too, one or all of them.
 
     DataError names a file that cannot be read."""
     grams = QuestionGrams(questions)
     found: set[int] = set()
     for path in files:
-        for texts in _batches(texts_of_file(path)):
+        folder = tokenizer is not None and Path(path).is_dir()
+        for texts in _batches(texts_of_cache(Path(path), tokenizer) if folder else texts_of_file(path)):
             found.update(question for _, question in grams.hits(texts))
     checked = int(grams.long_enough.sum())
     return Overlap(len(found) / max(checked, 1), checked, [n in found for n in range(len(questions))])
@@ -86,6 +88,27 @@ def texts_of_file(path: str | Path) -> Iterator[str]:
         row, _ = parse_line(number, line)
         if row is not None:
             yield "\n".join(strings_of(row))
+
+
+def texts_of_cache(folder: Path, tokenizer: Any) -> Iterator[str]:
+    """What the rows of tokens say that were made with this tokenizer, a few hundred rows in each text.
+
+    DataError for a folder without such rows: those of another tokenizer would say nothing, and be clean of anything."""
+    import pyarrow as pa
+
+    files = [
+        file
+        for summary in sorted([folder / "summary.json", *folder.glob("*/summary.json")])
+        if summary.exists() and json.loads(summary.read_text(encoding="utf-8")).get("tokenizer") == tokenizer.chat_hash
+        for file in sorted(summary.parent.glob("rows*.arrow"))
+    ]
+    if not files:
+        raise DataError(f"{folder}: no rows of tokens made with the tokenizer of this model; give the data files")
+    for file in files:
+        with pa.memory_map(str(file)) as source:
+            for batch in pa.ipc.open_stream(source):
+                ids = batch.column("input_ids").flatten().to_numpy(zero_copy_only=False)
+                yield tokenizer.decode(ids.tolist(), skip_special_tokens=True)
 
 
 def strings_of(value: Any) -> Iterator[str]:

@@ -4,6 +4,7 @@ python scripts/clean_data.py raw.jsonl books/ 'shards/*.jsonl.zst' --out clean.j
 python scripts/clean_data.py --rules
 """
 
+import json
 import os
 import time
 from pathlib import Path
@@ -17,7 +18,7 @@ from dataset.clean_files import Job, clean_files
 from dataset.clean_report import markdown, rules_table, summary, write_json
 from dataset.files import DataError
 from dataset.overlap import texts_of_file
-from dataset.tables import SAMPLES, STAGES, Source, data_files, guess_kind
+from dataset.tables import SAMPLES, STAGES, TABLES, Source, data_files, ending, guess_kind
 
 
 def main() -> None:
@@ -131,7 +132,11 @@ def blocked_words(path: Path | None):
 
 def questions_of(path: Path) -> list[str]:
     """The questions of a benchmark's file: of each row all texts."""
-    return list(texts_of_file(path))
+    texts = list(texts_of_file(path))
+    if ending(path) in TABLES:  # where MMLU's, which name no columns, have their first question
+        _, line = next(Source(path).lines(), (1, b"{}"))
+        texts.append("\n".join(json.loads(line)))
+    return texts
 
 
 if __name__ == "__main__":

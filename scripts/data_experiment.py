@@ -1,10 +1,12 @@
 """What cleaning is worth: good text made messy by a program, cleaned, and a model trained on each at equal tokens.
 
 python scripts/data_experiment.py --text pretrain.jsonl --val held_out.jsonl --seeds 1 2 3
+python scripts/data_experiment.py --text pretrain.jsonl --raw FOLDER --documents 11000
 
-Runs that are done are not done again, so it can be stopped. The table goes to docs/experiments/data.md.
+The second form only writes the messy rows, as files in three encodings. Runs that are done are not done again, so it can be stopped. The table goes to docs/experiments/data.md.
 """
 
+import gzip
 import json
 import math
 import random
@@ -29,7 +31,8 @@ TITLES = {"raw": "raw", "cleaned": "cleaned, duplicates left in", "deduplicated"
 def main() -> None:
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("--text", type=Path, required=True, help="good text, JSONL")
-    parser.add_argument("--val", type=Path, required=True, help="held-out text, JSONL")
+    parser.add_argument("--val", type=Path, help="held-out text, JSONL")
+    parser.add_argument("--raw", type=Path, metavar="FOLDER", help="only write the messy rows there")
     parser.add_argument("--documents", type=int, default=1500, help="good ones, that the messy data is made of")
     parser.add_argument("--steps", type=int, default=100, help="of 4,096 tokens")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
@@ -37,10 +40,15 @@ def main() -> None:
     parser.add_argument("--out_dir", type=Path, default=ROOT / "out" / "data_experiment")
     parser.add_argument("--page", type=Path, default=ROOT / "docs" / "experiments" / "data.md")
     args = parser.parse_args()
-    args.out_dir.mkdir(parents=True, exist_ok=True)
+    if args.val is None and args.raw is None:
+        parser.error("--val is missing: the text that the models are compared on")
     texts = [text for text in texts_of_file(args.text) if len(text) > 100]
     random.Random(0).shuffle(texts)
     rows, planted = messy(texts[: args.documents], random.Random(0))
+    if args.raw is not None:
+        write_encodings(args.raw, rows)
+        return
+    args.out_dir.mkdir(parents=True, exist_ok=True)
     (args.out_dir / "raw.jsonl").write_bytes(b"".join(rows))
     for arm, flags in ARMS.items():
         if flags is not None and not (args.out_dir / f"{arm}.report.md").exists():
@@ -76,6 +84,16 @@ def messy(texts: Sequence[str], rng: random.Random) -> tuple[list[bytes], dict[s
             planted["broken lines"] += 1
     rng.shuffle(rows)
     return rows, planted
+
+
+def write_encodings(folder: Path, rows: Sequence[bytes]) -> None:
+    """A third of the rows each as UTF-8, compressed; as GB18030; as UTF-16."""
+    folder.mkdir(parents=True, exist_ok=True)
+    parts = [b"".join(rows[i::3]) for i in range(3)]
+    (folder / "utf8.jsonl.gz").write_bytes(gzip.compress(parts[0], mtime=0))
+    for part, encoding in zip(parts[1:], ("gb18030", "utf-16"), strict=True):
+        (folder / f"{encoding}.jsonl").write_bytes(part.decode("utf-8", "ignore").encode(encoding))
+    print(f"{len(rows):,} lines in {folder}: utf8.jsonl.gz, gb18030.jsonl, utf-16.jsonl")
 
 
 def near_copy(text: str, rng: random.Random) -> str:

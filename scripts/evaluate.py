@@ -55,7 +55,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--dtype", choices=tuple(DTYPES), help="default: fp32 on a CPU, elsewhere bf16 where the hardware does it")
     add("--max_seq_len", type=int, help="tokens of context (default: as it was trained)")
     add = parser.add_argument_group("what comes of it").add_argument
-    add("--train_files", nargs="+", metavar="FILE", default=[], help="look for the questions in this training data")
+    add("--train_files", nargs="+", metavar="FILE", default=[], help="look for the questions in this training "
+        "data, or in a folder of its tokens, such as out/cache")  # fmt: skip
     add("--against", metavar="PATH", help="another model, or the JSON file of its evaluation: the paired difference")
     add("--out", metavar="FILE", help="JSON with every answer (default: beside the weights, NAME.eval.json)")
     add("--markdown", metavar="FILE", help="the table as Markdown")
@@ -76,6 +77,9 @@ def read_tasks(args: argparse.Namespace) -> list[Task]:
     tasks = [read_task(name.strip(), args.data) for name in args.tasks.split(",") if name.strip()]
     if not tasks:
         raise UsageError("--tasks names nothing")
+    names = [task.name for task in tasks]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise UsageError(f"--tasks: two are called {twice}; give a copy of one file another name")
     for task in tasks:
         if args.limit and args.limit < len(task.questions):  # every part of a file that is sorted by subject
             step = len(task.questions) / args.limit
@@ -117,7 +121,7 @@ def evaluate(examinee: Examinee, task: Task, args: argparse.Namespace) -> Result
     if args.shots and min(shots, default=0) < args.shots:
         result.notes.append(f"there are {min(shots, default=0)} worked examples of some subjects, not {args.shots}")
     if args.train_files:
-        found = overlap(task.texts(), args.train_files)
+        found = overlap(task.texts(), args.train_files, examinee.bot.tokenizer)
         result.overlap, result.overlap_checked = found.per_question, found.checked
     return result
 

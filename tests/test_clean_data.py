@@ -20,6 +20,7 @@ from dataset.clean_files import Job, clean_files
 from dataset.clean_rows import Cleaner, Plan
 from dataset.files import DataError
 from dataset.ngrams import units_of
+from dataset.overlap import QuestionGrams, overlap
 from dataset.repair import ROW_REPAIRS, TEXT_REPAIRS, has_ftfy, repair_messages, repair_text
 from dataset.tables import data_files
 from scripts import clean_data
@@ -307,6 +308,16 @@ def test_formats_and_encodings(tmp_path):
     assert [" ".join(text.split()) for text in found] == [" ".join(text.split()) for text in texts]
     assert [source["format"] for source in report["sources"].values()] == [
         "GB18030", "UTF-16", "gzip", "CSV", "Parquet", "plain text by line"]  # fmt: skip
+
+
+def test_questions_of_a_table_without_names_are_all_found(tmp_path):
+    texts = [text[:200].replace("\n", " ") for text in real_texts() if len(text) > 300][:3]
+    table = tmp_path / "subject_test.csv"  # as MMLU is published
+    with open(table, "w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([text, "one", "two", "three", "four", "A"] for text in texts)
+    assert overlap(texts, [table]).per_question[0] is False  # the first row is taken for the names of columns
+    grams = QuestionGrams(clean_data.questions_of(table))
+    assert {text for text, _ in grams.hits(texts)} == {0, 1, 2}
 
 
 def test_against_earlier_output_and_questions(tmp_path):

@@ -191,6 +191,12 @@ def test_one_bad_byte_or_two_encodings_make_no_chinese_file(tmp_path):
     assert late[:30] in (ROWS[:30], [None] * 30) and late[30:] == ROWS[30:]
 
 
+def test_a_line_of_utf8_in_a_chinese_file_is_read_as_what_it_is(tmp_path):
+    good = JSONL.splitlines(keepends=True)
+    data = [line.encode("utf-8" if n == 20 else "gb18030") for n, line in enumerate(good)]
+    assert read(tmp_path / "f", b"".join(data)) == ROWS
+
+
 def test_traditional_and_short_chinese_is_known_by_its_common_characters(tmp_path):
     for text in ("你好", "這是我們的書，請你看一看。", "人工智能是计算机科学的一个分支"):
         assert read(tmp_path / "f", json.dumps({"text": text}, ensure_ascii=False).encode("gbk")) == [{"text": text}]

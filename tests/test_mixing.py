@@ -310,6 +310,20 @@ def test_training_begins_before_all_is_packed(tmp_path, tokenizer, small_shards)
     assert moments[kept] - moments[kept - 1] > 0
 
 
+def test_a_run_of_steps_ends_before_a_large_file_is_packed(tmp_path):
+    """The command of a user: weights are there while most of the file has not been looked at."""
+    path, val = write(tmp_path / "a.jsonl", 100_000), write(tmp_path / "val.jsonl", 50)
+    size = "--hidden_size 32 --num_hidden_layers 1 --max_seq_len 64 --batch_size 2 --steps 3 --compile 0 --device cpu"
+    data = ["--data_path", path, "--val_path", val, "--cache_dir", tmp_path / "cache", "--out_dir", tmp_path]
+    env = os.environ | {"MINIMIND_SHARD_MB": "0.05", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, ROOT / "train_pretrain.py", *size.split(), *data]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "pretrain_32.pth").exists()
+    (folder,) = {found.parent for found in (tmp_path / "cache").rglob("shard-*.json")}
+    assert not (folder / "summary.json").exists()
+
+
 BUILD = """
 import sys
 from dataset.tokenizer import load_tokenizer

@@ -2,9 +2,15 @@
 
 import json
 import re
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
+import pytest
 
+from dataset.chat import load_tokenizer
+from dataset.files import DataError
+from dataset.lm_dataset import pretrain_dataset, sft_dataset
 from dataset.ngrams import CHINESE, ngrams, units_of
 from dataset.overlap import N, QuestionGrams, overlap
 from tests.samples import passages, real_texts
@@ -54,6 +60,26 @@ def test_questions_are_found_where_they_stand_and_nowhere_else(tmp_path):
     assert found.per_question == [n % 2 == 0 or n == 1 for n in range(len(texts))] + [False]
     assert found.checked == len(texts)
     assert found.share == sum(found.per_question) / len(texts)
+
+
+@pytest.mark.parametrize("kind", ["pretrain", "sft"])
+def test_questions_are_found_in_the_token_cache(tmp_path, kind):
+    texts = [text for text in passages() if len(text) > 200]
+    rows = [{"text": text} for text in texts[::2]]
+    if kind == "sft":
+        turns = [[{"role": "user", "content": "?"}, {"role": "assistant", "content": row["text"]}] for row in rows]
+        rows = [{"conversations": turn} for turn in turns]
+    data, cache, tokenizer = tmp_path / "data.jsonl", tmp_path / "cache", load_tokenizer()
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    {"pretrain": pretrain_dataset, "sft": sft_dataset}[kind](data, tokenizer, 4096, cache_dir=cache, quiet=True)
+    questions = questions_in(texts)
+    assert overlap(questions, [cache], tokenizer) == overlap(questions, [data])
+    (entry,) = filter(Path.is_dir, cache.iterdir())
+    assert overlap(questions, [entry], tokenizer) == overlap(questions, [data])
+    for folder, own in ((tmp_path / "cache" / "none", tokenizer), (cache, SimpleNamespace(chat_hash="another"))):
+        folder.mkdir(exist_ok=True)
+        with pytest.raises(DataError, match="no rows of tokens made with the tokenizer"):
+            overlap(questions, [folder], own)
 
 
 def test_equal_to_comparing_every_13_gram():
