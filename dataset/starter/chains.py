@@ -76,9 +76,11 @@ def converted(rng: random.Random, lang: str, summed: bool, more: bool) -> Task:
     return Task(question.format(first, big, small, extra), calls, answer, f"converted|{first}|{unit}|{to}|{c * more}")
 
 
-def dated(rng: random.Random, lang: str, summed: bool, later: int) -> Task:
-    """The date some days after another, perhaps a sum of days, and then some days `later`, none, one or two times."""
+def dated(rng: random.Random, lang: str, summed: bool, later: int, slashes: bool = False) -> Task:
+    """The date some days after another, perhaps a sum of days, and then some days `later`, none, one or two times.
+    slashes: the question writes the date with them; a first call that copies it gets an error."""
     start, a, b = day(rng), amount(rng), amount(rng)
+    said = start.replace("-", "/") if slashes else start
     first, steps = (f"{a} + {b}" if summed else str(a)), [amount(rng) for _ in range(later)]
     if lang == "zh":
         then = "".join(f"，再过 {days} 天" for days in steps)
@@ -87,10 +89,10 @@ def dated(rng: random.Random, lang: str, summed: bool, later: int) -> Task:
         then = "".join(f" and then {days} days later" for days in steps)
         question = rng.choice(["What date is {1} days after {0}{2}?", "Which date comes {1} days after {0}{2}?"])
     calls = [("calculator", {"expression": first})] if summed else []
-    calls.append(("add_days", {"date": start, "days": LAST if summed else a}))
+    calls += [("add_days", {"date": date, "days": LAST if summed else a}) for date in dict.fromkeys([said, start])]
     calls += [("add_days", {"date": LAST, "days": days}) for days in steps]
     answer = "那天是 {}。" if lang == "zh" else "It is {}."
-    return Task(question.format(start, first, then), calls, answer, f"dated|{start}|{first}|{steps}")
+    return Task(question.format(said, first, then), calls, answer, f"dated|{start}|{first}|{steps}")
 
 
 TWO: list[Make] = [
@@ -98,6 +100,10 @@ TWO: list[Make] = [
     lambda rng, lang: converted(rng, lang, summed=False, more=True),
     lambda rng, lang: dated(rng, lang, summed=True, later=0),
     lambda rng, lang: dated(rng, lang, summed=False, later=1),
+]
+SLIPPED: list[Make] = [  # two calls, and an error between them
+    lambda rng, lang: dated(rng, lang, summed=True, later=0, slashes=True),
+    lambda rng, lang: dated(rng, lang, summed=False, later=1, slashes=True),
 ]
 THREE: list[Make] = [
     lambda rng, lang: converted(rng, lang, summed=True, more=True),
@@ -158,7 +164,7 @@ def carry_out(task: Task) -> tuple[list[dict], str]:
     for name, arguments in task.calls:
         filled = {key: fill(value, last) for key, value in arguments.items()}
         output = run_tool(name, filled)
-        last = str(json.loads(output, parse_float=str)["result"])  # as the tool wrote it
+        last = str(json.loads(output, parse_float=str).get("result", last))  # as the tool wrote it
         calls = json.dumps([{"name": name, "arguments": filled}])
         messages += [{"role": "assistant", "content": "", "tool_calls": calls}, {"role": "tool", "content": output}]
     return messages, last
@@ -171,14 +177,23 @@ def fill(value: str | int, last: str) -> str | int:
     return value.replace(LAST, last) if isinstance(value, str) else value
 
 
-RECOVERED = 0.2  # share of the demonstrations that begin with an error
+RECOVERED, CHAIN_SLIPPED = 0.2, 0.25  # shares of the demonstrations: of one call, of two, with an error on the way
+
+
+def slipped(rng: random.Random, lang: str) -> Task:
+    return rng.choice(SLIPPED)(rng, lang)
 
 
 def demonstration(rng: random.Random, lang: str) -> list[dict]:
-    """A task of two calls, or of a call and another one after an error, from its question to its answer."""
-    make = recovery if rng.random() < RECOVERED else two_calls
+    """A task of two calls, or of one, with or without another try after an error, from its question to its answer."""
+    (make,) = rng.choices([recovery, slipped, two_calls], [RECOVERED, CHAIN_SLIPPED, 1 - RECOVERED - CHAIN_SLIPPED])
     while is_held_out((task := make(rng, lang)).key):
         pass
+    return worked(task)
+
+
+def worked(task: Task) -> list[dict]:
+    """The task from its question to its answer."""
     messages, last = carry_out(task)
     answer = {"role": "assistant", "content": task.answer.format(last)}
     return [{"role": "user", "content": task.question}, *messages, answer]
@@ -194,10 +209,10 @@ def agent_row(kind: str, task: Task) -> dict:
 SHARES = {"two_calls": 3, "three_calls": 4, "call_or_answer": 1.5, "recovery": 1.5}  # of agent.jsonl
 
 
-def make_rows(rng: random.Random, kinds: list[str], held: bool, other: Other) -> list[dict]:
+def draw_tasks(rng: random.Random, kinds: list[str], held: bool, other: Other) -> list[Task]:
     """A task of each of these kinds, all different. Of call_or_answer, one is right as often as the other."""
     make = {"two_calls": two_calls, "three_calls": three_calls, "recovery": recovery}
-    rows, asked = [], set()
+    tasks, asked = [], set()
     for i, kind in enumerate(kinds):
         some = make.get(kind) or rng.choice([one_call, partial(no_call, held=held, other=other)])
         while True:
@@ -205,8 +220,12 @@ def make_rows(rng: random.Random, kinds: list[str], held: bool, other: Other) ->
             if is_held_out(task.key) == held and (kind, task.question) not in asked:
                 break
         asked.add((kind, task.question))
-        rows.append(agent_row(kind, task))
-    return rows
+        tasks.append(task)
+    return tasks
+
+
+def make_rows(rng: random.Random, kinds: list[str], held: bool, other: Other) -> list[dict]:
+    return [agent_row(kind, task) for kind, task in zip(kinds, draw_tasks(rng, kinds, held, other), strict=True)]
 
 
 def make_tasks(rng: random.Random, size: float, other: Other) -> list[dict]:
