@@ -3,7 +3,8 @@
 python scripts/data_experiment.py --text pretrain.jsonl --val held_out.jsonl --seeds 1 2 3
 python scripts/data_experiment.py --text pretrain.jsonl --raw FOLDER --documents 11000
 
-The second form only writes the messy rows, as files in three encodings. Runs that are done are not done again, so it can be stopped. The table goes to docs/experiments/data.md.
+The second form only writes the messy rows, as files in three encodings. Runs that are done are not done again, so it
+can be stopped.
 """
 
 import gzip
@@ -38,7 +39,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
     parser.add_argument("--out_dir", type=Path, default=ROOT / "out" / "data_experiment")
-    parser.add_argument("--page", type=Path, default=ROOT / "docs" / "experiments" / "data.md")
+    parser.add_argument("--markdown", type=Path, help="where the table is written too (default: in --out_dir)")
     args = parser.parse_args()
     if args.val is None and args.raw is None:
         parser.error("--val is missing: the text that the models are compared on")
@@ -172,8 +173,9 @@ def write_page(args, planted: dict[str, int]) -> None:
     lines.append("Repaired: " + ", ".join(f"{name} {count:,}" for name, count in repaired.items()) + ".\n")
     lines.append(f"nano, {args.steps} steps of 4,096 tokens; machine: {_report.machine()}; commit {_report.commit()}; "
                  f"`{_report.command()}`")  # fmt: skip
-    args.page.parent.mkdir(parents=True, exist_ok=True)
-    args.page.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    path = args.markdown or args.out_dir / "table.md"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     print("\n".join(lines))
 
 

@@ -110,10 +110,10 @@ def evaluate(examinee: Examinee, task: Task, args: argparse.Namespace) -> Result
         result = run_generative(examinee, task, args.shots, args.samples, args.seed, bar)
     bar.close()
     if examinee.cut and args.too_long == "refuse":
-        text = f"{examinee.cut} prompts are longer than the context of {examinee.max_len} tokens"
+        text = f"{examinee.cut} of its prompts are longer than the context of {examinee.max_len} tokens"
         raise DataError(f"{task.name}: {text}; lower --shots, raise --max_seq_len, or give --too_long cut")
     if examinee.cut:
-        result.notes.append(f"{examinee.cut} prompts lost their beginning to fit {examinee.max_len} tokens")
+        result.notes.append(f"prompts that lost their beginning to fit {examinee.max_len} tokens: {examinee.cut}")
     if examinee.moved:
         result.notes.append(f"{examinee.moved} answers would melt into the prompt's last token: read as tokens of "
                             "their own")  # fmt: skip

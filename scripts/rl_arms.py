@@ -20,7 +20,7 @@ from _path import ROOT
 
 import cli
 from cli import find_device
-from dataset.questions import Question, read_heldout
+from dataset.questions import Question, read_heldout, read_questions
 from dataset.starter import chains, corpus, reason_rl
 from evaluation.scoreboard import answer_questions, count_right
 from model import checkpoint
@@ -125,7 +125,7 @@ def scores(args: argparse.Namespace, path: Path, data: Path) -> dict[str, float]
 def kinds_of(args: argparse.Namespace, data: Path) -> dict[str, list[Question]]:
     kinds: dict[str, list[Question]] = {}
     for file in TIERS[args.script]:
-        for question in read_heldout(data / f"{file}.jsonl"):
+        for question in read_questions(data / f"{file}.jsonl"):
             name = question.skill if args.script == "agent" else file
             if len(kinds.setdefault(name, [])) < args.measure:
                 kinds[name].append(question)

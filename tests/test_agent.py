@@ -156,14 +156,18 @@ def tasks() -> tuple[list[dict], list[dict]]:
     return chains.make_tasks(rng, 0.2, other), chains.make_heldout(rng, other)
 
 
+def question_of(row: dict) -> str:
+    return next(message["content"] for message in row["conversations"] if message["role"] == "user")
+
+
 def test_tasks_are_unseen_when_held_out_and_as_many_in_either_language():
     train, held = tasks()
-    asked = [{(row["skill"], row["conversations"][1]["content"]) for row in rows} for rows in (train, held)]
+    asked = [{(row["skill"], question_of(row)) for row in rows} for rows in (train, held)]
     assert len(held) == len(asked[1]) == len(chains.SHARES) * chains.HELD_OUT and len(asked[0]) == len(train)
     assert not asked[0] & asked[1]
     assert {row["skill"] for row in train} == set(chains.SHARES)
     for kind in set(chains.SHARES) - {"call_or_answer"}:  # half of which other() makes
-        chinese = [re.search(r"[一-鿿]", row["conversations"][1]["content"]) for row in held if row["skill"] == kind]
+        chinese = [re.search(r"[一-鿿]", question_of(row)) for row in held if row["skill"] == kind]
         assert 0.4 < sum(map(bool, chinese)) / len(chinese) < 0.6
 
 
@@ -177,11 +181,19 @@ def test_the_calls_of_a_task_lead_to_its_truth(make, count):
         assert str(results[-1]["result"]) == last and chains.agent_row("?", task)["gt"] == [last]
 
 
-def test_three_calls_are_never_demonstrated():
+def test_chains_of_three_are_never_demonstrated():
+    """Where three calls work, each can be read from the question: none needs the result of another."""
+    lengths = set()
     for seed in range(300):
-        messages = chains.demonstration(random.Random(seed), ("zh", "en")[seed % 2])
-        assert sum(bool(message.get("tool_calls")) for message in messages) == 2
-        assert not any("gt" in message for message in messages)
+        asked, *rest = chains.demonstration(random.Random(seed), ("zh", "en")[seed % 2])
+        calls = [json.loads(message["tool_calls"])[0] for message in rest if message.get("tool_calls")]
+        worked = ["error" not in message["content"] for message in rest if message["role"] == "tool"]
+        if sum(worked) > 2:
+            numbers = re.findall(r"\d+", json.dumps([call["arguments"] for call in calls]))
+            assert not set(numbers) - set(re.findall(r"\d+", asked["content"]))
+        lengths.add((len(calls), sum(worked)))
+        assert not any("gt" in message for message in rest)
+    assert lengths == {(2, 1), (2, 2), (3, 2), (3, 3)}
 
 
 def test_minimind_files_are_read(tmp_path, capsys):

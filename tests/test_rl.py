@@ -15,7 +15,7 @@ from dataset.chat import EOS_ID, load_tokenizer
 from dataset.jsonl import DataError
 from dataset.questions import Question, read_questions
 from model.export.huggingface import save_hf
-from tests.processes import Script, assert_same, one_error, small_weights
+from tests.processes import ROOT, Script, assert_same, one_error, small_weights
 from trainer.parallel import Processes
 from trainer.policy import advantages_of, entropy, gae, group_advantages, policy_batches, token_log_probs
 from trainer.rewards import right_answer
@@ -416,10 +416,14 @@ def test_killed_and_resumed_is_the_same(script, material, tmp_path):
     assert_same(tmp_path / "whole" / name, tmp_path / "parts" / name)
 
 
-def test_two_processes_are_one(material, tmp_path):
+ENGINES = {"ddp": [], "fsdp": ["--fsdp"], "zero2": ["--deepspeed", ROOT / "configs" / "zero2.json"]}
+
+
+@pytest.mark.parametrize("engine", ["ddp", *(pytest.param(name, marks=pytest.mark.slow) for name in ("fsdp", "zero2"))])
+def test_two_processes_are_one(material, tmp_path, engine):
     command = job("train_grpo.py", material, "--steps", 2, "--out_dir")
     Script(tmp_path, [*command, tmp_path / "one"]).succeed()
-    two = list(command)
+    two = [*command[:-1], *map(str, ENGINES[engine]), command[-1]]
     two[two.index("--batch_size") + 1] = "2"
     Script(tmp_path, [*two, tmp_path / "two"], count=2).succeed()
     one, two = (torch.load(tmp_path / n / "grpo_64.pth", weights_only=True)["model"] for n in ("one", "two"))

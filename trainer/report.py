@@ -144,11 +144,12 @@ class Reporter:
     def _progress_line(self, progress: Progress, share: float, loss: float) -> None:
         speed = f"{self.rate:,.0f} tokens/s  MFU {self.mfu:.2f}  " if self.rate else ""
         eta = progress.seconds / share * (1 - share) if share > 0 else 0
+        left = f"{int(eta // 60)}:{int(eta % 60):02d} left" if share > 0 else ""
         done = int(share * 20)
         val = f"  val {self._val_figure('bits/byte')}" if self.val else ""
         line = (
             f"[{'#' * done}{'.' * (20 - done)}] {share:4.0%}  step {progress.step}  loss {loss:.3f}{val}  "
-            f"{speed}{int(eta // 60)}:{int(eta % 60):02d} left"
+            f"{speed}{left}"
         )
         print(f"\r\033[K{line}" if self.tty else line, end="" if self.tty else "\n", file=sys.stderr, flush=True)
 

@@ -1,8 +1,9 @@
 """Tasks for an agent: their answers take two or three calls of the built-in tools after one another, or none at all, or
 another try after an error.
 
-Two calls, and a second try, are demonstrated now and then in the long chats. Three calls never are: agent.jsonl has the
-questions and what is true, and train_agent.py finds the way from one to the other.
+Chains of two calls, a second try, and several questions in one message are demonstrated now and then in the long chats.
+Chains of three never are: agent.jsonl has the questions and what is true, and train_agent.py finds the way from one to
+the other.
 """
 
 import json
@@ -177,19 +178,33 @@ def fill(value: str | int, last: str) -> str | int:
     return value.replace(LAST, last) if isinstance(value, str) else value
 
 
-RECOVERED, CHAIN_SLIPPED = 0.2, 0.25  # shares of the demonstrations: of one call, of two, with an error on the way
-
-
 def slipped(rng: random.Random, lang: str) -> Task:
     return rng.choice(SLIPPED)(rng, lang)
 
 
+DEMONSTRATED = {two_calls: 0.4, slipped: 0.15, recovery: 0.2}  # shares; the others are several questions at once
+
+
 def demonstration(rng: random.Random, lang: str) -> list[dict]:
-    """A task of two calls, or of one, with or without another try after an error, from its question to its answer."""
-    (make,) = rng.choices([recovery, slipped, two_calls], [RECOVERED, CHAIN_SLIPPED, 1 - RECOVERED - CHAIN_SLIPPED])
+    """A task of two calls, or of one, with or without another try after an error; or several questions of one call."""
+    (make,) = rng.choices([*DEMONSTRATED, several], [*DEMONSTRATED.values(), 1 - sum(DEMONSTRATED.values())])
+    if make is several:
+        return several(rng, lang)
     while is_held_out((task := make(rng, lang)).key):
         pass
     return worked(task)
+
+
+def several(rng: random.Random, lang: str) -> list[dict]:
+    """Two or three questions in one message, each with its own call. No call needs the result of another: what is
+    learnt is that the number of calls is up to the question."""
+    parts: list[list[dict]] = []
+    while len(parts) < 2 or (len(parts) == 2 and rng.random() < 0.6):
+        exchange, key = stages.tool_exchange(rng, lang)
+        parts += [exchange] if not is_held_out(key) else []
+    said, answered = (" ".join(part[i]["content"] for part in parts) for i in (0, -1))
+    between_them = [message for part in parts for message in part[1:-1]]
+    return [{"role": "user", "content": said}, *between_them, {"role": "assistant", "content": answered}]
 
 
 def worked(task: Task) -> list[dict]:
@@ -199,14 +214,15 @@ def worked(task: Task) -> list[dict]:
     return [{"role": "user", "content": task.question}, *messages, answer]
 
 
-def agent_row(kind: str, task: Task) -> dict:
+def agent_row(kind: str, task: Task, offered: bool = True) -> dict:
     """A line of agent.jsonl: what the agent gets to see, an empty answer, and what is true."""
     truth = task.truth or carry_out(task)[1]
-    conversation = [stages.TOOLS_OFFERED, {"role": "user", "content": task.question}, *task.before]
+    conversation = [stages.TOOLS_OFFERED] * offered + [{"role": "user", "content": task.question}, *task.before]
     return {"skill": kind, "conversations": [*conversation, {"role": "assistant", "content": ""}], "gt": [truth]}
 
 
-SHARES = {"two_calls": 3, "three_calls": 4, "call_or_answer": 1.5, "recovery": 1.5}  # of agent.jsonl
+SHARES = {"two_calls": 2.5, "three_calls": 3, "call_or_answer": 3.5, "recovery": 1}  # of agent.jsonl
+WITHOUT_TOOLS = 0.5  # share of the questions to train on that no tool can answer: what it knows is not to be forgotten
 
 
 def draw_tasks(rng: random.Random, kinds: list[str], held: bool, other: Other) -> list[Task]:
@@ -224,15 +240,14 @@ def draw_tasks(rng: random.Random, kinds: list[str], held: bool, other: Other) -
     return tasks
 
 
-def make_rows(rng: random.Random, kinds: list[str], held: bool, other: Other) -> list[dict]:
-    return [agent_row(kind, task) for kind, task in zip(kinds, draw_tasks(rng, kinds, held, other), strict=True)]
-
-
 def make_tasks(rng: random.Random, size: float, other: Other) -> list[dict]:
     """The tasks to train on, in the shares of SHARES."""
     kinds = rng.choices(list(SHARES), list(SHARES.values()), k=int(ROWS * size))
-    return make_rows(rng, kinds, False, other)
+    tasks = draw_tasks(rng, kinds, False, other)
+    offered = [bool(task.calls) or rng.random() >= WITHOUT_TOOLS for task in tasks]
+    return [agent_row(*row) for row in zip(kinds, tasks, offered, strict=True)]
 
 
 def make_heldout(rng: random.Random, other: Other) -> list[dict]:
-    return make_rows(rng, list(SHARES) * HELD_OUT, True, other)
+    kinds = list(SHARES) * HELD_OUT
+    return [agent_row(*row) for row in zip(kinds, draw_tasks(rng, kinds, True, other), strict=True)]

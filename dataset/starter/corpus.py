@@ -86,6 +86,7 @@ THOUGHT = 0.05  # share of those that have one: a chat that asks for thinking mu
 PREFERENCES = 6_000  # at size 1.0
 LONG_ROWS = 12_000  # at size 1.0
 BEYOND_TOOLS = (WORLD, NATURE, LIFE, "comparing", "sorting", "counting", "opposites")  # what no tool can do
+BEYOND_TOOLS += ("translation", "category", "rewriting")
 FILES = (
     "pretrain.jsonl",
     "pretrain_val.jsonl",
