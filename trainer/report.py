@@ -148,8 +148,7 @@ class Reporter:
         done = int(share * 20)
         val = f"  val {self._val_figure('bits/byte')}" if self.val else ""
         line = (
-            f"[{'#' * done}{'.' * (20 - done)}] {share:4.0%}  step {progress.step}  loss {loss:.3f}{val}  "
-            f"{speed}{left}"
+            f"[{'#' * done}{'.' * (20 - done)}] {share:4.0%}  step {progress.step}  loss {loss:.3f}{val}  {speed}{left}"
         )
         print(f"\r\033[K{line}" if self.tty else line, end="" if self.tty else "\n", file=sys.stderr, flush=True)
 
