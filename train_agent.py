@@ -68,7 +68,7 @@ def parse_arguments():
 
 def main():
     args = parse_arguments()
-    run = Run(f"lora/{args.lora_name}" if args.lora_name else "agent", args, minutes=4.0, learning_rate_factor=0.15)
+    run = Run(f"lora/{args.lora_name}" if args.lora_name else "agent", args, minutes=4.0, learning_rate_factor=0.1)
     save = add_adapter(run)
     reference = copy.deepcopy(run.model).eval().requires_grad_(False) if args.beta else None
     quiet = not run.processes.is_main
