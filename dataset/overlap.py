@@ -96,12 +96,8 @@ def texts_of_cache(folder: Path, tokenizer: Any) -> Iterator[str]:
     DataError for a folder without such rows: those of another tokenizer would say nothing, and be clean of anything."""
     import pyarrow as pa
 
-    files = [
-        file
-        for summary in sorted([folder / "summary.json", *folder.glob("*/summary.json")])
-        if summary.exists() and json.loads(summary.read_text(encoding="utf-8")).get("tokenizer") == tokenizer.chat_hash
-        for file in sorted(summary.parent.glob("rows*.arrow"))
-    ]
+    files = [*folder.glob("rows*.arrow"), *folder.glob("*/rows*.arrow")]
+    files = [file for file in sorted(files) if _maker_of(file.parent) == tokenizer.chat_hash]
     if not files:
         raise DataError(f"{folder}: no rows of tokens made with the tokenizer of this model; give the data files")
     for file in files:
@@ -109,6 +105,17 @@ def texts_of_cache(folder: Path, tokenizer: Any) -> Iterator[str]:
             for batch in pa.ipc.open_stream(source):
                 ids = batch.column("input_ids").flatten().to_numpy(zero_copy_only=False)
                 yield tokenizer.decode(ids.tolist(), skip_special_tokens=True)
+
+
+def _maker_of(folder: Path) -> str | None:
+    """The hash of the tokenizer that made the rows in it; of shards that are not complete it stands in the first."""
+    for name in ("summary.json", "shard-00000.json"):
+        try:
+            figures = json.loads((folder / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        return figures.get("figures", figures).get("tokenizer")
+    return None
 
 
 def strings_of(value: Any) -> Iterator[str]:

@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
     parser.add_argument("--out_dir", type=Path, default=ROOT / "out" / "data_experiment")
-    parser.add_argument("--markdown", type=Path, help="where the table is written too (default: in --out_dir)")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="for the table (default: in --out_dir)")
     args = parser.parse_args()
     if args.val is None and args.raw is None:
         parser.error("--val is missing: the text that the models are compared on")
@@ -57,7 +57,7 @@ def main() -> None:
     for seed in args.seeds:
         for arm in args.arms:
             train(args, arm, seed)
-    write_page(args, planted)
+    write_table(args, planted)
 
 
 def messy(texts: Sequence[str], rng: random.Random) -> tuple[list[bytes], dict[str, int]]:
@@ -140,7 +140,7 @@ def train(args, arm: str, seed: int) -> None:
     (args.out_dir / f"{arm}_{seed}" / "done").touch()
 
 
-def write_page(args, planted: dict[str, int]) -> None:
+def write_table(args, planted: dict[str, int]) -> None:
     """The table: held-out bits per byte by arm, over the seeds that all of its runs are done of."""
     reports = {
         arm: json.loads((args.out_dir / f"{arm}.report.json").read_text()) for arm in ARMS if ARMS[arm] is not None

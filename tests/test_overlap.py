@@ -76,6 +76,10 @@ def test_questions_are_found_in_the_token_cache(tmp_path, kind):
     assert overlap(questions, [cache], tokenizer) == overlap(questions, [data])
     (entry,) = filter(Path.is_dir, cache.iterdir())
     assert overlap(questions, [entry], tokenizer) == overlap(questions, [data])
+    (entry / "summary.json").rename(entry / "kept")
+    figures = {"figures": json.loads((entry / "kept").read_text(encoding="utf-8"))}
+    (entry / "shard-00000.json").write_text(json.dumps(figures), encoding="utf-8")  # as of shards not yet complete
+    assert overlap(questions, [cache], tokenizer) == overlap(questions, [data])
     for folder, own in ((tmp_path / "cache" / "none", tokenizer), (cache, SimpleNamespace(chat_hash="another"))):
         folder.mkdir(exist_ok=True)
         with pytest.raises(DataError, match="no rows of tokens made with the tokenizer"):

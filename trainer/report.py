@@ -143,8 +143,10 @@ class Reporter:
 
     def _progress_line(self, progress: Progress, share: float, loss: float) -> None:
         speed = f"{self.rate:,.0f} tokens/s  MFU {self.mfu:.2f}  " if self.rate else ""
-        eta = progress.seconds / share * (1 - share) if share > 0 else 0
-        left = f"{int(eta // 60)}:{int(eta % 60):02d} left" if share > 0 else ""
+        left = ""
+        if share > 0:
+            eta = progress.seconds / share * (1 - share)
+            left = f"{int(eta // 60)}:{int(eta % 60):02d} left"
         done = int(share * 20)
         val = f"  val {self._val_figure('bits/byte')}" if self.val else ""
         line = (

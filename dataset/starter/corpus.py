@@ -85,8 +85,8 @@ THOUGHTS = {"zh": ["这个我会。", "很简单。"], "en": ["I can do this.", 
 THOUGHT = 0.05  # share of those that have one: a chat that asks for thinking must not lose what needs none
 PREFERENCES = 6_000  # at size 1.0
 LONG_ROWS = 12_000  # at size 1.0
-BEYOND_TOOLS = (WORLD, NATURE, LIFE, "comparing", "sorting", "counting", "opposites")  # what no tool can do
-BEYOND_TOOLS += ("translation", "category", "rewriting")
+# What no tool can do.
+BEYOND_TOOLS = (WORLD, NATURE, LIFE, *"comparing sorting counting opposites translation category rewriting".split())
 FILES = (
     "pretrain.jsonl",
     "pretrain_val.jsonl",
