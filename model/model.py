@@ -12,7 +12,8 @@ a MoE with QK-norm and without shared experts is a `Qwen3MoeForCausalLM`.
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from typing import Any, NamedTuple, Protocol
 
@@ -583,6 +584,20 @@ class LoRALinear(nn.Linear):
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
     return {name: layer for name, layer in model.named_modules() if isinstance(layer, LoRALinear)}
+
+
+@contextmanager
+def active_adapter(model: MiniMindLM, name: str | None) -> Iterator[None]:
+    """This adapter works meanwhile; None: the one that does already, if any."""
+    layers = list(lora_layers(model).values()) if name is not None else []
+    before = [layer.active for layer in layers]
+    try:
+        for layer in layers:
+            layer.active = name if name in layer.configs else None
+        yield
+    finally:
+        for layer, active in zip(layers, before, strict=True):
+            layer.active = active
 
 
 def lora_targets(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Linear]:

@@ -42,8 +42,7 @@ from model.export.gguf import save_gguf
 from model.export.huggingface import save_hf
 from model.export.llama_cpp import LlamaCpp
 from model.export.optional import need
-from model.inference.cpu_step import CpuStep
-from model.inference.engine import Engine, SamplingParams
+from model.inference.engine import Engine, SamplingParams, decoding_step
 from model.inference.quantization import FORMATS, quantize, weight_bytes
 from model.model import PRESETS, MiniMindLM
 from trainer.optimizer import LEARNING_RATES, build_optimizers
@@ -129,12 +128,14 @@ def environment() -> dict:
     return {"torch": torch.__version__, "threads": torch.get_num_threads()}
 
 
-def read_bandwidth() -> float:
+def read_bandwidth(device: torch.device) -> float:
     """Bytes per second that a sum over 256 MB reads, the best of five."""
-    x, times = torch.ones(1 << 26), []
+    x, times = torch.ones(1 << 26, device=device), []
     for _ in range(5):
+        synchronize(device)
         start = time.perf_counter()
         x.sum()
+        synchronize(device)
         times.append(time.perf_counter() - start)
     return 4 * x.numel() / min(times)
 
@@ -214,16 +215,17 @@ def benchmark_decode(args: argparse.Namespace) -> dict:
     theirs = transformers_speed(model, prompts, args) if args.compare else None
     llama = llama_cpp_speed(model, prompts[0], long, args) if args.compare else None
     parameters = model.num_parameters()
-    if args.quantize:
+    if args.quantize == "bf16" and model.inv_freq.is_cuda:
+        model.bfloat16()
+    elif args.quantize:
         quantize(model, args.quantize)
     start = time.perf_counter()
-    if args.compile:
-        CpuStep(model)
+    step = decoding_step(model, bool(args.compile)) or False
     compiled = time.perf_counter() - start
 
     def times(prompts: list[list[int]], new_tokens: int) -> tuple[float, float]:
         # A new engine each time: nothing may come from the cache.
-        return answer_times(Engine(model, slots=args.batch, compiled=bool(args.compile)), prompts, new_tokens)
+        return answer_times(Engine(model, slots=args.batch, compiled=step), prompts, new_tokens)
 
     times(prompts, 8)
     firsts, seconds = zip(*(times(prompts, args.new_tokens) for _ in range(args.repeat)), strict=True)
@@ -231,7 +233,7 @@ def benchmark_decode(args: argparse.Namespace) -> dict:
     steps_per_second = (args.new_tokens - 1) / min(seconds)
     tokens_per_second = steps_per_second * args.batch
     read = weight_bytes(model) + cache_bytes(model, args)
-    bandwidth, used = read_bandwidth(), steps_per_second * read
+    bandwidth, used = read_bandwidth(model.inv_freq.device), steps_per_second * read
     return {
         "model": args.model or " ".join([args.preset, *args.config]),
         "parameters": parameters,

@@ -4,8 +4,9 @@ from typing import NamedTuple
 
 import torch
 
-from model.inference.engine import PREFILL_CHUNK, Engine, active_adapter
+from model.inference.engine import PREFILL_CHUNK, Engine
 from model.inference.kv_cache import KVCache
+from model.model import active_adapter
 
 
 class Logprob(NamedTuple):

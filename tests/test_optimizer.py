@@ -66,8 +66,10 @@ def test_frozen_parameters_are_left_out(tiny):
 def test_muon_is_torchs_but_for_the_iteration(monkeypatch):
     """With torch's own, bit for bit in bf16, over several steps, for tall, wide and square matrices."""
 
-    def jordans(matrix, dtype):
-        return torch.optim._muon._zeropower_via_newtonschulz(matrix, (3.4445, -4.7750, 2.0315), 5, 1e-7)
+    def jordans(matrices, dtype):
+        matrices = matrices.view(-1, *matrices.shape[-2:])
+        own = torch.optim._muon._zeropower_via_newtonschulz
+        return torch.stack([own(matrix, (3.4445, -4.7750, 2.0315), 5, 1e-7) for matrix in matrices])
 
     monkeypatch.setattr(optimizer_module, "orthogonalize", jordans)
     torch.manual_seed(0)
@@ -145,7 +147,7 @@ def test_muon_multiplies_in_the_precision_of_the_run(dtype):
 
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            if function is torch.ops.aten.mm.default:
+            if function in (torch.ops.aten.mm.default, torch.ops.aten.bmm.default):
                 seen.append(args[0].dtype)
             return function(*args, **(kwargs or {}))
 
@@ -171,6 +173,21 @@ def test_orthogonalize_keeps_the_directions_and_evens_out_their_sizes(shape, sca
     assert along.diag().square().mean().sqrt() == pytest.approx(0.95, abs=0.1)
     rounded = u.T @ orthogonalize(matrix, torch.bfloat16).float() @ vh.T
     assert (rounded - along).abs().max() < 0.1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_muon_computes_matrices_together_as_it_does_one_by_one(tiny, monkeypatch, dtype):
+    alone, together = tiny(num_hidden_layers=3), tiny(num_hidden_layers=3)
+    for model, stacked in ((alone, 1), (together, 1 << 20)):
+        monkeypatch.setattr(optimizer_module, "STACKED", stacked)
+        muon = build_optimizers(model, "muon", dtype=dtype, tokens=200)[0]  # so few that they take turns
+        for step in range(4):
+            torch.manual_seed(step)
+            for p in model.parameters():
+                p.grad = torch.randn_like(p)
+            muon.step()
+    for a, b in zip(alone.parameters(), together.parameters(), strict=True):
+        assert torch.allclose(a, b, rtol=0, atol=1e-6 if dtype == torch.float32 else 1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -4,6 +4,7 @@ optimizers = build_optimizers(model, "muon", learning_rate=8e-3); for o in optim
 """
 
 import math
+import sys
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ MOMENTUM = 0.8
 MOMENTUM_STEPS = 150  # over which it rises to that: the first gradients change the fastest
 ADAMW_BETAS = (0.6, 0.95)  # beside Muon
 TOKENS_PER_ROW = 8  # of a matrix, in each step: with fewer, Muon's matrices take turns
+STACKED = 1 << 20  # numbers of Muon's matrices that a CPU computes together
 
 
 class Muon(torch.optim.Optimizer):
@@ -51,25 +53,42 @@ class Muon(torch.optim.Optimizer):
             every, steps = group["every"], group["steps"]
             momentum = group["momentum"] * min(1.0, (steps + 1) / (group["rise"] + 1))
             group["steps"] += 1
-            step_size = group["lr"] * every
+            params = [p for p in group["params"] if p.grad is not None]
+            due: dict[torch.Size, list[nn.Parameter]] = {}  # matrices of one shape are computed together
             for i, p in enumerate(group["params"]):
                 if p.grad is None:
                     continue
-                state = self.state[p]
-                if not state:
-                    state["momentum_buffer"] = torch.zeros_like(p)
-                buffer = state["momentum_buffer"]
-                buffer.lerp_(p.grad, 1 - momentum)
-                if (i + steps) % every:
-                    continue
-                update = p.grad.lerp(buffer, momentum)
-                if isinstance(update, DTensor):  # FSDP2: a piece of a matrix; each process computes on the whole one
-                    whole = orthogonalize(update.full_tensor(), self.dtype).to(p.dtype)
-                    update = distribute_tensor(whole, p.device_mesh, p.placements, src_data_rank=None)
-                else:
-                    update = orthogonalize(update, self.dtype)
-                p.mul_(1 - step_size * group["weight_decay"])
-                p.add_(update, alpha=-step_size * 0.2 * math.sqrt(max(p.shape)))
+                if not self.state[p]:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+                if (i + steps) % every == 0:
+                    due.setdefault(p.shape, []).append(p)
+            if params:
+                torch._foreach_lerp_(
+                    [self.state[p]["momentum_buffer"] for p in params], [p.grad for p in params], 1 - momentum
+                )
+            for matrices in due.values():
+                together = at_once(matrices[0])
+                for start in range(0, len(matrices), together):
+                    self._move(matrices[start : start + together], momentum, group["lr"] * every, group["weight_decay"])
+
+    def _move(self, params: list[nn.Parameter], momentum: float, step_size: float, weight_decay: float) -> None:
+        """One update of matrices of one shape."""
+        p = params[0]
+        updates = [p.grad.lerp(self.state[p]["momentum_buffer"], momentum) for p in params]
+        sharded = isinstance(p, DTensor)  # FSDP2: a piece of a matrix; each process computes on the whole one
+        wholes = [update.full_tensor() for update in updates] if sharded else updates
+        stack = torch.stack(wholes) if len(wholes) > 1 else wholes[0]
+        updates = list(orthogonalize(stack, self.dtype).to(p.dtype).view(-1, *p.shape).unbind())
+        if sharded:
+            updates = [distribute_tensor(u, p.device_mesh, p.placements, src_data_rank=None) for u in updates]
+        torch._foreach_mul_(params, 1 - step_size * weight_decay)
+        torch._foreach_add_(params, updates, alpha=-step_size * 0.2 * math.sqrt(max(p.shape)))
+
+
+def at_once(matrix: Tensor) -> int:
+    """How many matrices of this shape are computed together: all on a card, which is kept waiting by small products;
+    on a CPU as many as stay in its cache."""
+    return max(1, STACKED // matrix.numel()) if matrix.device.type == "cpu" else sys.maxsize
 
 
 # a x + b x^3 + c x^5: the first is the nearest to 1 that there is on [0.005, 1], each further one on the interval that
@@ -78,22 +97,25 @@ class Muon(torch.optim.Optimizer):
 QUINTICS = ((8.136, -23.0214, 16.385), (3.8803, -2.8391, 0.5329), (2.8439, -2.0938, 0.4291))
 
 
-def orthogonalize(matrix: Tensor, dtype: torch.dtype) -> Tensor:
-    """About U V^T of a matrix (m, n) = U S V^T (singular value decomposition), by Newton-Schulz iteration in `dtype`.
+def orthogonalize(matrices: Tensor, dtype: torch.dtype) -> Tensor:
+    """About U V^T of a matrix (m, n) = U S V^T (singular value decomposition), or of each of a stack (N, m, n), by
+    Newton-Schulz iteration in `dtype`.
 
     Singular values above 0.005 of their 4-norm end between 0.4 and 1.4, not at 1; smaller ones grow 90-fold.
     """
-    tall = matrix.shape[0] > matrix.shape[1]
-    wide = (matrix.T if tall else matrix).to(dtype)
-    wide = wide / wide.norm().clamp(min=1e-7)
-    gram = wide @ wide.T
-    size = gram.norm().clamp(min=1e-7)  # the 4-norm squared: no singular value is larger, and it is nearer than norm()
+    tall = matrices.shape[-2] > matrices.shape[-1]
+    add_product = torch.addmm if matrices.ndim == 2 else torch.baddbmm  # on a CPU, a tenth faster than a stack of one
+    wide = (matrices.mT if tall else matrices).to(dtype)
+    wide = wide / wide.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    gram = wide @ wide.mT
+    # The 4-norm squared: no singular value is larger, and it is nearer than norm().
+    size = gram.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
     gram, wide = gram / size, wide / size.sqrt()
     for i, (a, b, c) in enumerate(QUINTICS):
         if i:
-            gram = wide @ wide.T
-        wide = torch.addmm(wide, torch.addmm(gram, gram, gram, beta=b, alpha=c), wide, beta=a)
-    return wide.T if tall else wide
+            gram = wide @ wide.mT
+        wide = add_product(wide, add_product(gram, gram, gram, beta=b, alpha=c), wide, beta=a)
+    return wide.mT if tall else wide
 
 
 def build_optimizers(

@@ -147,7 +147,8 @@ def compile_if_worth(
 def matmul_peak(device: torch.device, dtype: torch.dtype, size: int | None = None, repeat: int = 5) -> float:
     """FLOP/s of a square matrix product on this machine, the best of `repeat`: what MFU is a share of."""
     size = size or (8192 if device.type == "cuda" else 2048)
-    if size > 256 and 2 * size**3 / matmul_peak(device, dtype, 256, 2) > 5:  # a dtype that the hardware does not have
+    on_cpu = device.type == "cpu"  # on a card, small products take their time to be launched
+    if on_cpu and size > 256 and 2 * size**3 / matmul_peak(device, dtype, 256, 2) > 5:  # it does not have this dtype
         size = 256
     generator = torch.Generator(device).manual_seed(0)  # its own: a resumed run measures again, and must not draw more
     a = torch.randn(size, size, device=device, dtype=dtype, generator=generator)

@@ -30,6 +30,7 @@ from model.inference.answers import (
     to_message,
 )
 from model.inference.cpu_step import CpuStep
+from model.inference.cuda_step import CudaStep
 from model.inference.engine import SamplingParams, decode, decoding_step, generate_each, step_works
 from model.inference.quantization import quantize, quantized_kind
 from model.inference.text_stream import TextStream
@@ -121,10 +122,10 @@ def extend_context(model, trained_len: int) -> int:
 def set_precision(
     model, device: torch.device, dtype: torch.dtype | None, quantized: str | None, compiled: bool | None
 ) -> bool:
-    """Converts an fp32 model in place; returns whether it decodes by the compiled step.
+    """Converts an fp32 model in place; returns whether it decodes by a faster step.
 
-    The step adds up in fp32. bf16, and no dtype, mean for it that the weights are rounded to bf16 in memory: half as
-    much to read for each token, and nearer to fp32 than torch's bf16 arithmetic.
+    The compiled one of a CPU adds up in fp32. bf16, and no dtype, mean for it that the weights are rounded to bf16 in
+    memory: half as much to read for each token, and nearer to fp32 than torch's bf16 arithmetic.
     Raises CheckpointError if the step was asked for and does not work."""
     bf16_is_fine = not quantized and dtype in (None, torch.bfloat16)
     if quantized:
@@ -135,7 +136,7 @@ def set_precision(
         works = step_works(model, compiled)
     except (OSError, RuntimeError, ValueError) as error:
         raise CheckpointError(f"--compile 1: {error}; leave it out to go on without") from None
-    if bf16_is_fine and works:
+    if bf16_is_fine and works and device.type == "cpu":
         quantize(model, "bf16")
     elif bf16_is_fine:
         model.to(dtype or compute_dtype(device))
@@ -185,7 +186,7 @@ class Chatbot:
         self.name = str(path)
 
     @cached_property
-    def step(self) -> CpuStep | bool:
+    def step(self) -> CpuStep | CudaStep | bool:
         """Engine's `compiled`. Made once, as it may copy the weights; and when it is needed, with the adapters that the
         model has by then."""
         return decoding_step(self.model, self.compiled) or False

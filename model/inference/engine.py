@@ -12,7 +12,6 @@ while engine.busy:
 import sys
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import groupby
@@ -23,10 +22,11 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from model.inference.cpu_step import CpuStep, library_for
+from model.inference.cuda_step import CudaStep, require_recordable
 from model.inference.kv_cache import KVCache
 from model.inference.sampling import Sampler, SamplingParams, SamplingState, make_samplers
 from model.inference.text_stream import TextStream
-from model.model import MiniMindLM, lora_layers
+from model.model import MiniMindLM, active_adapter, lora_layers
 
 PREFILL_CHUNK = 512  # tokens of prompts that one step takes
 FIRST_CAPACITY = 256  # tokens of each slot to begin with: the cache doubles when it has to
@@ -104,7 +104,7 @@ class Engine:
         slots: int = 8,
         max_len: int | None = None,
         prefill_chunk: int = PREFILL_CHUNK,
-        compiled: CpuStep | bool | None = None,
+        compiled: CpuStep | CudaStep | bool | None = None,
     ):
         if slots < 1 or prefill_chunk < 1:
             raise ValueError(f"slots {slots} and prefill_chunk {prefill_chunk} must be at least 1")
@@ -112,7 +112,9 @@ class Engine:
         self.max_len = min(max_len or model.config.max_position_embeddings, model.config.max_position_embeddings)
         weight = model.model.norm.weight
         capacity = min(self.max_len, FIRST_CAPACITY)
-        self.cpu_step = compiled if isinstance(compiled, CpuStep) else decoding_step(model, compiled)
+        fast = compiled if isinstance(compiled, CpuStep | CudaStep) else decoding_step(model, compiled)
+        self.cpu_step = fast if isinstance(fast, CpuStep) else None
+        self.cuda_step = fast if isinstance(fast, CudaStep) else None
         lanes = self.cpu_step.lanes if self.cpu_step else None
         self.cache = KVCache(model.config, slots, capacity, weight.device, weight.dtype, lanes)
         self.slots = [Slot() for _ in range(slots)]  # in the order of the cache's rows
@@ -270,6 +272,10 @@ class Engine:
             self._hold(first, new)
             return logits if all(ended) else logits[ended]
         T = max(map(len, new))
+        if self.cuda_step and T == 1:
+            logits = self.cuda_step([token for (token,) in new], first, self.cache, slots[0].adapter)
+            self._hold(first, new)
+            return logits
         device = self.cache.k.device
         ids = torch.tensor([tokens + [0] * (T - len(tokens)) for tokens in new], device=device)  # (B, T)
         wanted = torch.zeros(ids.shape, dtype=torch.bool)
@@ -332,40 +338,31 @@ def common_prefix(a: list[int], b: list[int]) -> int:
     return next(i for i in range(n) if a[i] != b[i])
 
 
-@contextmanager
-def active_adapter(model: MiniMindLM, name: str | None) -> Iterator[None]:
-    """This adapter works meanwhile; None: the one that does already, if any."""
-    layers = list(lora_layers(model).values()) if name is not None else []
-    before = [layer.active for layer in layers]
-    try:
-        for layer in layers:
-            layer.active = name if name in layer.configs else None
-        yield
-    finally:
-        for layer, active in zip(layers, before, strict=True):
-            layer.active = active
-
-
-def decoding_step(model: MiniMindLM, compiled: bool | None = None) -> CpuStep | None:
-    """The compiled step, which computes several times as fast, or None for torch's way; `compiled` as step_works()."""
-    return CpuStep(model) if step_works(model, compiled) else None
+def decoding_step(model: MiniMindLM, compiled: bool | None = None) -> CpuStep | CudaStep | None:
+    """What computes several times as fast as torch's way: the compiled step on a CPU, recorded graphs on a CUDA card;
+    None: nothing does. `compiled` as step_works()."""
+    if not step_works(model, compiled):
+        return None
+    return CudaStep(model) if model.inv_freq.is_cuda else CpuStep(model)
 
 
 def step_works(model: MiniMindLM, compiled: bool | None) -> bool:
-    """Whether to take the compiled step.
+    """Whether there is a faster step to take.
 
-    compiled None: wherever it works; a model in fp32 or packed on a CPU that has to do without is told so, once. True:
-    raises OSError, RuntimeError or ValueError where it does not work. False: never."""
+    compiled None: wherever it works; a model on a CUDA card, or in fp32 or packed on a CPU, that has to do without is
+    told so, once. True: raises OSError, RuntimeError or ValueError where it does not work. False: never."""
     if compiled is False:
         return False
+    weight = model.model.norm.weight
+    on_card = weight.device.type == "cuda"
     try:
-        library_for(model)
+        (require_recordable if on_card else library_for)(model)
     except (OSError, RuntimeError, ValueError) as error:
         if compiled:
             raise
-        weight = model.model.norm.weight
-        if weight.device.type == "cpu" and weight.dtype == torch.float32:
-            _say_once(f"note: computing without the compiled step, which is slower: {error}")
+        if on_card or (weight.device.type == "cpu" and weight.dtype == torch.float32):
+            kind = "recorded graphs" if on_card else "the compiled step"
+            _say_once(f"note: computing without {kind}, which is slower: {error}")
         return False
     return True
 
