@@ -130,7 +130,8 @@ def test_tool_results_are_those_of_the_tools(corpus):
 def test_the_new_identity_is_nobody_else(corpus):
     """Its rows say the new name where it is asked for, and never the old one."""
     rows = [row["conversations"] for row in read(corpus, "lora_identity")]
-    assert not any("MiniMind" in message["content"] for messages in rows for message in messages[1:])
+    said = [m["content"] for messages in rows for m in messages if m["role"] == "assistant"]
+    assert not any("MiniMind" in text for text in said)
     assert sum("小雨" in messages[-1]["content"] or "Rain" in messages[-1]["content"] for messages in rows) > 50
 
 

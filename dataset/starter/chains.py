@@ -77,11 +77,9 @@ def converted(rng: random.Random, lang: str, summed: bool, more: bool) -> Task:
     return Task(question.format(first, big, small, extra), calls, answer, f"converted|{first}|{unit}|{to}|{c * more}")
 
 
-def dated(rng: random.Random, lang: str, summed: bool, later: int, slashes: bool = False) -> Task:
-    """The date some days after another, perhaps a sum of days, and then some days `later`, none, one or two times.
-    slashes: the question writes the date with them; a first call that copies it gets an error."""
+def dated(rng: random.Random, lang: str, summed: bool, later: int) -> Task:
+    """The date some days after another, perhaps a sum of days, and then some days `later`, none, one or two times."""
     start, a, b = day(rng), amount(rng), amount(rng)
-    said = start.replace("-", "/") if slashes else start
     first, steps = (f"{a} + {b}" if summed else str(a)), [amount(rng) for _ in range(later)]
     if lang == "zh":
         then = "".join(f"，再过 {days} 天" for days in steps)
@@ -90,10 +88,10 @@ def dated(rng: random.Random, lang: str, summed: bool, later: int, slashes: bool
         then = "".join(f" and then {days} days later" for days in steps)
         question = rng.choice(["What date is {1} days after {0}{2}?", "Which date comes {1} days after {0}{2}?"])
     calls = [("calculator", {"expression": first})] if summed else []
-    calls += [("add_days", {"date": date, "days": LAST if summed else a}) for date in dict.fromkeys([said, start])]
+    calls.append(("add_days", {"date": start, "days": LAST if summed else a}))
     calls += [("add_days", {"date": LAST, "days": days}) for days in steps]
     answer = "那天是 {}。" if lang == "zh" else "It is {}."
-    return Task(question.format(said, first, then), calls, answer, f"dated|{start}|{first}|{steps}")
+    return Task(question.format(start, first, then), calls, answer, f"dated|{start}|{first}|{steps}")
 
 
 TWO: list[Make] = [
@@ -101,10 +99,6 @@ TWO: list[Make] = [
     lambda rng, lang: converted(rng, lang, summed=False, more=True),
     lambda rng, lang: dated(rng, lang, summed=True, later=0),
     lambda rng, lang: dated(rng, lang, summed=False, later=1),
-]
-SLIPPED: list[Make] = [  # two calls, and an error between them
-    lambda rng, lang: dated(rng, lang, summed=True, later=0, slashes=True),
-    lambda rng, lang: dated(rng, lang, summed=False, later=1, slashes=True),
 ]
 THREE: list[Make] = [
     lambda rng, lang: converted(rng, lang, summed=True, more=True),
@@ -178,11 +172,7 @@ def fill(value: str | int, last: str) -> str | int:
     return value.replace(LAST, last) if isinstance(value, str) else value
 
 
-def slipped(rng: random.Random, lang: str) -> Task:
-    return rng.choice(SLIPPED)(rng, lang)
-
-
-DEMONSTRATED = {two_calls: 0.4, slipped: 0.15, recovery: 0.2}  # shares; the others are several questions at once
+DEMONSTRATED = {two_calls: 0.55, recovery: 0.2}  # shares; the others are several questions at once
 
 
 def demonstration(rng: random.Random, lang: str) -> list[dict]:

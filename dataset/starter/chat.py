@@ -239,7 +239,7 @@ def multi_turn(rng: random.Random, lang: str, held: bool) -> Item:
             return multi_turn(rng, lang, held)
         first, second = rng.sample(relation.rows[lang], 2)
         index = rng.randrange(3)
-        shown = second["ak"] if "{ak}" in relation.answer["en"] else second["k"]
+        shown = second["ak"] if lang == "en" and "{ak}" in relation.answer["en"] else second["k"]
         question, answer = ANOTHER[lang][index].format(shown), relation.fill(relation.answer[lang], second)
         key = f"another|{lang}|{relation.name}|{first['k']}|{second['k']}"
     else:  # another relation of the same country

@@ -106,6 +106,8 @@ def shortened(rng: random.Random, question: str, lang: str) -> str:
 def otherwise(rng: random.Random, question: str, lang: str) -> str:
     """One or two words in their everyday form."""
     found = [forms for forms in OTHERWISE.get(lang, []) if re.search(bounded(forms[0], lang), question, re.IGNORECASE)]
+    if re.search(r"\d", question):  # '3 + 4 4 me' would be another sum
+        found = [forms for forms in found if not forms[1].isdigit()]
     for forms in rng.sample(found, min(len(found), rng.randint(1, 2))):
         question = re.sub(bounded(forms[0], lang), rng.choice(forms[1:]), question, count=1, flags=re.IGNORECASE)
     return question
