@@ -147,8 +147,9 @@ def add_inference_flags(parser: argparse.ArgumentParser) -> None:
     add("--dtype", choices=("bf16", "fp16", "fp32"), help="default: bf16 where the hardware computes in it, and "
         "for the weights of the compiled step; else fp32")  # fmt: skip
     add("--quantize", choices=("int8", "int4"), help="weights of 8 or 4 bits")
-    add("--compile", type=flag, metavar="{0,1}", help="the decoding step in C++ for the CPU, several times as fast, "
-        "compiled in seconds the first time: 0 = never, 1 = or an error (default: wherever it works)")  # fmt: skip
+    add("--compile", type=flag, metavar="{0,1}", help="several times as fast: the decoding step in C++ for the "
+        "CPU, compiled in seconds the first time, or as a recorded graph on a CUDA card: 0 = never, 1 = or an error "
+        "(default: wherever it works)")  # fmt: skip
     add("--inference_rope_scaling", type=flag, metavar="{0,1}", default=False, help="1 = 4 times the context that it "
         "was trained with, by YaRN (default: 0)")  # fmt: skip
 

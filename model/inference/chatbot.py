@@ -72,7 +72,7 @@ def load_chatbot(
 
     path: what checkpoint.load() takes. dtype None: the best one. tokenizer: the folder of one, for weights that do not
     say theirs. adapter: a .pth file, or FOLDER/NAME, which stands for FOLDER/NAME_<hidden>[_moe].pth; it is merged into
-    the weights. quantized: "int8" or "int4". compiled: decode by the compiled step; None: wherever it works.
+    the weights. quantized: "int8" or "int4". compiled: decode by the faster step; None: wherever it works.
     extrapolate: YaRN, for YARN_FACTOR times the context that the model was trained with. Raises CheckpointError.
     """
     path = Path(path)
