@@ -16,7 +16,6 @@ import torch.nn.functional as F
 
 from dataset.lm_dataset import IGNORE, sft_dataset
 from dataset.tokenizer import END_THINK, END_TOOL_CALL, THINK, TOOL_CALL
-from model import checkpoint
 from trainer.arguments import arguments
 from trainer.run import Run
 
@@ -39,16 +38,6 @@ def reason_loss(model, batch, marker_ids, marker_weight):
     return loss + out.aux_loss, out.metrics | {"cross_entropy": losses.detach().sum() / count}
 
 
-def save_average(path, model, meta, *, tokenizer, start, share):
-    """Write share * (weights that the training began with) + (1 - share) * (weights now): on the line between the two
-    most of what either can do is kept (Wortsman et al. 2022, arXiv:2109.01903)."""
-    before = start.state_dict()
-    with torch.no_grad():
-        for name, weight in model.state_dict().items():
-            weight.lerp_(before[name].to(weight), share)
-    checkpoint.save(path, model, meta, tokenizer=tokenizer)
-
-
 def parse_arguments():
     # Rows as long as the chats that keep the model's other skills alive.
     parser = arguments("reason", __doc__, from_weight="full_sft", batch_size=2, max_seq_len=1024)
@@ -66,7 +55,7 @@ def parse_arguments():
 def main():
     args = parse_arguments()
     run = Run("reason", args, minutes=2.25, learning_rate_factor=0.8)
-    start = copy.deepcopy(run.model).cpu()
+    start = copy.deepcopy(run.model).cpu().state_dict()
     train_rows, val_rows = run.rows(sft_dataset, "reason")
     marker_ids = [run.tokenizer.marker_ids[marker] for marker in WEIGHTED if marker in run.tokenizer.marker_ids]
     loss_fn = partial(reason_loss, marker_ids=marker_ids, marker_weight=args.marker_weight)
@@ -79,7 +68,8 @@ def main():
             run.backward(loss, batch)
         run.update(metrics)
     run.validate(loss_fn, val_rows)
-    run.finish(partial(save_average, start=start, share=args.start_share))
+    run.average_with(start, args.start_share)
+    run.finish()
 
 
 if __name__ == "__main__":

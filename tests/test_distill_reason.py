@@ -6,6 +6,9 @@ pytest tests/test_distill_reason.py
 import argparse
 import copy
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +22,9 @@ from dataset.lm_dataset import sft_dataset, validation_batches
 from dataset.tokenizer import TokenizerError
 from model import checkpoint
 from model.export.huggingface import save_hf
+from model.model import MiniMindConfig, MiniMindLM
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -147,16 +153,26 @@ def test_the_four_markers_weigh_more_and_nothing_else_changes(tiny, tmp_path, to
     assert weighted.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
-def test_what_is_written_is_the_mean_of_before_and_after(pair, tmp_path):
-    before, _ = pair
-    after = copy.deepcopy(before)
-    for weight in after.parameters():
-        torch.nn.init.normal_(weight)
-    expected = {name: 0.25 * before.state_dict()[name] + 0.75 * w for name, w in after.state_dict().items()}
-    train_reason.save_average(tmp_path / "mean.pth", after, {}, tokenizer=None, start=before, share=0.25)
-    written = checkpoint.load(tmp_path / "mean.pth")[0].state_dict()
-    for name, weight in expected.items():
-        torch.testing.assert_close(written[name], weight)
+def test_what_is_written_is_the_mean_of_before_and_after(tmp_path):
+    """From the shell: the same training with and without, and the weights that both began with."""
+    rows = tmp_path / "reason.jsonl"
+    rows.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS), encoding="utf-8")
+    start = MiniMindLM(
+        MiniMindConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+    )
+    checkpoint.save(tmp_path / "full_sft_64.pth", start, {}, tokenizer=load_tokenizer())
+    weights = {}
+    for share in ("0", "0.25"):
+        flags = ["--data_path", str(rows), "--steps", "3", "--save_weight", f"share{share[-1]}", "--start_share", share]
+        script = [sys.executable, str(ROOT / "train_reason.py"), "--out_dir", str(tmp_path), "--dtype", "fp32"]
+        subprocess.run([*script, *flags, "--max_seq_len", "256"], check=True, capture_output=True, timeout=200)
+        weights[share] = checkpoint.load(tmp_path / f"share{share[-1]}_64.pth")[0].state_dict()
+    moved = 0.0
+    for name, before in start.state_dict().items():
+        after = weights["0"][name]
+        moved = max(moved, (after - before).abs().max().item())
+        torch.testing.assert_close(weights["0.25"][name], 0.25 * before + 0.75 * after, rtol=1e-4, atol=1e-6)
+    assert moved > 1e-4
 
 
 def test_an_earlier_answer_gets_no_empty_block(tokenizer):

@@ -19,6 +19,7 @@ takes any figures.
 
 import argparse
 import contextlib
+import copy
 import math
 import shlex
 import sys
@@ -115,6 +116,7 @@ class Run:
         self.share = 0.0  # of the budget that is used up
         self.reporter = Reporter(self.stage, self.path(".pth"), self.processes, args.log_interval)
         self.parallel: Parallel | None = None  # once steps() has begun
+        self._start: tuple[dict[str, Tensor], float] | None = None  # of average_with()
 
     # -------------------------------------------------------------------------------------------- verbs
 
@@ -229,7 +231,7 @@ class Run:
 
     def finish(self, save: SaveFn = checkpoint.save) -> None:
         """Write the weights, by save(path, model, meta, tokenizer=...), and the curve; remove the resume states."""
-        model = self.parallel.whole_model()
+        model = self.whole_model()
         if not self.processes.is_main:
             return
         weights = self.path(".pth")
@@ -364,8 +366,21 @@ class Run:
         return {k: v.to(self.device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
 
     def whole_model(self) -> nn.Module:
-        """The plain model with all its weights as they are now, to generate with. All processes must call it."""
-        return self.parallel.whole_model() if self.parallel else self.model
+        """The plain model with all its weights as they are now, to generate with, or the mean of average_with(). All
+        processes must call it."""
+        model = self.parallel.whole_model() if self.parallel else self.model
+        if self._start is not None:
+            model, (start, share) = copy.deepcopy(model), self._start
+            with torch.no_grad():
+                for name, weight in model.state_dict().items():
+                    weight.lerp_(start[name].to(weight), share)
+        return model
+
+    def average_with(self, start: dict[str, Tensor], share: float) -> None:
+        """From here on whole_model() gives, and finish() writes, share * start + (1 - share) * the weights, by name: on
+        the line between the weights of before and after a training most of what either can do is kept (Wortsman et al.
+        2022, arXiv:2109.01903)."""
+        self._start = (start, share) if share else None
 
     def _tick(self) -> None:
         """What the clock and the signals say after a step, the same on all processes."""
