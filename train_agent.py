@@ -75,7 +75,8 @@ def main():
     run = Run(f"lora/{args.lora_name}" if args.lora_name else "agent", args, minutes=4.0, learning_rate_factor=0.1)
     save = add_adapter(run)
     reference = copy.deepcopy(run.model).eval().requires_grad_(False) if args.beta else None
-    start = copy.deepcopy(run.model).cpu().state_dict()
+    # Of an adapter's update B A, B alone, which begins at 0: then the mean of the two updates is (1 - share) B A.
+    start = {name: w for name, w in copy.deepcopy(run.model).cpu().state_dict().items() if ".lora_A_" not in name}
     quiet = not run.processes.is_main
     questions, held_out = run.rows(question_dataset, "agent")
     play = ToolTurns(run.tokenizer, REWARDS[args.reward], args)

@@ -4,7 +4,6 @@ optimizers = build_optimizers(model, "muon", learning_rate=8e-3); for o in optim
 """
 
 import math
-import sys
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +19,7 @@ MOMENTUM = 0.8
 MOMENTUM_STEPS = 150  # over which it rises to that: the first gradients change the fastest
 ADAMW_BETAS = (0.6, 0.95)  # beside Muon
 TOKENS_PER_ROW = 8  # of a matrix, in each step: with fewer, Muon's matrices take turns
-STACKED = 1 << 20  # numbers of Muon's matrices that a CPU computes together
+STACKED, STACKED_ON_CARD = 1 << 20, 1 << 26  # numbers of Muon's matrices that a CPU, a card computes together
 
 
 class Muon(torch.optim.Optimizer):
@@ -86,9 +85,9 @@ class Muon(torch.optim.Optimizer):
 
 
 def at_once(matrix: Tensor) -> int:
-    """How many matrices of this shape are computed together: all on a card, which is kept waiting by small products;
-    on a CPU as many as stay in its cache."""
-    return max(1, STACKED // matrix.numel()) if matrix.device.type == "cpu" else sys.maxsize
+    """How many matrices of this shape are computed together: on a card, which small products keep waiting, as many as
+    take little memory; on a CPU as many as stay in its cache."""
+    return max(1, (STACKED if matrix.device.type == "cpu" else STACKED_ON_CARD) // matrix.numel())
 
 
 # a x + b x^3 + c x^5: the first is the nearest to 1 that there is on [0.005, 1], each further one on the interval that

@@ -372,14 +372,15 @@ class Run:
         if self._start is not None:
             model, (start, share) = copy.deepcopy(model), self._start
             with torch.no_grad():
-                for name, weight in model.state_dict().items():
-                    weight.lerp_(start[name].to(weight), share)
+                weights = model.state_dict()
+                for name, before in start.items():
+                    weights[name].lerp_(before.to(weights[name]), share)
         return model
 
     def average_with(self, start: dict[str, Tensor], share: float) -> None:
-        """From here on whole_model() gives, and finish() writes, share * start + (1 - share) * the weights, by name: on
-        the line between the weights of before and after a training most of what either can do is kept (Wortsman et al.
-        2022, arXiv:2109.01903)."""
+        """From here on whole_model() gives, and finish() writes, share * start + (1 - share) * the weights, of those
+        that start has: on the line between the weights of before and after a training most of what either can do is
+        kept (Wortsman et al. 2022, arXiv:2109.01903)."""
         self._start = (start, share) if share else None
 
     def _tick(self) -> None:

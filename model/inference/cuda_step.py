@@ -4,8 +4,9 @@ a step one by one takes ten times as long as the card needs to compute them.
 step = CudaStep(model)
 logits = step([token, ...], first_slot, cache)      # (B, vocab) after one new token of each slot
 
-It computes what the plain forward does, for a whole number of sizes: so many rows, and so many positions of the cache
-that are read, both powers of two. Each size is recorded when it first comes, which takes as long as three plain steps.
+It computes what the plain forward does, for few sizes: so many rows, and so many positions of the cache that are read,
+powers of two as far as there are so many. A size is recorded when it first comes in a cache, and again when the cache
+has grown; that takes as long as three plain steps.
 """
 
 from typing import NamedTuple
@@ -17,6 +18,7 @@ from model.inference.kv_cache import CacheWindow, KVCache
 from model.model import MiniMindLM, active_adapter
 
 SHORTEST = 256  # positions that are read at least
+MOST = 64  # sizes that are kept
 
 
 class Recorded(NamedTuple):
@@ -41,6 +43,9 @@ class CudaStep:
         self.model = model
         self.recorded: dict[tuple, Recorded] = {}
         self.keys: Tensor | None = None  # of the cache that the graphs have the addresses of
+        self.device = model.inv_freq.device
+        # One after the other, the graphs may work in the same memory.
+        self.stream, self.pool = torch.cuda.Stream(self.device), torch.cuda.graph_pool_handle()
 
     @torch.inference_mode()
     def __call__(self, tokens: list[int], first: int, cache: KVCache, adapter: str | None = None) -> Tensor:
@@ -48,7 +53,7 @@ class CudaStep:
         cache, whose lengths stay as they are."""
         lengths = cache.lengths[first : first + len(tokens)]
         cache.reserve(max(lengths) + 1)
-        if self.keys is not cache.k:
+        if self.keys is not cache.k or len(self.recorded) > MOST:
             self.recorded.clear()
             self.keys = cache.k
         # Rows that fill up to a power of two write where their slots' next tokens will: before those can be seen.
@@ -74,11 +79,11 @@ class CudaStep:
             window = CacheWindow(cache.k[:, rows], cache.v[:, rows], positions, mask[:, None], None, read)
             return self.model(ids, cache=window).logits[:, 0]
 
-        with active_adapter(self.model, adapter):
+        with torch.cuda.device(self.device), active_adapter(self.model, adapter):
             compute()  # what libraries set up when they are first called must not be recorded
-            torch.cuda.synchronize(inputs.device)
+            torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode="thread_local"):
                 logits = compute()
         return Recorded(graph, inputs, logits)
 

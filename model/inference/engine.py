@@ -272,7 +272,7 @@ class Engine:
             self._hold(first, new)
             return logits if all(ended) else logits[ended]
         T = max(map(len, new))
-        if self.cuda_step and T == 1:
+        if self.cuda_step and all(slot.pending == 1 for slot in slots):
             logits = self.cuda_step([token for (token,) in new], first, self.cache, slots[0].adapter)
             self._hold(first, new)
             return logits
