@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Seven minutes with one CUDA card: parity with the CPU, training in bf16 and fp16, kill and resume, speed, a whole life.
+# Some minutes with one CUDA card: parity with the CPU, training in bf16 and fp16, kill and resume, speed, a whole life.
 #   bash scripts/check_gpu.sh [DIR]           # the report: out/gpu_report.md, and all that was printed in out/gpu_*.log
 #   bash scripts/check_gpu.sh wheels DIR      # beforehand, for a machine without a network: what it may lack, for its Python
 # Needs torch >= 2.11, transformers, pandas and pyarrow; missing packages come from DIR (default: wheels/) if it is there.

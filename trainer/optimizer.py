@@ -52,19 +52,19 @@ class Muon(torch.optim.Optimizer):
             every, steps = group["every"], group["steps"]
             momentum = group["momentum"] * min(1.0, (steps + 1) / (group["rise"] + 1))
             group["steps"] += 1
-            params = [p for p in group["params"] if p.grad is not None]
+            buffers, grads = [], []
             due: dict[torch.Size, list[nn.Parameter]] = {}  # matrices of one shape are computed together
             for i, p in enumerate(group["params"]):
                 if p.grad is None:
                     continue
                 if not self.state[p]:
                     self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+                buffers.append(self.state[p]["momentum_buffer"])
+                grads.append(p.grad)
                 if (i + steps) % every == 0:
                     due.setdefault(p.shape, []).append(p)
-            if params:
-                torch._foreach_lerp_(
-                    [self.state[p]["momentum_buffer"] for p in params], [p.grad for p in params], 1 - momentum
-                )
+            if grads:
+                torch._foreach_lerp_(buffers, grads, 1 - momentum)
             for matrices in due.values():
                 together = at_once(matrices[0])
                 for start in range(0, len(matrices), together):
