@@ -13,18 +13,14 @@ import hashlib
 import json
 import os
 import shutil
-import threading
-from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context, parent_process
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 
-from dataset import dedup, packing
+from dataset import dedup, packing, workers
 from dataset.clean_rows import COPIES, LANGUAGES, Cleaned, Cleaner, Plan, all_rules, text_of
 from dataset.files import DataError
 from dataset.tables import Source
@@ -113,27 +109,17 @@ def _cleaned(job: Job, sources: Sequence[Source]) -> Iterator[tuple[int, list, C
     earlier = dataclasses.replace(job.plan, check=False, questions=())
     size = sum(source.path.stat().st_size for source in sources)
     tasks = _tasks(sources, len(job.against), size)
+    plans = earlier, job.plan, len(job.against)
     if job.num_proc <= 1 or size < packing.PARALLEL_FROM:
-        cleaners = Cleaner(earlier), Cleaner(job.plan)
+        clean = _cleaner(*plans)
         for n, chunk in tasks:
-            yield n, chunk, cleaners[n >= len(job.against)].clean(chunk)
+            yield n, chunk, clean(n, chunk)
         return
-    options = (get_context("spawn"), _start_worker, (earlier, job.plan))
-    waiting: deque = deque()
     try:
-        with ProcessPoolExecutor(job.num_proc, *options) as pool:
-            for n, chunk in tasks:
-                with packing.hidden_script():
-                    waiting.append((n, chunk, pool.submit(_clean_in_worker, n >= len(job.against), chunk)))
-                if len(waiting) > 2 * job.num_proc:
-                    n, chunk, done = waiting.popleft()
-                    yield n, chunk, done.result()
-            while waiting:
-                n, chunk, done = waiting.popleft()
-                yield n, chunk, done.result()
-    except BrokenProcessPool:
-        why = "a worker process was killed, by the system if memory ran out"
-        raise DataError(f"{job.out}: not written: {why}; run again, with fewer processes (--num_proc)") from None
+        for (n, chunk), done in workers.in_order(_clean_in_worker, tasks, job.num_proc, _start_worker, *plans):
+            yield n, chunk, done
+    except workers.WorkerKilled as killed:
+        raise DataError(f"{job.out}: not written: {killed}; run again, with fewer processes (--num_proc)") from None
 
 
 def _tasks(sources: Sequence[Source], earlier: int, size: int) -> Iterator[tuple[int, list]]:
@@ -146,15 +132,20 @@ def _tasks(sources: Sequence[Source], earlier: int, size: int) -> Iterator[tuple
     progress.end()
 
 
-def _start_worker(earlier: Plan, plan: Plan) -> None:
-    global _cleaners
-    _cleaners = Cleaner(earlier), Cleaner(plan)
-    # A worker must not outlive a killed parent: its queue never tells it.
-    threading.Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
+def _cleaner(earlier: Plan, plan: Plan, against: int) -> Callable[[int, list], Cleaned]:
+    """What cleans lines of the n-th source; the first `against` sources are earlier output."""
+    cleaners = Cleaner(earlier), Cleaner(plan)
+    return lambda n, chunk: cleaners[n >= against].clean(chunk)
 
 
-def _clean_in_worker(check: bool, chunk: list) -> Cleaned:
-    return _cleaners[check].clean(chunk)
+def _start_worker(*plans: Any) -> None:
+    global _clean
+    _clean = _cleaner(*plans)
+    workers.end_with_parent()
+
+
+def _clean_in_worker(n: int, chunk: list) -> Cleaned:
+    return _clean(n, chunk)
 
 
 # ------------------------------------------------------------------------------------------------ rows on disk

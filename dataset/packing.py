@@ -9,19 +9,16 @@ import json
 import os
 import shlex
 import sys
-import threading
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
-from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from dataset import workers
 from dataset.chat import render_chat
 from dataset.checks import Fault, conversation_faults, kind_of, preference_faults, printable, text_fault
 from dataset.files import DataError, DataFile, with_path
@@ -129,25 +126,7 @@ def _start_worker(kind: str, tokenizer: ChatTokenizer, seq_len: int) -> None:
     global _worker
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process per core already
     _worker = (kind, tokenizer, seq_len)
-    end_with_parent()
-
-
-def end_with_parent() -> None:
-    """This process must not outlive a killed parent: its queue never tells it."""
-    threading.Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
-
-
-@contextmanager
-def hidden_script() -> Iterator[None]:
-    """A process that is spawned imports the script that runs, for what it may define: torch and all, three seconds and
-    300 MB for each worker, which needs none of it. It does not where the script's path is not known."""
-    script = vars(sys.modules["__main__"])
-    hidden = {name: script[name] for name in ("__spec__", "__file__") if name in script}
-    script.update(dict.fromkeys(hidden))
-    try:
-        yield
-    finally:
-        script.update(hidden)
+    workers.end_with_parent()
 
 
 def _encode_in_worker(lines: list[tuple[int, bytes]]) -> Encoded:
@@ -159,16 +138,9 @@ def encode_all(kind: str, tokenizer: ChatTokenizer, seq_len: int, chunks: Iterab
     if num_proc <= 1:
         yield from (encode(kind, tokenizer, seq_len, chunk) for chunk in chunks)
         return
-    options = (get_context("spawn"), _start_worker, (kind, tokenizer, seq_len))
-    with ProcessPoolExecutor(num_proc, *options) as pool:
-        waiting: deque = deque()
-        for chunk in chunks:
-            with hidden_script():
-                waiting.append(pool.submit(_encode_in_worker, chunk))
-            if len(waiting) > 2 * num_proc:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+    tasks = ((chunk,) for chunk in chunks)
+    for _, encoded in workers.in_order(_encode_in_worker, tasks, num_proc, _start_worker, kind, tokenizer, seq_len):
+        yield encoded
 
 
 def chunks_of(lines: Iterable[tuple[int, bytes]], most: int = CHUNK) -> Iterator[list[tuple[int, bytes]]]:

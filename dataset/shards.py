@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dataset import cache, packing
+from dataset import cache, packing, workers
 from dataset.files import DataError, DataFile
 from dataset.packing import Sample
 from dataset.tokenizer import ChatTokenizer
@@ -223,7 +223,7 @@ def _version(path: Path) -> list[int]:
 
 def _build_all(files: list[ShardedFile], quiet: bool, failure: Path) -> None:
     """The work of the builder's process."""
-    packing.end_with_parent()
+    workers.end_with_parent()
     with contextlib.suppress(OSError, AttributeError):
         os.nice(5)  # the training comes first
     try:
@@ -278,7 +278,7 @@ class Builder:
         missing = [one for one in self.files if one.summary() is None]
         arguments = (missing, self.quiet, self._failure(file))
         self.process = get_context("spawn").Process(target=_build_all, args=arguments)
-        with packing.hidden_script():
+        with workers.hidden_script():
             self.process.start()
 
     def _failure(self, file: ShardedFile) -> Path:
