@@ -6,7 +6,7 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from typing import Any
@@ -31,8 +31,7 @@ def in_order(
     with ProcessPoolExecutor(num_proc, multiprocessing.get_context("spawn"), initializer, initargs) as pool:
         try:
             for task in tasks:
-                with hidden_script():
-                    waiting.append((task, pool.submit(function, *task)))
+                waiting.append((task, _submit(pool, function, task)))
                 if len(waiting) > 2 * num_proc:
                     task, done = waiting.popleft()
                     yield task, done.result()
@@ -44,7 +43,16 @@ def in_order(
             for process in multiprocessing.active_children():
                 if process not in others:
                     process.kill()
+                    process.join()
             raise WorkerKilled from None
+
+
+def _submit(pool: ProcessPoolExecutor, function: Callable, task: tuple) -> Future:
+    try:
+        with hidden_script():
+            return pool.submit(function, *task)
+    except OSError as error:  # its queue was closed, as it broke, under the worker that it was starting
+        raise BrokenProcessPool from error
 
 
 def end_with_parent() -> None:
