@@ -141,7 +141,6 @@ def _cleaner(earlier: Plan, plan: Plan, against: int) -> Callable[[int, list], C
 def _start_worker(*plans: Any) -> None:
     global _clean
     _clean = _cleaner(*plans)
-    workers.end_with_parent()
 
 
 def _clean_in_worker(n: int, chunk: list) -> Cleaned:

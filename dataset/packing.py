@@ -126,7 +126,6 @@ def _start_worker(kind: str, tokenizer: ChatTokenizer, seq_len: int) -> None:
     global _worker
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process per core already
     _worker = (kind, tokenizer, seq_len)
-    workers.end_with_parent()
 
 
 def _encode_in_worker(lines: list[tuple[int, bytes]]) -> Encoded:

@@ -1,14 +1,16 @@
 """A function over chunks of rows, in several processes, its results in the order of the chunks."""
 
+import contextlib
 import multiprocessing
 import os
+import queue
+import signal
 import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import Connection
 from typing import Any
 
 from dataset.files import DataError
@@ -24,44 +26,80 @@ def in_order(
 ) -> Iterator[tuple[tuple, Any]]:
     """(task, function(*task)) for each task. Few are in flight, so memory does not grow with their number.
 
-    Raises WorkerKilled if one of the processes is.
+    Each process has a pipe of its own and a thread that waits for it: where processes share a queue, as those of
+    ProcessPoolExecutor do, one that is killed can leave the rest waiting for ever. Here it raises WorkerKilled.
     """
-    waiting: deque = deque()
-    others = multiprocessing.active_children()
-    with ProcessPoolExecutor(num_proc, multiprocessing.get_context("spawn"), initializer, initargs) as pool:
+    processes, pipes, mine = [], queue.SimpleQueue(), threading.local()
+
+    def begin() -> None:
+        mine.pipe = pipes.get()
+        with contextlib.suppress(OSError):  # killed already: call() says so
+            mine.pipe.send((function, initializer, initargs))
+
+    def call(task: tuple) -> Any:
         try:
-            for task in tasks:
-                waiting.append((task, _submit(pool, function, task)))
-                if len(waiting) > 2 * num_proc:
-                    task, done = waiting.popleft()
-                    yield task, done.result()
-            while waiting:
+            mine.pipe.send(task)
+            result, error = mine.pipe.recv()
+        except (EOFError, OSError):
+            raise WorkerKilled from None
+        if error is not None:
+            raise error
+        return result
+
+    threads = ThreadPoolExecutor(num_proc, initializer=begin)
+    try:
+        for _ in range(num_proc):
+            process, pipe = _start_process()
+            processes.append(process)
+            pipes.put(pipe)
+        waiting: deque = deque()
+        for task in tasks:
+            waiting.append((task, threads.submit(call, task)))
+            if len(waiting) > 2 * num_proc:
                 task, done = waiting.popleft()
                 yield task, done.result()
-        except BrokenProcessPool:
-            # A pool that breaks overlooks the worker that is just being started, and then waits for it for ever.
-            for process in multiprocessing.active_children():
-                if process not in others:
-                    process.kill()
-                    process.join()
-            raise WorkerKilled from None
+        while waiting:
+            task, done = waiting.popleft()
+            yield task, done.result()
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+        threads.shutdown(cancel_futures=True)
 
 
-def _submit(pool: ProcessPoolExecutor, function: Callable, task: tuple) -> Future:
-    try:
-        with hidden_script():
-            return pool.submit(function, *task)
-    except OSError as error:  # its queue was closed, as it broke, under the worker that it was starting
-        raise BrokenProcessPool from error
+def _start_process() -> tuple[multiprocessing.Process, Connection]:
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_work, args=(theirs,), daemon=True)
+    with hidden_script():
+        process.start()
+    theirs.close()  # so that ours ends when the process does
+    return process, ours
+
+
+def _work(pipe: Connection) -> None:
+    """What a worker does until its parent closes the pipe, or is killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent ends this one
+    with contextlib.suppress(EOFError, OSError):
+        function, initializer, initargs = pipe.recv()
+        initializer(*initargs)
+        while True:
+            task = pipe.recv()
+            try:
+                answer = function(*task), None
+            except Exception as error:
+                answer = None, error
+            pipe.send(answer)
 
 
 def end_with_parent() -> None:
-    """This process must not outlive a killed parent: its queue never tells it."""
+    """This process must not outlive a killed parent."""
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
-@contextmanager
+@contextlib.contextmanager
 def hidden_script() -> Iterator[None]:
     """A process that is spawned imports the script that runs, for what it may define: torch and all, three seconds and
     300 MB for each worker, which needs none of it. It does not where the script's path is not known."""

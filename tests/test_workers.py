@@ -1,4 +1,4 @@
-"""dataset/workers.py: order, and what becomes of a killed worker."""
+"""dataset/workers.py: order, errors, and what becomes of a killed worker."""
 
 import multiprocessing
 import os
@@ -15,14 +15,15 @@ def nothing() -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL")
-def test_a_worker_killed_at_its_start_breaks_off_at_once():
-    """Its pool must not wait for the second worker, which is being started at that moment."""
+@pytest.mark.parametrize("at", [0, 1, 7])
+def test_a_killed_worker_breaks_off_at_once(at):
+    """As it starts, or later; whatever waits in the pipes. Nothing waits for ever, nothing is left."""
 
     def tasks():
-        for n in range(20):  # more than a pipe holds, so that something waits to be read
-            yield (b"x" * 200_000,)
-            if n == 0:
+        for n in range(20):  # each more than a pipe holds
+            if n == at:
                 os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+            yield (b"x" * 200_000,)
 
     for _ in range(8):
         with pytest.raises(workers.WorkerKilled):
@@ -35,3 +36,9 @@ def test_results_come_in_the_order_of_the_tasks():
     assert [(len(task[0]), size) for task, size in workers.in_order(len, tasks, 2, nothing)] == [
         (len(text), len(text)) for (text,) in tasks
     ]
+
+
+def test_an_error_of_the_function_is_raised_here():
+    with pytest.raises(ValueError, match="'x'"):
+        list(workers.in_order(int, [("1",), ("x",)], 2, nothing))
+    assert not multiprocessing.active_children()
