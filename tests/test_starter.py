@@ -6,16 +6,18 @@ pytest tests/test_starter.py
 import json
 import os
 import re
+import string
 import subprocess
 import sys
 import time
+import unicodedata
 from collections import Counter, defaultdict
 from pathlib import Path
 
 import pytest
 
 from dataset.starter import corpus as starter
-from dataset.starter.facts import NONE, RELATIONS, TABLES, load_json, load_table
+from dataset.starter.facts import NONE, RELATIONS, TABLES, WORDINGS, load_json, load_table
 from dataset.starter.skills import number_word
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -282,6 +284,26 @@ def test_wordings_kept_for_the_heldout_file_are_not_trained(sft):
                 assert {squeeze(q) for q in trained} & asked and not {squeeze(q) for q in kept} & asked, kept
 
 
+def test_wordings_say_the_whole_question():
+    """Each has the blanks of its kind, and none is one that is kept for the held-out file."""
+
+    def blanks(template: str) -> set[str]:
+        return {name for _, name, _, _ in string.Formatter().parse(template) if name}
+
+    for relation in RELATIONS:
+        thing = {"k", "ak"} if relation.name != "made" else {"k"}
+        for lang, templates in relation.otherwise.items():
+            kept = {squeeze(question) for question in relation.questions[lang][-2:]}
+            assert all(blanks(text) & thing and squeeze(text) not in kept for text in templates), relation.name
+    free = {"more": {"n", "m", "t"}, "fewer": {"n", "m", "t"}}  # a scene may have its own things
+    for kind, wordings in WORDINGS.items():
+        if kind != "facts":
+            for templates in wordings.values():
+                wanted = set().union(*map(blanks, templates)) - free.get(kind, set())
+                assert all(wanted <= blanks(text) for text in templates), kind
+                assert len(set(templates)) == len(templates) >= 20, kind
+
+
 def parts(text: str) -> list[str]:
     return re.findall(r"[^\s,，、]+", text)
 
@@ -290,7 +312,8 @@ def test_answers_are_computed_right(sft):
     """Sums, products, comparisons, reversals and sorted lists, checked from the text alone."""
     checked = Counter()
     for messages in sft:
-        question, answer = messages[-2]["content"], messages[-1]["content"]
+        question = unicodedata.normalize("NFKC", messages[-2]["content"])  # digits may be typed wide
+        answer = messages[-1]["content"]
         if re.fullmatch(r"(\d+ [+×-] \d+ = \d+(, )?)+", answer):
             for step in answer.split(", "):  # every step of a worked sum, and at its end what was asked for
                 left, right = step.replace("×", "*").split(" = ")

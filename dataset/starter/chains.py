@@ -172,7 +172,7 @@ def fill(value: str | int, last: str) -> str | int:
     return value.replace(LAST, last) if isinstance(value, str) else value
 
 
-DEMONSTRATED = {two_calls: 0.55, recovery: 0.2}  # shares; the others are several questions at once
+DEMONSTRATED = {two_calls: 0.45, recovery: 0.2}  # shares; the others are several questions at once
 
 
 def demonstration(rng: random.Random, lang: str) -> list[dict]:

@@ -5,13 +5,16 @@ Same contract as skills.py: one function a skill, (rng, lang, held) -> Item.
 
 import random
 
-from dataset.starter.facts import NEW_WORDINGS, RELATIONS, cap, load_json
+from dataset.starter.facts import NEW_WORDINGS, RELATIONS, an, cap, load_json
 from dataset.starter.lists import UPPER_WORDS
 from dataset.starter.skills import (
+    IN_SHORT,
     NAMES,
+    OTHERWISE,
     Item,
     ask_fact,
     fact_item,
+    in_other_words,
     pick_wording,
     trainable,
 )
@@ -25,16 +28,17 @@ IDENTITY, GREETINGS, SYSTEMS = TALK["identity"], TALK["small_talk"], TALK["syste
 def who_it_is(rng: random.Random, lang: str, held: bool) -> Item:
     """Who it is, who made it, what it can do."""
     intent = rng.choices(IDENTITY[lang], [4, 2, 1, 1, 1, 1, 1, 1])[0]
-    wording, key = pick_wording(rng, intent["questions"], held)
+    wording, key = pick_wording(rng, intent["otherwise"] + intent["questions"], held)
     return Item(wording, intent["answers"][0], f"{key}|identity|{wording}" if key.startswith("new") else "")
 
 
 def greeting(rng: random.Random, lang: str, held: bool) -> Item:
     """Small talk; jokes are only trained on."""
     if not held and rng.random() < 0.2:
-        return Item(rng.choice(TALK["joke_requests"][lang]), rng.choice(TALK["jokes"][lang]))
+        question = in_other_words(rng, held, lang, rng.choice(TALK["joke_requests"][lang]), "joke")
+        return Item(question, rng.choice(TALK["jokes"][lang]))
     intent = rng.choice(GREETINGS[lang])
-    wording, key = pick_wording(rng, intent["questions"], held)
+    wording, key = pick_wording(rng, intent["otherwise"] + intent["questions"], held)
     return Item(
         wording,
         rng.choice(intent["answers"]),
@@ -58,39 +62,87 @@ SYLLABLES = {
         ["nia", "land", "stan", "ria"],
     ),
 }
-UNKNOWN_TABLES = {"countries", "animals", "elements"}
-UNKNOWN_RELATIONS = [r for r in RELATIONS if r.table in UNKNOWN_TABLES and r.name not in ("capital_of", "young")]
+# Topics of OUTSIDE whose things are of the kind of a table's, and are not in it.
+STRANGERS = {
+    "countries": {"zh": "不认识的国家", "en": "countries not known"},
+    "animals": {"zh": "不认识的动物", "en": "animals not known"},
+    "elements": {"zh": "不认识的元素", "en": "elements not known"},
+    "jobs": {"zh": "不认识的职业", "en": "jobs not known"},
+    "people": {"zh": "不认识的发明", "en": "inventions not known"},
+    "festivals": {"zh": "不认识的节日节气", "en": "holidays not known"},
+}
+UNKNOWN_RELATIONS = [
+    relation
+    for relation in RELATIONS
+    if relation.table in STRANGERS and relation.name not in ("capital_of", "who_does")
+]
+
+
+# What is asked from outside of the world, and how often.
+UNKNOWN = {"requests": 40, "topics": 24, "strangers": 20, "sums": 8, "private": 5, "noise": 3}
 
 
 def unknown(rng: random.Random, lang: str, held: bool) -> Item:
-    """What lies outside of the world: topics of all kinds, requests, made-up countries, animals and elements, private
-    matters that nobody told the model. Unseen when held out: the topic, the request, the name."""
-    kind, outside = rng.random(), OUTSIDE[lang]
-    if kind < 0.6:
+    """What lies outside of the world: topics of all kinds, requests, private matters that nobody told the model, and
+    things that it could know by their kind but does not. Unseen when held out: the topic, the request, the thing."""
+    outside, private = OUTSIDE[lang], TALK["private"][lang]
+    (kind,) = rng.choices(list(UNKNOWN), list(UNKNOWN.values()))
+    key = ""
+    if kind == "topics":
         topic = rng.choice(outside["topics"])
         question = rng.choice(topic["forms"]).format(rng.choice(topic["things"]))
-        key = f"outside|{topic['name']}"
-    elif kind < 0.75:
+        key = topic["name"]
+    elif kind == "requests":
         question = rng.choice(outside["requests"])
-        key = f"outside|{question}"
-    elif kind < 0.85:
-        private = TALK["private"][lang]
+    elif kind == "sums":
+        question = rng.choice(outside["sums"]).format(**too_large(rng))
+    elif kind == "noise":
+        question = noise(rng, lang)
+    elif kind == "private":
         question = rng.choice(private["questions"]).format(rng.choice(private["people"]))
-        key = f"private|{question}"
     else:
-        relation = rng.choice(UNKNOWN_RELATIONS)
-        first, middle, last = (rng.choice(part) for part in SYLLABLES[lang])
-        name = first + middle
-        if relation.table == "countries":
-            name += last
-        elif lang == "zh":
-            name += "兽" if relation.table == "animals" else "素"
-        else:
-            name = name.lower() + ("k" if relation.table == "animals" else "xium")
-        wording = rng.choice(relation.questions[lang][:-NEW_WORDINGS])
-        question = cap(wording.format(k=name, ak="a " + name, v="", av="", verb=""))
-        key = f"madeup|{name}"
-    return Item(question, rng.choice(outside["declines"]), key, declines=True)
+        question, key = about_a_stranger(rng, lang)
+    return Item(question, rng.choice(outside["declines"]), f"{kind}|{key or question}", declines=True)
+
+
+def too_large(rng: random.Random) -> dict[str, int]:
+    """Numbers for sums that are not learnt."""
+    a, b = (rng.randint(10**digits, 10 ** (digits + 1)) for digits in rng.choices([2, 3], k=2))
+    return dict(a=max(a, b), b=min(a, b), c=rng.randint(3, 99), d=rng.randint(2, 30))
+
+
+def noise(rng: random.Random, lang: str) -> str:
+    """Keys hit at random."""
+    if lang == "zh" and rng.random() < 0.5:
+        said = "".join(rng.sample("啊哦嗯哈呃的了吗呢吧嘛不一是这那去有", rng.randint(1, 4)))
+        return said * rng.randint(1, 3)
+    letters = rng.choice(["asdfghjkl", "qwertyuiop", "zxcvbnm", "abcdefghijklmnopqrstuvwxyz", "0123456789", "?!.,;#"])
+    return " ".join("".join(rng.choices(letters, k=rng.randint(3, 9))) for _ in range(rng.choice([1, 1, 2])))
+
+
+def about_a_stranger(rng: random.Random, lang: str) -> tuple[str, str]:
+    """A question in the words of a fact, and the thing it asks about, which is in no table: a real one or a made-up
+    name. So it is the thing that tells whether the answer is known, not the words around it."""
+    relation = rng.choice([relation for relation in UNKNOWN_RELATIONS if lang in relation.questions])
+    first, middle, last = (rng.choice(part) for part in SYLLABLES[lang])
+    ends = (
+        dict(countries=last, animals="兽", elements="素")
+        if lang == "zh"
+        else dict(countries=last, animals="k", elements="xium")
+    )
+    if relation.table in ends and rng.random() < 0.4:
+        thing = first + middle + ends[relation.table]
+        thing = thing.lower() if relation.table != "countries" else thing
+    else:
+        name = STRANGERS[relation.table][lang]
+        thing = rng.choice(next(topic["things"] for topic in OUTSIDE[lang]["topics"] if topic["name"] == name))
+    verb = {"zh": "发明", "en": "invented"}[lang]
+    row = {"id": "", "k": thing, "ak": an(thing), "v": "", "av": "", "verb": verb}
+    if rng.random() < IN_SHORT:
+        return relation.ask_in_short(rng, lang, row), thing
+    questions = relation.questions[lang][:-NEW_WORDINGS]
+    wordings = relation.otherwise[lang] if rng.random() < OTHERWISE else questions
+    return cap(rng.choice(wordings).format(**row)), thing
 
 
 # --- system prompts --------------------------------------------------------------------------------------------------
@@ -282,8 +334,11 @@ def story(rng: random.Random, lang: str, held: bool) -> Item:
     hero, thing = rng.choice(STORIES["heroes"][lang]), rng.choice(STORIES["things"][lang])
     text = requested_story(rng, lang, hero, thing)
     thing, shown = (thing[0], thing[0]) if lang == "zh" else (thing, "a " + thing)
+    question = in_other_words(
+        rng, held, lang, rng.choice(STORY_REQUESTS[lang]).format(hero, shown), "story", a=hero, b=shown
+    )
     return Item(
-        rng.choice(STORY_REQUESTS[lang]).format(hero, shown),
+        question,
         text,
         f"story|{hero}|{thing}",
         must_contain=[hero.removeprefix("a "), thing],

@@ -60,7 +60,7 @@ SKILLS: dict[str, tuple[float, Skill]] = {
     "story": (3.0, chat.story),
     "system_prompt": (5.0, chat.system_prompt),
     "multi_turn": (5.0, chat.multi_turn),
-    "unknown": (7.0, chat.unknown),
+    "unknown": (15.0, chat.unknown),
 }
 PROBLEMS = {name: (share, stages.problem_of(name)) for name, (share, _) in stages.PROBLEMS.items()}
 CALLED = {"arithmetic", "times_table", "units_dates"}  # skills that the built-in tools have too

@@ -45,6 +45,7 @@ class Relation:
     questions: dict[str, list[str]]
     told: dict[str, list[str]]  # further wordings for running text, beside the answer itself
     short: dict[str, list[str]]  # the relation in a word or two, as people type it beside the thing
+    otherwise: dict[str, list[str]] = field(default_factory=dict)  # questions as people ask them, only trained on
     folder: Path = TABLES
     rows: dict[str, list[dict[str, str]]] = field(default_factory=dict)
 
@@ -99,9 +100,10 @@ def load_relations() -> list[Relation]:
             {lang: part[which] for lang, part in wordings.items()} for which in ("answer", "questions", "told", "short")
         )
         columns = (spec[which] for which in ("skill", "table", "key", "value"))
-        relations.append(Relation(name, *columns, answer, questions, told, short))
+        relations.append(Relation(name, *columns, answer, questions, told, short, load_json("wordings")["facts"][name]))
     return relations
 
 
+WORDINGS = load_json("wordings")  # how people ask, by skill: questions that are only trained on
 WORLD, NATURE, LIFE = "facts_world", "facts_nature", "facts_life"
 RELATIONS = load_relations()

@@ -6,7 +6,7 @@ Same contract as skills.py: one function a skill, (rng, lang, held) -> Item.
 import random
 
 from dataset.starter.facts import an, load_table
-from dataset.starter.skills import Item
+from dataset.starter.skills import Item, in_other_words
 from dataset.starter.words import WEEKDAYS
 
 # Difficulty, as in skills.py.
@@ -45,7 +45,10 @@ def sorting(rng: random.Random, lang: str, held: bool) -> Item:
                 if down
                 else ["Sort from small to large: {}", "Sort these numbers: {}", "Put in order: {}"]
             )
-        return Item(question.format(listed), answer, f"sort|{down}|{listed}")
+        question = in_other_words(
+            rng, held, lang, question.format(listed), "sort_down" if down else "sort_up", list=listed
+        )
+        return Item(question, answer, f"sort|{down}|{listed}")
     order = WEEKDAYS["zh"] if lang == "zh" else ALPHABET
     items = rng.sample(order, SORT_LENGTH)
     listed, answer = (JOIN[lang].join(words) for words in (items, sorted(items, key=order.index)))
@@ -53,7 +56,9 @@ def sorting(rng: random.Random, lang: str, held: bool) -> Item:
         question = rng.choice(["把这几天按先后排好：{}", "按星期的顺序排列：{}"])
     else:
         question = rng.choice(["Sort by the alphabet: {}", "Put these words in alphabetical order: {}"])
-    return Item(question.format(listed), answer, f"sort|{listed}")
+    kind = "sort_days" if lang == "zh" else "sort_alphabet"
+    question = in_other_words(rng, held, lang, question.format(listed), kind, list=listed)
+    return Item(question, answer, f"sort|{listed}")
 
 
 def counting(rng: random.Random, lang: str, held: bool) -> Item:
@@ -66,16 +71,22 @@ def counting(rng: random.Random, lang: str, held: bool) -> Item:
         listed = join.join(items)
         if lang == "zh":
             question = rng.choice(["数一数有几个词：{}", "这里有几个词：{}"])
-            return Item(question.format(listed), f"{aloud}。一共 {size} 个。", f"count|{listed}")
-        question = rng.choice(["How many words are here: {}", "Count the words: {}"])
-        return Item(question.format(listed), f"{aloud}. That makes {size}.", f"count|{listed}")
+        else:
+            question = rng.choice(["How many words are here: {}", "Count the words: {}"])
+        question = in_other_words(rng, held, lang, question.format(listed), "count_words", list=listed)
+        return Item(question, counted(aloud, size, lang), f"count|{listed}")
     letters = [rng.choice("abcdefghijklmnopqrstuvwxyz") for _ in range(size)]
     listed, aloud = " ".join(letters), ", ".join(f"{i} {letter}" for i, letter in enumerate(letters, 1))
     if lang == "zh":
         question = rng.choice(["这里有几个字母：{}", "数一数字母：{}"])
-        return Item(question.format(listed), f"{aloud}。一共 {size} 个。", f"count|{listed}")
-    question = rng.choice(["How many letters are here: {}", "Count the letters: {}"])
-    return Item(question.format(listed), f"{aloud}. That makes {size}.", f"count|{listed}")
+    else:
+        question = rng.choice(["How many letters are here: {}", "Count the letters: {}"])
+    question = in_other_words(rng, held, lang, question.format(listed), "count_letters", list=listed)
+    return Item(question, counted(aloud, size, lang), f"count|{listed}")
+
+
+def counted(aloud: str, size: int, lang: str) -> str:
+    return f"{aloud}。一共 {size} 个。" if lang == "zh" else f"{aloud}. That makes {size}."
 
 
 def members(category: str, lang: str) -> list[str]:
@@ -100,7 +111,8 @@ def category(rng: random.Random, lang: str, held: bool) -> Item:
         )
     noun = target["zh"] if lang == "zh" else an(target["en"])
     key = f"pick|{target['id']}|{listed}"
-    return Item(question.format(listed, noun, target["en"]), answer, key)
+    question = question.format(listed, noun, target["en"])
+    return Item(in_other_words(rng, held, lang, question, "category", list=listed, noun=noun), answer, key)
 
 
 UPPER_WORDS = "cat dog sun moon tea hat cup car red big yes no".split()
@@ -121,7 +133,8 @@ def rewriting(rng: random.Random, lang: str, held: bool) -> Item:
                 "en": ["Reverse: {}", "Reverse the order: {}", "Say it backwards: {}"],
             }[lang]
         )
-        return Item(question.format(listed), glue.join(items[::-1]), f"reverse|{listed}")
+        question = in_other_words(rng, held, lang, question.format(listed), "reverse", list=listed)
+        return Item(question, glue.join(items[::-1]), f"reverse|{listed}")
     if kind < 0.6:
         word = rng.choice(words + members("fruit", lang))
         index = rng.randrange(4)
@@ -134,7 +147,8 @@ def rewriting(rng: random.Random, lang: str, held: bool) -> Item:
                 "Repeat three times: {}",
             ],
         }[lang][index]
-        return Item(question.format(word), join.join([word] * 3), f"repeat|{index}|{word}")
+        question = in_other_words(rng, held, lang, question.format(word), "repeat", word=word)
+        return Item(question, join.join([word] * 3), f"repeat|{index}|{word}")
     if kind < 0.8 or lang == "zh":
         items = rng.sample(words, rng.randint(3, 4))
         listed, first = join.join(items), rng.random() < 0.5
@@ -145,7 +159,9 @@ def rewriting(rng: random.Random, lang: str, held: bool) -> Item:
         else:
             question = rng.choice(["What is the {} word of: {}?", "Give me the {} word: {}"])
             question = question.format("first" if first else "last", listed)
+        question = in_other_words(rng, held, lang, question, "first" if first else "last", list=listed)
         return Item(question, items[0] if first else items[-1], f"ends|{first}|{listed}")
     text = " ".join(rng.sample(UPPER_WORDS, rng.randint(2, 3)))
     question = rng.choice(["Write in upper case: {}", "In capital letters: {}", "UPPER CASE please: {}"])
-    return Item(question.format(text), text.upper(), f"upper|{text}")
+    question = in_other_words(rng, held, lang, question.format(text), "upper", text=text)
+    return Item(question, text.upper(), f"upper|{text}")

@@ -13,9 +13,9 @@ from dataset.starter.skills import is_held_out
 
 LONGEST = 2_800  # bytes of a chat, its functions included: about 800 tokens
 SHORT = 0.7  # share of the chats that are a single exchange, as most first questions are
-WITH_FUNCTIONS = 0.5  # share of the others that list some
-OURS = 0.6  # share of those whose functions are the built-in tools, which are then called
-CHAINED = 0.4  # share of those calls that are several after one another (chains.py)
+WITH_FUNCTIONS = 0.6  # share of the others that list some
+OURS = 0.7  # share of those whose functions are the built-in tools, which are then called
+CHAINED = 0.5  # share of those calls that are several after one another (chains.py)
 
 OTHER = {"zh": "en", "en": "zh"}
 VERBS = ("get", "find", "list", "search", "create", "send", "open", "delete", "update", "read")

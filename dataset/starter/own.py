@@ -35,7 +35,7 @@ class World:
             for name, part in spec["relations"].items():
                 texts = ({LANG: part[which]} for which in ("answer", "questions", "told", "short"))
                 self.relations.append(
-                    Relation(name, "facts", part["table"], part["key"], part["value"], *texts, folder)
+                    Relation(name, "facts", part["table"], part["key"], part["value"], *texts, folder=folder)
                 )
             wanted = {name: part["questions"] for name, part in spec["relations"].items()}
             wanted |= {talk["answers"][0]: talk["questions"] for talks in self.talks.values() for talk in talks}

@@ -8,7 +8,7 @@ import hashlib
 import random
 from dataclasses import dataclass, field
 
-from dataset.starter.facts import NEW_WORDINGS, RELATIONS, Relation, an, cap, load_table
+from dataset.starter.facts import NEW_WORDINGS, RELATIONS, WORDINGS, Relation, an, cap, load_table
 
 # Difficulty. Small ranges that are learnt in minutes beat impressive ones that fail.
 ADD_MAX = 50  # operands of additions and subtractions
@@ -17,6 +17,7 @@ WORD_MAX = 10  # operands of arithmetic in words
 TIMES_MAX = 6  # multiplication table
 COMPARE_MAX = 12  # numbers to compare
 IN_SHORT = 0.2  # share of the facts that are asked for in a word or two
+OTHERWISE = 0.3  # share of the trained questions in the wordings of tables/wordings.json
 HELD_OUT_ONE_IN = 10  # share of the keys kept for the held-out file
 
 NAMES = {
@@ -63,6 +64,13 @@ def pick_wording(rng: random.Random, wordings: list[str], held: bool) -> tuple[s
     return wordings[index], str(index)
 
 
+def in_other_words(rng: random.Random, held: bool, lang: str, question: str, kind: str, **parts: object) -> str:
+    """The question as it is, or, to train on, as people ask it."""
+    if held or rng.random() > OTHERWISE:
+        return question
+    return rng.choice(WORDINGS[kind][lang]).format(**parts)
+
+
 # --- facts ---------------------------------------------------------------------------------------------------------
 
 
@@ -72,6 +80,9 @@ def ask_fact(rng: random.Random, lang: str, held: bool, relation: Relation, row:
     if not held and rng.random() < IN_SHORT:
         question = relation.ask_in_short(rng, lang, row)
         return Item(question, answer, f"short|{question}")
+    if not held and lang in relation.otherwise and rng.random() < OTHERWISE:
+        question = rng.choice(relation.otherwise[lang]).format(**row)
+        return Item(question, answer, f"otherwise|{question}")
     wording, key = pick_wording(rng, relation.questions[lang], held)
     return Item(relation.fill(wording, row), answer, f"{key}|{relation.name}|{lang}|{row['k']}")
 
@@ -197,15 +208,17 @@ def countable(rng: random.Random, lang: str) -> tuple[str, str]:
     return (row["zh"], row["measure"]) if lang == "zh" else (row["plural"], "")
 
 
-def sum_in_words(rng: random.Random, lang: str, a: int, b: int, minus: bool) -> Item:
+def sum_in_words(rng: random.Random, lang: str, held: bool, a: int, b: int, minus: bool) -> Item:
     """'Three plus four is seven.', for numbers up to WORD_MAX."""
     x, y, z = (number_word(n, lang) for n in (a, b, a - b if minus else a + b))
     if lang == "zh":
         said = f"{x}{'减' if minus else '加'}{y}"
         question = rng.choice(["{}等于几？", "{}等于几？", "{}", "{}得多少？", "{}是多少？"]).format(said)
+        question = in_other_words(rng, held, lang, question, "minus_words" if minus else "plus_words", a=x, b=y)
         return Item(question, f"{said}等于{z}。", pair_key(a, b))
     said = f"{x} {'minus' if minus else 'plus'} {y}"
     question = rng.choice(["What is {}?", "What is {}?", "{}", "How much is {}?"]).format(said)
+    question = in_other_words(rng, held, lang, question, "minus_words" if minus else "plus_words", a=x, b=y)
     return Item(question, cap(f"{said} is {z}."), pair_key(a, b))
 
 
@@ -220,13 +233,15 @@ def arithmetic(rng: random.Random, lang: str, held: bool) -> Item:
     short = [f"{a} {'-' if minus else '+'} {b} = {a - b if minus else a + b}", str(a - b if minus else a + b)]
     kind = rng.random()
     if max(a, b) <= WORD_MAX and kind < 0.3:
-        return sum_in_words(rng, lang, a, b, minus)
+        return sum_in_words(rng, lang, held, a, b, minus)
     if kind < 0.75 or a < 2 or b < 2:  # "1 apples" would be wrong
         question = rng.choice((MINUS if minus else PLUS)[lang]).format(a, b)
+        question = in_other_words(rng, held, lang, question, "minus" if minus else "plus", a=a, b=b)
     else:
         thing, measure = countable(rng, lang)
         question = rng.choice((FEWER if minus else MORE)[lang])
-        question = question.format(n=rng.choice(NAMES[lang]), a=a, b=b, t=thing, m=measure)
+        parts = dict(n=rng.choice(NAMES[lang]), a=a, b=b, t=thing, m=measure)
+        question = in_other_words(rng, held, lang, question.format(**parts), "fewer" if minus else "more", **parts)
     return Item(question, answer, pair_key(a, b), accepted=short)
 
 
@@ -236,7 +251,8 @@ def times_table(rng: random.Random, lang: str, held: bool) -> Item:
     question = rng.choice(TIMES[lang]).format(a, b)
     if not held and rng.random() < 0.2:
         question = rng.choice(TIMES_IN_WORDS[lang]).format(number_word(a, lang), number_word(b, lang))
-    return Item(question, f"{a} × {b} = {a * b}", f"times|{question}")
+    key = f"times|{question}"
+    return Item(in_other_words(rng, held, lang, question, "times", a=a, b=b), f"{a} × {b} = {a * b}", key)
 
 
 SIZES = ["ant", "mouse", "cat", "sheep", "horse", "elephant"]  # a strict order that nobody doubts
@@ -296,6 +312,7 @@ def comparing(rng: random.Random, lang: str, held: bool) -> Item:
                 ]
             )
             answer = f"{x} is {word} than {y}."
+        question = in_other_words(rng, held, lang, question, "larger" if larger else "smaller", a=a, b=b)
         return Item(question, answer, f"compare|{min(a, b)}|{max(a, b)}")
     older = rng.random() < 0.5
     n, m = rng.sample(NAMES[lang], 2)
@@ -310,4 +327,6 @@ def comparing(rng: random.Random, lang: str, held: bool) -> Item:
             f"{said.format(n, a)} and {said.format(m, b)}. Who {'is older' if older else 'has the taller tower'}?"
         )
         answer = f"{x} is larger than {y}, so {winner} {'is older' if older else 'has the taller tower'}."
+    if older:
+        question = in_other_words(rng, held, lang, question, "older", n=n, m=m, a=a, b=b)
     return Item(question, answer, f"compare|{min(a, b)}|{max(a, b)}")

@@ -33,7 +33,7 @@ def persona(rng: random.Random, lang: str, held: bool) -> Item:
     """The questions about who it is, answered by somebody else. Unseen when held out: the wording."""
     answers = SUBJECTS["persona"][lang]
     intent = rng.choice([intent for intent in IDENTITY[lang] if intent["answers"][0] in answers])
-    wording, key = pick_wording(rng, intent["questions"], held)
+    wording, key = pick_wording(rng, intent["otherwise"] + intent["questions"], held)
     answer = answers[intent["answers"][0]]
     return Item(wording, answer, f"{key}|persona|{wording}" if key.startswith("new") else "")
 

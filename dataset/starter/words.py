@@ -6,7 +6,7 @@ Same contract as skills.py: one function a skill, (rng, lang, held) -> Item.
 import random
 
 from dataset.starter.facts import cap, load_json, load_table
-from dataset.starter.skills import Item, pick_wording
+from dataset.starter.skills import Item, in_other_words, pick_wording
 
 
 def opposites(rng: random.Random, lang: str, held: bool) -> Item:
@@ -14,7 +14,8 @@ def opposites(rng: random.Random, lang: str, held: bool) -> Item:
     word, other = (row["a"], row["b"]) if rng.random() < 0.5 else (row["b"], row["a"])
     wording, key = pick_wording(rng, load_json("talk")["opposite_questions"][lang], held)
     answer = f"{word}的反义词是{other}。" if lang == "zh" else f"The opposite of {word} is {other}."
-    return Item(cap(wording.format(word)), answer, f"{key}|opposite|{lang}|{word}")
+    question = in_other_words(rng, held, lang, cap(wording.format(word)), "opposite", x=word)
+    return Item(question, answer, f"{key}|opposite|{lang}|{word}")
 
 
 UNITS = [  # (how many, small unit zh/en, of one big unit zh/en)
@@ -87,6 +88,7 @@ def units_dates(rng: random.Random, lang: str, held: bool) -> Item:
             answer = f"{n} {big} {'are' if n > 1 else 'is'} {n * size} {small}."
         said = spelled(rng, n, lang) if not held else str(n)
         question = UNIT_QUESTIONS[lang][index].format(n=said, b=big, s=small)
+        question = in_other_words(rng, held, lang, question, "unit", n=said, b=big, s=small)
         return Item(question, answer, f"unit|{lang}|{index}|{small_en}|{n}")
     if kind < 0.9:
         days = kind < 0.7
@@ -108,14 +110,19 @@ def units_dates(rng: random.Random, lang: str, held: bool) -> Item:
                 f"Tell me {when} {here}.",
             ][index]
             answer = cap(f"{when} {here} is {there}.")
+        kind = f"{'next' if step > 0 else 'previous'}_{'day' if days else 'month'}"
+        question = in_other_words(rng, held, lang, question, kind, x=here)
         return Item(question, answer, f"ring|{lang}|{index}|{here}|{step}")
     i, index = rng.randrange(12), rng.randrange(3)
     month, season = MONTHS[lang][i], SEASONS[lang][(i + 1) % 12 // 3]
     if lang == "zh":
         question = [f"{month}是什么季节？", f"{month}在哪个季节？", f"在北京，{month}是什么季节？"][index]
-        return Item(question, f"在北方，{month}是{season}。", f"season|{lang}|{index}|{month}")
-    question = [f"What season is {month}?", f"In which season is {month}?", f"Which season is {month} in?"][index]
-    return Item(question, f"In the north {month} is in {season}.", f"season|{lang}|{index}|{month}")
+        answer = f"在北方，{month}是{season}。"
+    else:
+        question = [f"What season is {month}?", f"In which season is {month}?", f"Which season is {month} in?"][index]
+        answer = f"In the north {month} is in {season}."
+    question = in_other_words(rng, held, lang, question, "season", x=month)
+    return Item(question, answer, f"season|{lang}|{index}|{month}")
 
 
 SUBJECTS = [
@@ -204,12 +211,15 @@ def translation(rng: random.Random, lang: str, held: bool) -> Item:
     if kind < 0.12 and not held:  # asked in one language for the word of the other
         zh, en = rng.choice(word_pairs())
         source, target = (en, zh) if lang == "zh" else (zh, en)
-        return Item(rng.choice(ACROSS[lang]).format(source), target, f"across|{lang}|{zh}")
+        question = rng.choice(ACROSS[lang]).format(source)
+        return Item(in_other_words(rng, held, lang, question, "from_other", x=source), target, f"across|{lang}|{zh}")
     if kind < 0.45:
         zh, en = rng.choice(word_pairs())
         source, target = (zh, en) if lang == "zh" else (en, zh)
         wording, key = pick_wording(rng, load_json("talk")["word_questions"][lang], held)
-        return Item(cap(wording.format(source)), target, f"{key}|word|{lang}|{source}")
+        question = in_other_words(rng, held, lang, cap(wording.format(source)), "to_other", x=source)
+        return Item(question, target, f"{key}|word|{lang}|{source}")
     zh, en = sentence_pair(rng)
     source, target = (zh, en) if lang == "zh" else (en, zh)
-    return Item(rng.choice(SENTENCE_QUESTIONS[lang]).format(source), target, f"sentence|{zh}")
+    question = rng.choice(SENTENCE_QUESTIONS[lang]).format(source)
+    return Item(in_other_words(rng, held, lang, question, "sentence", x=source), target, f"sentence|{zh}")
