@@ -217,24 +217,24 @@ FOLLOW_UPS = {  # (same country, other relation)
     },
 }
 ANOTHER = {"zh": ["那{}呢？", "{}呢？", "换成{}呢？"], "en": ["What about {}?", "And {}?", "How about {}?"]}
-TOLD = {  # what the user says about themselves, the reply, the later question, the answer, what stands in the blank
+TOLD = {  # what the user says about themselves, the reply, the later question, the answer
     "zh": [
         (
-            ["我叫{}。", "我是{}。", "叫我{}吧", "我叫{} 你好呀", "我的名字是{}。", "在吗 我叫{}"],
+            "我叫{}。",
             "你好，{}！",
-            ["我叫什么名字？", "你还记得我的名字吗？", "我是谁", "还记得我叫什么不", "我叫啥来着", "你知道我叫什么吗"],
+            ["我叫什么名字？", "你还记得我的名字吗？"],
             "你叫{}。",
-            NAMES["zh"] + TALK["user_names"]["zh"],
+            NAMES["zh"] + ["小强", "婷婷", "阿宝"],
         ),
         (
-            ["我最喜欢的水果是{}。"],
+            "我最喜欢的水果是{}。",
             "{}很好吃！",
             ["我最喜欢什么水果？", "我喜欢吃什么水果？"],
             "你最喜欢{}。",
             ["苹果", "香蕉", "西瓜", "草莓", "桃子", "葡萄"],
         ),
         (
-            ["我养了一只{}。"],
+            "我养了一只{}。",
             "{}真可爱！",
             ["我养了什么？", "我养的是什么动物？"],
             "你养了一只{}。",
@@ -243,28 +243,21 @@ TOLD = {  # what the user says about themselves, the reply, the later question, 
     ],
     "en": [
         (
-            ["My name is {}.", "I'm {}.", "im {} btw", "call me {}", "I am {}, nice to meet you.", "hey, {} here"],
+            "My name is {}.",
             "Nice to meet you, {}!",
-            [
-                "What is my name?",
-                "Do you remember my name?",
-                "who am i",
-                "whats my name again?",
-                "do u know my name",
-                "so what's my name",
-            ],
+            ["What is my name?", "Do you remember my name?"],
             "Your name is {}.",
-            NAMES["en"] + TALK["user_names"]["en"],
+            NAMES["en"] + ["Jack", "Rose", "Nick"],
         ),
         (
-            ["My favourite colour is {}."],
+            "My favourite colour is {}.",
             "{} is a nice colour!",
             ["What is my favourite colour?", "Which colour do I like?"],
             "Your favourite colour is {}.",
             ["red", "blue", "green", "yellow", "purple", "pink"],
         ),
         (
-            ["I have a {}."],
+            "I have a {}.",
             "A {} is a fine friend!",
             ["What animal do I have?", "Which pet do I have?"],
             "You have a {}.",
@@ -283,17 +276,17 @@ ABOUT_THINGS = [
 def multi_turn(rng: random.Random, lang: str, held: bool) -> Item:
     """The last question can only be understood with what was said before."""
     kind = rng.random()
-    if kind < 0.35:
-        ((said, reply, questions, answer, things),) = rng.choices(TOLD[lang], [4, 1, 1])  # a name above all
+    if kind < 0.2:
+        said, reply, questions, answer, things = rng.choice(TOLD[lang])
         thing, question = rng.choice(things), rng.choice(questions)
-        history = [(rng.choice(said).format(thing), cap(reply.format(thing)))]
+        history = [(said.format(thing), cap(reply.format(thing)))]
         if rng.random() < 0.5:
             between = trainable(opposites, rng, lang, False)
             history.append((between.question, between.answer))
         return Item(question, answer.format(thing), f"told|{history}|{question}", history=history)
     countries = {relation.name: relation for relation in RELATIONS if relation.name in FOLLOW_UPS[lang]}
-    if kind < 0.7:  # the same relation of another thing
-        relation = rng.choice(ABOUT_THINGS if kind < 0.47 else list(countries.values()))
+    if kind < 0.65:  # the same relation of another thing
+        relation = rng.choice(ABOUT_THINGS if kind < 0.35 else list(countries.values()))
         if lang not in relation.rows:
             return multi_turn(rng, lang, held)
         first, second = rng.sample(relation.rows[lang], 2)

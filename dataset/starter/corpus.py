@@ -59,7 +59,7 @@ SKILLS: dict[str, tuple[float, Skill]] = {
     "rewriting": (6.0, lists.rewriting),
     "story": (3.0, chat.story),
     "system_prompt": (5.0, chat.system_prompt),
-    "multi_turn": (6.5, chat.multi_turn),
+    "multi_turn": (5.0, chat.multi_turn),
     "unknown": (15.0, chat.unknown),
 }
 PROBLEMS = {name: (share, stages.problem_of(name)) for name, (share, _) in stages.PROBLEMS.items()}
