@@ -71,13 +71,11 @@ STRANGERS = {
     "people": {"zh": "不认识的发明", "en": "inventions not known"},
     "festivals": {"zh": "不认识的节日节气", "en": "holidays not known"},
 }
-UNKNOWN_RELATIONS = [
-    relation
-    for relation in RELATIONS
-    if relation.table in STRANGERS and relation.name not in ("capital_of", "who_does")
-]
-
-
+MADE_UP = {  # how a made-up name ends; a country's with a syllable
+    "zh": {"countries": "", "animals": "兽", "elements": "素"},
+    "en": {"countries": "", "animals": "k", "elements": "xium"},
+}
+ABOUT_STRANGERS = [r for r in RELATIONS if r.table in STRANGERS and r.name not in ("capital_of", "who_does")]
 # What is asked from outside of the world, and how often.
 UNKNOWN = {"requests": 40, "topics": 24, "strangers": 20, "sums": 8, "private": 5, "noise": 3}
 
@@ -123,19 +121,14 @@ def noise(rng: random.Random, lang: str) -> str:
 def about_a_stranger(rng: random.Random, lang: str) -> tuple[str, str]:
     """A question in the words of a fact, and the thing it asks about, which is in no table: a real one or a made-up
     name. So it is the thing that tells whether the answer is known, not the words around it."""
-    relation = rng.choice([relation for relation in UNKNOWN_RELATIONS if lang in relation.questions])
-    first, middle, last = (rng.choice(part) for part in SYLLABLES[lang])
-    ends = (
-        dict(countries=last, animals="兽", elements="素")
-        if lang == "zh"
-        else dict(countries=last, animals="k", elements="xium")
-    )
-    if relation.table in ends and rng.random() < 0.4:
-        thing = first + middle + ends[relation.table]
-        thing = thing.lower() if relation.table != "countries" else thing
+    relation = rng.choice([relation for relation in ABOUT_STRANGERS if lang in relation.questions])
+    table, (first, middle, last) = relation.table, (rng.choice(part) for part in SYLLABLES[lang])
+    if table in MADE_UP[lang] and rng.random() < 0.4:
+        name = first + middle + MADE_UP[lang][table]
+        thing = name + last if table == "countries" else name.lower()
     else:
-        name = STRANGERS[relation.table][lang]
-        thing = rng.choice(next(topic["things"] for topic in OUTSIDE[lang]["topics"] if topic["name"] == name))
+        (topic,) = (topic for topic in OUTSIDE[lang]["topics"] if topic["name"] == STRANGERS[table][lang])
+        thing = rng.choice(topic["things"])
     verb = {"zh": "发明", "en": "invented"}[lang]
     row = {"id": "", "k": thing, "ak": an(thing), "v": "", "av": "", "verb": verb}
     if rng.random() < IN_SHORT:
