@@ -22,12 +22,12 @@ except RuntimeError as error:
     pytest.skip(str(error), allow_module_level=True)
 
 
-def vectors(*left_out: str) -> list[str]:
+def vectors(left_out: tuple[str, ...] = ()) -> list[str]:
     return [flag for flag in cpu_step._vector_flags() if not any(part in flag for part in left_out)]
 
 
-# What this CPU has, and what poorer ones have.
-FORMS = [vectors(), *(form for form in (vectors("bf16"), vectors("512")) if form != vectors())]
+# What this CPU has, and what poorer ones have: no tiles, no bf16, vectors of 8. Those that are the same count once.
+FORMS = list({tuple(form): form for form in map(vectors, ((), ("amx",), ("amx", "bf16"), ("amx", "512")))}.values())
 
 
 @pytest.fixture(params=FORMS, ids=lambda flags: flags[-1].removeprefix("-m") if flags else "portable")

@@ -8,6 +8,9 @@
 #pragma once
 
 #include "cpu_vectors.h"
+#ifdef __AMX_BF16__
+#include "cpu_tiles.h"
+#endif
 
 constexpr int64_t BITS[] = {32, 16, 8, 4};
 
@@ -123,6 +126,15 @@ static inline void tile(const Panel<KIND>& p, const Input& in, int64_t row, floa
 template <int KIND> static void multiply_as(const Matrix& m, Range rows, const Input& in, float* y) {
     constexpr int STREAMS = 4;  // panels at once for one row: memory is read fastest from a few places
     constexpr int R_MOST = KIND == INT4 ? 3 : 6;  // what fits 32 registers
+#ifdef __AMX_BF16__
+    // Tiles add products in bf16 in an order of their own, so that all counts take them; sums of ints are exact, and
+    // for one input vectors are faster.
+    if ((KIND == BF16 || (KIND == INT8 && m.cols % 64 == 0 && in.count > 1)) && TILES) {
+        const int64_t whole = std::max(rows.begin, rows.end / 64 * 64);
+        multiply_by_tiles<KIND>(m, rows.begin, whole, in, y);
+        rows.begin = whole;
+    }
+#endif
     for (int64_t n = rows.begin; n < rows.end;) {
         const Panel<KIND> panel(m, n);
         const bool whole = panel.width == 64;

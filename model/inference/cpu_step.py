@@ -6,7 +6,8 @@ cache = KVCache(config, slots, capacity, "cpu", torch.float32, step.lanes)
 logits = step([[token, ...], ...], first_slot, cache)  # (B, vocab) after the last token of each slot's new ones
 
 A token's logits are the same bits whatever else is computed with it, and whether it is part of a prompt or not. With
-AVX512-VNNI the inputs of bf16 matrices are rounded to bf16, and those of int8 and int4 ones to int8, one scale a row.
+AVX512-VNNI the inputs of bf16 matrices are rounded to bf16, and those of int8 and int4 ones to int8, one scale a row;
+with AMX the products of bf16 and int8 are made in tiles (cpu_tiles.h).
 """
 
 import ctypes
@@ -108,6 +109,8 @@ def _vector_flags() -> list[str]:
     if capability == "AVX512" and can.get("avx512_vnni"):
         flags += [f"-mavx512{part}" for part in ("f", "bw", "dq", "vl", "vnni")]
         flags += ["-mavx512bf16"] * can["avx512_bf16"]
+        if can.get("amx_int8") and can.get("amx_bf16") and sys.platform == "linux":
+            flags += [f"-mamx-{part}" for part in ("tile", "int8", "bf16")]
     return flags
 
 
@@ -128,7 +131,8 @@ def build() -> Path:
         done = subprocess.run([compiler, *flags, str(SOURCE), "-o", file.name], capture_output=True, errors="replace")
         if done.returncode:
             os.unlink(file.name)
-            reason = done.stderr.strip().partition("\n")[0]
+            lines = done.stderr.strip().splitlines() or ["no reason given"]
+            reason = next((line for line in lines if "error" in line), lines[0])
             raise RuntimeError(f"{compiler} cannot compile {SOURCE.name}: {reason}")
         os.replace(file.name, library)
     return library
