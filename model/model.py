@@ -377,6 +377,7 @@ class MiniMindLM(nn.Module):
     def __init__(self, config: MiniMindConfig):
         super().__init__()
         self.config = config
+        self.packed_mask = packed_causal_mask  # a faster form of the same may take its place (trainer/speed.py)
         self.activation_checkpointing = False  # keep each block's input only, and compute the rest again in backward
         self.model = Decoder(config)
         self.set_rope()
@@ -435,7 +436,7 @@ class MiniMindLM(nn.Module):
         if cache is not None:
             positions, mask = cache.positions, cache.mask
         elif segment_ids is not None:
-            mask = packed_causal_mask(segment_ids)
+            mask = self.packed_mask(segment_ids)
         angles = positions[..., None, None].float() * self.inv_freq  # (B or 1, T, 1, D/2)
         cos, sin = angles.cos() * self.rope_factor, angles.sin() * self.rope_factor
 

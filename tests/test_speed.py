@@ -14,7 +14,7 @@ from cli import ROOT
 from model.model import LoRAConfig, MiniMindConfig, MoEFeedForward, add_lora, attention, each_expert
 from tests.helpers import next_token_loss, shifted
 from trainer import speed
-from trainer.speed import blocked_attention, compile_blocks, cross_entropy, grouped_experts, install
+from trainer.speed import additive, blocked_attention, compile_blocks, cross_entropy, grouped_experts, install
 
 CPU = torch.device("cpu")
 needs_grouped_mm = pytest.mark.skipif(not hasattr(F, "grouped_mm"), reason="this torch has no grouped_mm")
@@ -65,7 +65,7 @@ def test_blocked_attention_equals_the_plain_one(kv_heads, length, masked):
     segments = torch.arange(length)[None] // torch.tensor([[50], [77]])  # (B, T)
     mask = (causal & (segments[:, :, None] == segments[:, None]))[:, None] if masked else None
     upstream = torch.randn(2, 4, length, 16)
-    expected, got = attention(q, k, v, mask), blocked_attention(q, k, v, mask)
+    expected, got = attention(q, k, v, mask), blocked_attention(q, k, v, None if mask is None else additive(mask))
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
     gradients = [torch.autograd.grad((y * upstream).sum(), (q, k, v)) for y in (got, expected)]
     for ours, theirs in zip(*gradients, strict=True):
