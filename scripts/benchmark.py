@@ -42,6 +42,7 @@ from model.export.gguf import save_gguf
 from model.export.huggingface import save_hf
 from model.export.llama_cpp import LlamaCpp
 from model.export.optional import need
+from model.inference.cpu_step import CpuStep
 from model.inference.engine import Engine, SamplingParams, decoding_step
 from model.inference.quantization import FORMATS, quantize, weight_bytes
 from model.model import PRESETS, MiniMindLM
@@ -232,7 +233,8 @@ def benchmark_decode(args: argparse.Namespace) -> dict:
     prefill = min(times([long], 1)[0] for _ in range(3))
     steps_per_second = (args.new_tokens - 1) / min(seconds)
     tokens_per_second = steps_per_second * args.batch
-    read = weight_bytes(model) + cache_bytes(model, args)
+    of_cache = step.cache_dtype if isinstance(step, CpuStep) else model.model.norm.weight.dtype
+    read = weight_bytes(model) + cache_bytes(model, args, of_cache)
     bandwidth, used = read_bandwidth(model.inv_freq.device), steps_per_second * read
     return {
         "model": args.model or " ".join([args.preset, *args.config]),
@@ -257,11 +259,11 @@ def benchmark_decode(args: argparse.Namespace) -> dict:
     } | environment()
 
 
-def cache_bytes(model: MiniMindLM, args: argparse.Namespace) -> float:
-    """Keys and values in fp32 that a step reads, halfway through the answers."""
+def cache_bytes(model: MiniMindLM, args: argparse.Namespace, dtype: torch.dtype) -> float:
+    """Of keys and values that a step reads, halfway through the answers."""
     c = model.config
     length = args.prompt_len + args.new_tokens / 2
-    return 2 * 4 * args.batch * length * c.num_hidden_layers * c.num_key_value_heads * c.head_dim
+    return 2 * dtype.itemsize * args.batch * length * c.num_hidden_layers * c.num_key_value_heads * c.head_dim
 
 
 @torch.inference_mode()

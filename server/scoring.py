@@ -20,13 +20,13 @@ class Logprob(NamedTuple):
 @torch.inference_mode()
 def score_prompt(engine: Engine, ids: list[int], top: int, adapter: str | None) -> list[Logprob]:
     """By the model alone, and of the `top` likeliest tokens at each place; in a cache of its own, a chunk at a time."""
-    model, cache = engine.model, engine.cache
-    own = KVCache(model.config, 1, len(ids), cache.k.device, cache.k.dtype)
+    model, weight = engine.model, engine.model.model.norm.weight
+    own = KVCache(model.config, 1, len(ids), weight.device, weight.dtype)
     scored = [Logprob(ids[0], None, None)]
     with active_adapter(model, adapter):
         for at in range(0, len(ids) - 1, PREFILL_CHUNK):
             chunk = ids[at : min(at + PREFILL_CHUNK, len(ids) - 1)]
-            inputs = torch.tensor([chunk], device=cache.k.device)  # (1, T)
+            inputs = torch.tensor([chunk], device=weight.device)  # (1, T)
             logits = model(inputs, cache=own.window(0, 1, len(chunk))).logits[0]
             own.lengths[0] += len(chunk)
             logprobs = logits.float().log_softmax(-1)  # (T, vocab)

@@ -16,15 +16,9 @@ constexpr int64_t BITS[] = {32, 16, 8, 4};
 
 static inline vi broadcast(int32_t word) { return vi{} + word; }
 
-// bf16: the nearest, ties to even. int8: one scale for each row of inputs.
+// int8: one scale for each row of inputs.
 static void narrow(int64_t kind, Input& in) {
-    typedef uint16_t halves __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
-    for (int64_t r = 0; r < in.count && kind == BF16; r++)
-        for (int64_t k = 0; k < in.cols; k += LANES) {
-            vi bits = (vi)load(in.x + r * in.cols + k);
-            bits = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-            *(halves*)((uint16_t*)in.narrow + r * in.cols + k) = __builtin_convertvector(bits, halves);
-        }
+    for (int64_t i = 0; i < in.count * in.cols && kind == BF16; i += LANES) store((bf16*)in.narrow + i, load(in.x + i));
     for (int64_t r = 0; r < in.count && kind >= INT8; r++) {
         const float* x = in.x + r * in.cols;
         vf most = {}, nan = {};

@@ -50,8 +50,8 @@ struct Model {
     const float *norm, *inv_freq;
 };
 
-// Blocks of LANES positions: of keys (head_dim, LANES), of values (LANES, head_dim). Strides in floats.
-struct Cache { float *k, *v; int64_t layer_stride, slot_stride, head_stride; };
+// Blocks of LANES positions: of keys (head_dim, LANES), of values (LANES, head_dim); fp32 or bf16. Strides in numbers.
+struct Cache { void *k, *v; int64_t layer_stride, slot_stride, head_stride, in_bf16; };
 
 struct Rows {  // those of a slot are neighbours, their positions in order and without a gap
     const int64_t *tokens, *slots, *positions, *wanted;  // (count,), and the rows whose logits are wanted
@@ -103,8 +103,9 @@ constexpr int VECTORS = PANELS ? 4 : 2;
 
 // Queries of one head, or of heads with one key head, against a slot's keys: y = softmax(q k^T / sqrt(D)) v.
 // Query r (of count, next_q apart, as the results y) sees n + r * grow keys.
-static void attend(const float* q, int64_t next_q, int64_t count, int64_t n, int64_t grow, const float* keys,
-                   const float* values, int64_t D, float* scores, float* y) {
+template <class T>
+static void attend(const float* q, int64_t next_q, int64_t count, int64_t n, int64_t grow, const T* keys,
+                   const T* values, int64_t D, float* scores, float* y) {
     by_rows<QUERIES>(count, [&](auto R, int64_t first) {
         const float* x = q + first * next_q;
         float* to = y + first * next_q;
@@ -214,12 +215,12 @@ struct Step {
         barrier.wait();
     }
 
-    int64_t cached(int64_t layer, int64_t row, int64_t head) {
-        return layer * cache.layer_stride + rows.slots[row] * cache.slot_stride + head * cache.head_stride;
+    template <class T> T* cached(void* all, int64_t layer, int64_t row, int64_t head) {
+        return (T*)all + layer * cache.layer_stride + rows.slots[row] * cache.slot_stride + head * cache.head_stride;
     }
 
     // Norm and rotation of each row's queries and keys of one key head, which goes into the cache with its values.
-    void place(const Layer& layer, int64_t l, int64_t r, int64_t h) {
+    template <class T> void place(const Layer& layer, int64_t l, int64_t r, int64_t h) {
         const int64_t D = m.head_dim, at = rows.positions[r], group = m.heads / m.kv_heads;
         const float *cos = all.cos + r * D / 2, *sin = all.sin + r * D / 2;
         for (int64_t g = h * group; g < (h + 1) * group; g++) {
@@ -230,20 +231,35 @@ struct Step {
         float *k = all.k + (r * m.kv_heads + h) * D, *v = all.v + (r * m.kv_heads + h) * D;
         if (layer.k_norm) rms_norm(k, layer.k_norm, D, m.eps, k);
         rotate(k, cos, sin, D / 2);
-        float* key = cache.k + cached(l, r, h) + at / LANES * LANES * D + at % LANES;
-        for (int64_t d = 0; d < D; d++) key[d * LANES] = k[d];
-        memcpy(cache.v + cached(l, r, h) + at * D, v, D * sizeof(float));
+        T *key = cached<T>(cache.k, l, r, h) + at / LANES * LANES * D + at % LANES, stored[LANES];
+        for (int64_t d = 0; d < D; d += LANES) {
+            store(stored, load(k + d));
+            for (int64_t i = 0; i < LANES; i++) key[(d + i) * LANES] = stored[i];
+            store(cached<T>(cache.v, l, r, h) + at * D + d, load(v + d));
+        }
     }
 
     void attention(const Layer& layer, int64_t l) {
-        const int64_t D = m.head_dim, Q = m.heads * D, group = m.heads / m.kv_heads;
         normalise(layer.input_norm);
         const Input& in = input(own.normed, rows.count, layer.q.weight);
         linear(layer.q, in, all.q);
         linear(layer.k, in, all.k);
         linear(layer.v, in, all.v);
         barrier.wait();
-        for (int64_t i = id; i < rows.count * m.kv_heads; i += team) place(layer, l, i / m.kv_heads, i % m.kv_heads);
+        cache.in_bf16 ? look<bf16>(layer, l) : look<float>(layer, l);
+        barrier.wait();
+        linear(layer.o, input(all.attended, rows.count, layer.o.weight), all.product);
+        const Range mine = share(m.hidden);
+        for (int64_t r = 0; r < rows.count; r++)
+            for (int64_t i = mine.begin; i < mine.end; i++) all.x[r * m.hidden + i] += all.product[r * m.hidden + i];
+        barrier.wait();
+    }
+
+    // all.attended from all.q, all.k and all.v, by way of the cache.
+    template <class T> void look(const Layer& layer, int64_t l) {
+        const int64_t D = m.head_dim, Q = m.heads * D, group = m.heads / m.kv_heads;
+        for (int64_t i = id; i < rows.count * m.kv_heads; i += team)
+            place<T>(layer, l, i / m.kv_heads, i % m.kv_heads);
         barrier.wait();
         int64_t item = 0;
         for (int64_t r = 0, count; r < rows.count; r += count) {  // rows of one slot, as many as a tile takes
@@ -251,7 +267,7 @@ struct Step {
             while (count < QUERIES && r + count < rows.count && rows.slots[r + count] == rows.slots[r]) count++;
             for (int64_t h = 0; h < m.kv_heads; h++) {
                 if (item++ % team != id) continue;
-                const float *keys = cache.k + cached(l, r, h), *values = cache.v + cached(l, r, h);
+                const T *keys = cached<T>(cache.k, l, r, h), *values = cached<T>(cache.v, l, r, h);
                 const int64_t n = rows.positions[r] + 1, first = r * Q + h * group * D;
                 const float* q = all.q + first;
                 float* y = all.attended + first;
@@ -260,12 +276,6 @@ struct Step {
                     attend(q + g * D, Q, count, n, 1, keys, values, D, own.scores, y + g * D);
             }
         }
-        barrier.wait();
-        linear(layer.o, input(all.attended, rows.count, layer.o.weight), all.product);
-        const Range mine = share(m.hidden);
-        for (int64_t r = 0; r < rows.count; r++)
-            for (int64_t i = mine.begin; i < mine.end; i++) all.x[r * m.hidden + i] += all.product[r * m.hidden + i];
-        barrier.wait();
     }
 
     // Adds weight[r] times what the feed-forward makes of x (count, hidden) to row own.rows[r] of the residual.

@@ -2,12 +2,12 @@
 a third of the memory's speed, and spend as long again between the operations.
 
 step = CpuStep(model)                            # fp32, or what quantize() left; seconds the first time, then cached
-cache = KVCache(config, slots, capacity, "cpu", torch.float32, step.lanes)
+cache = KVCache(config, slots, capacity, "cpu", step.cache_dtype, step.lanes)
 logits = step([[token, ...], ...], first_slot, cache)  # (B, vocab) after the last token of each slot's new ones
 
 A token's logits are the same bits whatever else is computed with it, and whether it is part of a prompt or not. With
-AVX512-VNNI the inputs of bf16 matrices are rounded to bf16, and those of int8 and int4 ones to int8, one scale a row;
-with AMX the products of bf16 and int8 are made in tiles (cpu_tiles.h).
+AVX512-VNNI the inputs of bf16 matrices are rounded to bf16, and those of int8 and int4 ones to int8, one scale a row,
+and a quantised model's keys and values to bf16; with AMX the products of bf16 and int8 are made in tiles (cpu_tiles.h).
 """
 
 import ctypes
@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.inference.kv_cache import KVCache
-from model.inference.quantization import packed
+from model.inference.quantization import packed, quantized_kind
 from model.model import LoRALinear, MiniMindLM
 
 SOURCE = Path(__file__).resolve().parent / "cpu_step.cpp"
@@ -68,7 +68,10 @@ class Model(Structure):
 
 
 class CachePointers(Structure):
-    _fields_ = [("k", c_void_p), ("v", c_void_p), *((f"{name}_stride", c_int64) for name in ("layer", "slot", "head"))]
+    _fields_ = [
+        ("k", c_void_p), ("v", c_void_p), *((f"{name}_stride", c_int64) for name in ("layer", "slot", "head")),
+        ("in_bf16", c_int64),
+    ]  # fmt: skip
 
 
 class Rows(Structure):
@@ -170,6 +173,8 @@ class CpuStep:
     def __init__(self, model: MiniMindLM):
         self.library, self.source = library_for(model), model
         self.lanes = self.library.lanes()
+        narrow = self.lanes == 16 and quantized_kind(model) is not None
+        self.cache_dtype = torch.bfloat16 if narrow else torch.float32  # of keys and values
         self.keep: list = []  # what the pointers point to
         self.plain: dict[nn.Module, Matrix] = {}
         self.models: dict[str | None, Model] = {}  # by adapter
@@ -260,7 +265,7 @@ class CpuStep:
         """Logits (B, vocab) fp32 after the last of each slot's new tokens, from first_slot on; writes their keys and
         values into the cache, whose lengths stay as they are.
 
-        kv_cache: in fp32, with this step's lanes."""
+        kv_cache: with this step's cache_dtype and lanes."""
         held = kv_cache.lengths[first_slot : first_slot + len(new)]
         longest = max(n + len(tokens) for n, tokens in zip(held, new, strict=True))
         kv_cache.reserve(longest)
@@ -287,8 +292,8 @@ class CpuStep:
         wanted = [i for i, row in enumerate(rows) if row[3]]
         arrays = [(c_int64 * len(numbers))(*numbers) for numbers in (tokens, slots, positions, wanted)]
         self.library.step(
-            model, CachePointers(k.data_ptr(), v.data_ptr(), *k.stride()[:3]), Rows(*arrays, count, len(wanted)),
-            longest, self.rank, threads, self.scratch.data_ptr(), logits.data_ptr(),
+            model, CachePointers(k.data_ptr(), v.data_ptr(), *k.stride()[:3], k.dtype == torch.bfloat16),
+            Rows(*arrays, count, len(wanted)), longest, self.rank, threads, self.scratch.data_ptr(), logits.data_ptr(),
         )  # fmt: skip
         return len(wanted)
 

@@ -23,9 +23,16 @@ typedef float vf __attribute__((vector_size(4 * LANES)));
 typedef int32_t vi __attribute__((vector_size(4 * LANES)));
 typedef float unaligned_vf __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef int32_t unaligned_vi __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef uint16_t bf16;  // the upper half of a float
+typedef bf16 unaligned_bf16s __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
 
 static inline vf load(const float* p) { return *(const unaligned_vf*)p; }
 static inline void store(float* p, vf v) { *(unaligned_vf*)p = v; }
+static inline vf load(const bf16* p) { return (vf)(__builtin_convertvector(*(const unaligned_bf16s*)p, vi) << 16); }
+static inline void store(bf16* p, vf v) {  // the nearest, ties to even
+    const vi bits = (vi)v;
+    *(unaligned_bf16s*)p = __builtin_convertvector((bits + 0x7fff + ((bits >> 16) & 1)) >> 16, unaligned_bf16s);
+}
 
 #if PANELS
 static inline float sum(vf v) { return _mm512_reduce_add_ps((__m512)v); }
@@ -99,8 +106,8 @@ template <int MOST, class F> static inline void by_rows(int64_t count, F f) {
 }
 
 // y (R, N vectors) = x (R, K) w (K, N vectors), in fp32. Every sum runs over k in order, whatever R and N.
-template <int N, int R>
-static inline void fp32_tile(const float* w, int64_t next_vector, int64_t next_k, int64_t K, const float* x,
+template <int N, int R, class T>
+static inline void fp32_tile(const T* w, int64_t next_vector, int64_t next_k, int64_t K, const float* x,
                              int64_t next_x, float* y, int64_t next_y) {
     vf acc[N][R] = {};
     for (int64_t k = 0; k < K; k++) {

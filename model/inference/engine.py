@@ -115,8 +115,8 @@ class Engine:
         fast = compiled if isinstance(compiled, CpuStep | CudaStep) else decoding_step(model, compiled)
         self.cpu_step = fast if isinstance(fast, CpuStep) else None
         self.cuda_step = fast if isinstance(fast, CudaStep) else None
-        lanes = self.cpu_step.lanes if self.cpu_step else None
-        self.cache = KVCache(model.config, slots, capacity, weight.device, weight.dtype, lanes)
+        of_cache = (self.cpu_step.cache_dtype, self.cpu_step.lanes) if self.cpu_step else (weight.dtype, None)
+        self.cache = KVCache(model.config, slots, capacity, weight.device, *of_cache)
         self.slots = [Slot() for _ in range(slots)]  # in the order of the cache's rows
         self.queue: deque[Sequence] = deque()
         self.lora_layers = list(lora_layers(model).values())  # with the adapters that requests may name
