@@ -377,7 +377,7 @@ class MiniMindLM(nn.Module):
     def __init__(self, config: MiniMindConfig):
         super().__init__()
         self.config = config
-        self.packed_mask = packed_causal_mask  # a faster form of the same may take its place (trainer/speed.py)
+        self.packed_mask = packed_causal_mask  # another form of the same may take its place (trainer/speed.py)
         self.activation_checkpointing = False  # keep each block's input only, and compute the rest again in backward
         self.model = Decoder(config)
         self.set_rope()

@@ -260,7 +260,7 @@ def benchmark_decode(args: argparse.Namespace) -> dict:
 
 
 def cache_bytes(model: MiniMindLM, args: argparse.Namespace, dtype: torch.dtype) -> float:
-    """Of keys and values that a step reads, halfway through the answers."""
+    """Bytes of keys and values that a step reads, halfway through the answers."""
     c = model.config
     length = args.prompt_len + args.new_tokens / 2
     return 2 * dtype.itemsize * args.batch * length * c.num_hidden_layers * c.num_key_value_heads * c.head_dim

@@ -30,6 +30,7 @@ from model.inference.cuda_step import CudaStep
 from model.inference.engine import Engine, SamplingParams, decoding_step, step_works
 from model.inference.quantization import quantize
 from model.inference.text_stream import TextStream
+from trainer.speed import install
 
 SLOTS = 256  # rollouts that run at once
 
@@ -160,6 +161,8 @@ def snapshot(model: nn.Module, dtype: torch.dtype) -> tuple[nn.Module, CpuStep |
     if dtype != torch.float32:
         model = copy.deepcopy(model).requires_grad_(False)
         on_cpu = model.inv_freq.device.type == "cpu"
+        if on_cpu:
+            install(model, torch.float32, model.inv_freq.device)  # kernels for training cannot read a cache
         model = quantize(model, "bf16") if on_cpu and step_works(model, None) else model.to(dtype)
     return model, decoding_step(model)
 

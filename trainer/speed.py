@@ -37,8 +37,9 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 class _Total(torch.autograd.Function):
-    """The sum over rows of logsumexp(logits) - logits[label]. Its gradient, softmax(logits) less 1 at the label, takes
-    one pass over the logits; of F.cross_entropy, torch.compile makes two."""
+    """logits (N, vocab), labels (N,) int64, none of them -100 -> the sum of logsumexp(logits) - logits[label], () fp32.
+    Its gradient is softmax(logits), less 1 at the label: one pass over the logits, where torch.compile makes two of
+    F.cross_entropy's. It is faster only when compiled."""
 
     @staticmethod
     def forward(ctx, logits: Tensor, labels: Tensor) -> Tensor:
@@ -49,7 +50,7 @@ class _Total(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
         logits, labels, normaliser = ctx.saved_tensors
-        column = torch.arange(logits.shape[1], dtype=torch.int32, device=logits.device)
+        column = torch.arange(logits.shape[1], dtype=torch.int32, device=logits.device)  # as wide as a float
         probs = (logits.float() - normaliser[:, None]).exp()
         return (grad * (probs - (column == labels[:, None].int()).float())).to(logits.dtype), None
 
@@ -60,19 +61,18 @@ def _compiled_total() -> Callable[[Tensor, Tensor], Tensor]:
 
 
 def additive(mask: Tensor) -> Tensor:
-    """A bool mask, True = may look, as what is added to scores: 0 there, -inf elsewhere; bf16. It is several times as
-    fast as to choose by a bool."""
+    """A bool mask, True = may look, as what is added to scores: 0 there, -inf elsewhere; bf16, of the same shape."""
     return torch.zeros(mask.shape, dtype=torch.bfloat16, device=mask.device).masked_fill(~mask, float("-inf"))
 
 
 def additive_packed_mask(segment_ids: Tensor) -> Tensor:
-    """model.packed_causal_mask() for blocked_attention()."""
+    """model.packed_causal_mask() as blocked_attention() reads it fastest: (B, T) -> (B, 1, T, T) bf16."""
     return additive(packed_causal_mask(segment_ids))
 
 
 def blocked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, block: int = 128) -> Tensor:
-    """model.attention() as matrix products over blocks of queries, each against the keys up to its own end; the mask is
-    an additive() one.
+    """model.attention() as matrix products over blocks of queries, each against the keys up to its own end. mask (B or
+    1, 1, T, T): bool, or what additive() makes of it, which a compiled block adds faster than it chooses.
 
     For training in bf16 on a CPU, where torch's fused kernel takes 40 % of a compiled step: the products run at the
     machine's peak, the softmax between them is fused by torch.compile, and keys after the block are never touched. The
@@ -84,7 +84,9 @@ def blocked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bloc
     q = (q * D**-0.5).reshape(B * KV, G, T, D)
     k, v = k.reshape(B * KV, T, D), v.reshape(B * KV, T, D)
     if mask is None:
-        mask = additive(torch.ones(T, T, dtype=torch.bool, device=q.device).tril()[None, None])
+        mask = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()[None, None]
+    if mask.dtype == torch.bool:
+        mask = additive(mask)
     out = []
     for start in range(0, T, block):
         end = min(start + block, T)
@@ -115,9 +117,10 @@ def install(model: MiniMindLM, dtype: torch.dtype, device: torch.device) -> None
         keep_freed_memory()
     bf16, adapted = dtype == torch.bfloat16, bool(lora_layers(model))
     blocked = bf16 and device.type == "cpu"
-    model.packed_mask = additive_packed_mask if blocked else packed_causal_mask
     for layer in model.modules():
-        if isinstance(layer, Attention):
+        if isinstance(layer, MiniMindLM):
+            layer.packed_mask = additive_packed_mask if blocked else packed_causal_mask
+        elif isinstance(layer, Attention):
             layer.attend = blocked_attention if blocked else attention
         elif isinstance(layer, Experts):
             # The kernel over all experts sees their weights alone, without an adapter.

@@ -121,12 +121,14 @@ template <int KIND> static void multiply_as(const Matrix& m, Range rows, const I
     constexpr int STREAMS = 4;  // panels at once for one row: memory is read fastest from a few places
     constexpr int R_MOST = KIND == INT4 ? 3 : 6;  // what fits 32 registers
 #ifdef __AMX_BF16__
-    // Tiles add products in bf16 in an order of their own, so that all counts take them; sums of ints are exact, and
-    // for one input vectors are faster.
-    if ((KIND == BF16 || (KIND == INT8 && m.cols % 64 == 0 && in.count > 1)) && TILES) {
-        const int64_t whole = std::max(rows.begin, rows.end / 64 * 64);
-        multiply_by_tiles<KIND>(m, rows.begin, whole, in, y);
-        rows.begin = whole;
+    // Tiles add products in bf16 in an order of their own, so all counts must take them. Sums of ints are exact: one
+    // input, for which vectors are faster, and columns that do not fill tiles of 64 bytes can do without.
+    if constexpr (KIND == BF16 || KIND == INT8) {
+        const int64_t whole = rows.end / 64 * 64;
+        if (TILES && rows.begin < whole && (KIND == BF16 || (m.cols % 64 == 0 && in.count > 1))) {
+            multiply_by_tiles<KIND>(m, rows.begin, whole, in, y);
+            rows.begin = whole;
+        }
     }
 #endif
     for (int64_t n = rows.begin; n < rows.end;) {

@@ -215,8 +215,8 @@ struct Step {
         barrier.wait();
     }
 
-    template <class T> T* cached(void* all, int64_t layer, int64_t row, int64_t head) {
-        return (T*)all + layer * cache.layer_stride + rows.slots[row] * cache.slot_stride + head * cache.head_stride;
+    template <class T> T* cached(void* kept, int64_t layer, int64_t row, int64_t head) {
+        return (T*)kept + layer * cache.layer_stride + rows.slots[row] * cache.slot_stride + head * cache.head_stride;
     }
 
     // Norm and rotation of each row's queries and keys of one key head, which goes into the cache with its values.
@@ -231,7 +231,8 @@ struct Step {
         float *k = all.k + (r * m.kv_heads + h) * D, *v = all.v + (r * m.kv_heads + h) * D;
         if (layer.k_norm) rms_norm(k, layer.k_norm, D, m.eps, k);
         rotate(k, cos, sin, D / 2);
-        T *key = cached<T>(cache.k, l, r, h) + at / LANES * LANES * D + at % LANES, stored[LANES];
+        T* key = cached<T>(cache.k, l, r, h) + at / LANES * LANES * D + at % LANES;
+        T stored[LANES];
         for (int64_t d = 0; d < D; d += LANES) {
             store(stored, load(k + d));
             for (int64_t i = 0; i < LANES; i++) key[(d + i) * LANES] = stored[i];
@@ -246,7 +247,8 @@ struct Step {
         linear(layer.k, in, all.k);
         linear(layer.v, in, all.v);
         barrier.wait();
-        cache.in_bf16 ? look<bf16>(layer, l) : look<float>(layer, l);
+        if (cache.in_bf16) attend_all<bf16>(layer, l);
+        else attend_all<float>(layer, l);
         barrier.wait();
         linear(layer.o, input(all.attended, rows.count, layer.o.weight), all.product);
         const Range mine = share(m.hidden);
@@ -256,7 +258,7 @@ struct Step {
     }
 
     // all.attended from all.q, all.k and all.v, by way of the cache.
-    template <class T> void look(const Layer& layer, int64_t l) {
+    template <class T> void attend_all(const Layer& layer, int64_t l) {
         const int64_t D = m.head_dim, Q = m.heads * D, group = m.heads / m.kv_heads;
         for (int64_t i = id; i < rows.count * m.kv_heads; i += team)
             place<T>(layer, l, i / m.kv_heads, i % m.kv_heads);
@@ -346,6 +348,15 @@ struct Step {
         barrier.wait();
     }
 };
+
+// Whether products of bf16 and int8 are made in the tiles of AMX.
+extern "C" int64_t tiles() {
+#ifdef __AMX_BF16__
+    return TILES;
+#else
+    return 0;
+#endif
+}
 
 // Positions in a block of the cache; a matrix lies in panels if they are 16.
 extern "C" int64_t lanes() { return LANES; }

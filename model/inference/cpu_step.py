@@ -145,7 +145,7 @@ def build() -> Path:
 def load_library() -> ctypes.CDLL:
     library = ctypes.CDLL(str(build()))
     numbers = [c_int64] * 3  # longest, rank, threads
-    library.lanes.restype = library.scratch_size.restype = c_int64
+    library.lanes.restype = library.tiles.restype = library.scratch_size.restype = c_int64
     library.scratch_size.argtypes = [POINTER(Model), c_int64, *numbers]
     library.step.restype = None
     library.step.argtypes = [POINTER(Model), CachePointers, Rows, *numbers, c_void_p, c_void_p]

@@ -10,16 +10,19 @@
 // Linux lends the registers to processes that ask (ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA).
 static const bool TILES = syscall(SYS_arch_prctl, 0x1023, 18) == 0;
 
-// Tiles 0 to 3 are sums, 4 and 5 inputs, 6 and 7 weights. With `more` inputs beside the first `rows`, they have the
-// tiles 2, 3 and 5; without, all sums belong to the first.
+// Tiles 0 to 3 are sums, 4 and 5 inputs, 6 and 7 weights. Up to 16 inputs: tile 4 times four tiles of weights. Up to 32,
+// `more` beside the first `rows`: tiles 4 and 5 times two tiles of weights, 2 and 3 being the sums of tile 5.
 static void configure_tiles(int rows, int more) {
     struct { uint8_t palette = 1, start = 0, zero[14] = {}; uint16_t bytes[16] = {}; uint8_t rows[16] = {}; } shape;
     const int others = more ? more : rows, of[] = {rows, rows, others, others, rows, others, 16, 16};
     for (int i = 0; i < 8; i++) shape.bytes[i] = 64, shape.rows[i] = of[i];
-    _tile_loadconfig(&shape);
+    // Not _tile_loadconfig(): in g++ 12 it says neither that all of `shape` is read, nor that what was stored before has
+    // to be in memory for the loads of tiles that follow.
+    asm volatile("ldtilecfg %0" ::"m"(shape) : "memory");
 }
 
-// Sums in fp32 of products in bf16; in int32 of inputs with sign and weights without.
+// Sums in fp32 of products in bf16; in int32 of inputs with sign and weights without. A macro, as the names of tiles
+// must be literals.
 #define MULTIPLY_TILES(sums, inputs, weights)                          \
     if constexpr (KIND == BF16) {                                      \
         _tile_dpbf16ps(sums, inputs, weights);                         \
@@ -62,16 +65,16 @@ static void panel_by_tiles(const int32_t* w, int64_t words, const int32_t* x, bo
     }
 }
 
-// y (count, rows of m) at the rows from first to last, both multiples of 64: the same bits whatever the count.
+// The columns of y (count, rows of m) from first to last, both multiples of 64: the same bits whatever the count.
 template <int KIND>
 static void multiply_by_tiles(const Matrix& m, int64_t first, int64_t last, const Input& in, float* y) {
     const int64_t words = m.cols / (KIND == BF16 ? 2 : 4), whole = in.count / 32 * 32;
     alignas(64) int32_t ints[32 * 64];
-    auto panels = [&](int64_t from, int64_t to) {  // the inputs from and to of `in`, in blocks of 32
-        const int count = std::min<int64_t>(32, to - from);
+    auto multiply_inputs = [&](int64_t begin, int64_t end) {  // in blocks of 32
+        const int count = std::min<int64_t>(32, end - begin);
         configure_tiles(std::min(count, 16), std::max(count - 16, 0));
         for (int64_t n = first; n < last; n += 64)
-            for (int64_t row = from; row < to; row += 32) {
+            for (int64_t row = begin; row < end; row += 32) {
                 const int32_t* w = (const int32_t*)m.data + n * words;
                 const int32_t* x = in.narrow + row * words;
                 float* out = y + row * m.rows + n;
@@ -85,7 +88,7 @@ static void multiply_by_tiles(const Matrix& m, int64_t first, int64_t last, cons
                     }
             }
     };
-    if (whole) panels(0, whole);
-    if (whole < in.count) panels(whole, in.count);
+    if (whole) multiply_inputs(0, whole);
+    if (whole < in.count) multiply_inputs(whole, in.count);
     _tile_release();
 }

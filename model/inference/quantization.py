@@ -61,7 +61,8 @@ FORMATS = {"bf16": BF16, "int8": Int8, "int4": Int4}
 
 
 def quantize(model: MiniMindLM, kind: str) -> MiniMindLM:
-    """Pack the model's matrices, in place: kind "bf16", "int8" or "int4". The arithmetic is fp32 from then on.
+    """Pack the model's matrices, in place: kind "bf16", "int8" or "int4". The arithmetic is fp32 from then on, in
+    cpu_step.py perhaps less.
 
     ValueError for another kind, or if the model is quantised already."""
     if kind not in FORMATS:
