@@ -14,7 +14,15 @@ from cli import ROOT
 from model.model import LoRAConfig, MiniMindConfig, MoEFeedForward, add_lora, attention, each_expert
 from tests.helpers import next_token_loss, shifted
 from trainer import speed
-from trainer.speed import additive, blocked_attention, compile_blocks, cross_entropy, grouped_experts, install
+from trainer.speed import (
+    additive,
+    blocked_attention,
+    compile_blocks,
+    cross_entropy,
+    grouped_experts,
+    install,
+    padded_experts,
+)
 
 CPU = torch.device("cpu")
 needs_grouped_mm = pytest.mark.skipif(not hasattr(F, "grouped_mm"), reason="this torch has no grouped_mm")
@@ -79,9 +87,9 @@ def test_blocked_attention_equals_the_plain_one(kv_heads, length, masked):
 # ------------------------------------------------------------------------------------------------ experts
 
 
-@needs_grouped_mm
-@pytest.mark.parametrize("sizes", [[70, 0, 79, 1], [0, 0, 0, 150], [40, 40, 40, 30]])
-def test_grouped_experts_equal_one_after_the_other(sizes):
+@pytest.mark.parametrize("fast", [pytest.param(grouped_experts, marks=needs_grouped_mm), padded_experts])
+@pytest.mark.parametrize("sizes", [[70, 0, 79, 1], [0, 0, 0, 150], [40, 40, 40, 30], [0, 128, 22, 0]])
+def test_experts_together_equal_one_after_the_other(sizes, fast):
     torch.manual_seed(0)
     layer = MoEFeedForward(MiniMindConfig(hidden_size=64, intermediate_size=96, num_experts=4))
     for p in layer.parameters():
@@ -89,7 +97,7 @@ def test_grouped_experts_equal_one_after_the_other(sizes):
     x = torch.randn(150, 64, requires_grad=True)
     ends = torch.tensor(sizes).cumsum(0).to(torch.int32)
     results = []
-    for form in (grouped_experts, each_expert):
+    for form in (fast, each_expert):
         with torch.autocast("cpu", torch.bfloat16):
             y = form(layer.experts, x, ends).float()
         results.append([y, *torch.autograd.grad(y.square().mean(), [x, *layer.experts.parameters()])])
@@ -110,8 +118,8 @@ def test_an_installed_model_trains_like_the_plain_one(tiny, experts):
         if fast:
             install(model, torch.bfloat16, CPU)
             assert model.model.layers[0].self_attn.attend is blocked_attention
-            if experts and hasattr(F, "grouped_mm"):
-                assert model.model.layers[0].mlp.experts.compute is grouped_experts
+            if experts:
+                assert model.model.layers[0].mlp.experts.compute is padded_experts
         with torch.autocast("cpu", torch.bfloat16):
             loss = next_token_loss(model, ids, shifted(ids), segment_ids=segments)
         loss.backward()
@@ -125,16 +133,19 @@ def test_nothing_is_installed_for_fp32_and_no_kernel_passes_an_adapter_by(tiny):
     model = tiny(num_experts=4)
     install(model, torch.float32, CPU)
     assert model.model.layers[0].self_attn.attend is attention
-    install(model, torch.bfloat16, CPU)
+    experts, card = model.model.layers[0].mlp.experts, torch.device("cuda")
+    assert experts.compute is each_expert
+    install(model, torch.bfloat16, card)
+    assert (experts.compute is grouped_experts) == hasattr(F, "grouped_mm")
     add_lora(model, "mine", LoRAConfig(rank=2))
-    install(model, torch.bfloat16, CPU)  # as a run does, once the script has changed the model
-    assert model.model.layers[0].mlp.experts.compute is each_expert
+    install(model, torch.bfloat16, card)  # as a run does, once the script has changed the model
+    assert experts.compute is each_expert
 
 
 def test_a_torch_without_grouped_mm_trains_all_the_same(tiny, monkeypatch):
     monkeypatch.delattr(F, "grouped_mm", raising=False)
     model, ids = tiny(num_experts=4).train(), tokens(2, 60)
-    install(model, torch.bfloat16, CPU)
+    install(model, torch.bfloat16, torch.device("cuda"))
     assert model.model.layers[0].mlp.experts.compute is each_expert
     with torch.autocast("cpu", torch.bfloat16):
         next_token_loss(model, ids, shifted(ids)).backward()
