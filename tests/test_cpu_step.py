@@ -7,11 +7,12 @@ import torch
 
 from model.inference import cpu_step
 from model.inference.cpu_step import BLOCK, CpuStep, load_library
-from model.inference.engine import Engine, generate
+from model.inference.engine import PREFILL_CHUNK, Engine, generate
 from model.inference.kv_cache import KVCache
 from model.inference.quantization import FORMATS, GROUP, packed, quantize, quantized_kind, weight_bytes
 from model.inference.sampling import SamplingParams
 from model.model import Attention, LoRAConfig, MiniMindLM, MoEFeedForward, add_lora, attention, lora_layers, set_adapter
+from server.scoring import score_prompt
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 MOE = dict(num_experts=5, num_experts_per_tok=2, num_shared_experts=1, norm_topk_prob=False)
@@ -155,6 +156,16 @@ def test_engine_says_the_same_with_the_compiled_step(tiny, kind):
     assert together == alone
     if kind is None or CpuStep(model).lanes == 8:
         assert together == generate(model, prompts, params, batch_size=4, compiled=False)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("compiled", [True, False])
+def test_a_quantised_models_prompts_are_scored(tiny, compiled):
+    """In pieces; by the model, whatever the engine's cache keeps its keys and values in."""
+    model, (ids,) = quantize(tiny(), "int8"), make_ids(1, PREFILL_CHUNK + 40)
+    scored = score_prompt(Engine(model, slots=1, compiled=compiled), ids, 1, None)
+    expected = model(torch.tensor([ids])).logits[0].log_softmax(-1)[:-1].gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+    assert [one.logprob for one in scored[1:]] == pytest.approx(expected.tolist(), abs=1e-3)
 
 
 @pytest.mark.parametrize("kind", [None, "int8"])

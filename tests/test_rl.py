@@ -15,11 +15,14 @@ from dataset.chat import EOS_ID, load_tokenizer
 from dataset.jsonl import DataError
 from dataset.questions import Question, read_questions
 from model.export.huggingface import save_hf
+from model.inference.engine import generate
+from model.inference.sampling import SamplingParams
 from tests.processes import ROOT, Script, assert_same, one_error, small_weights
 from trainer.parallel import Processes
 from trainer.policy import advantages_of, entropy, gae, group_advantages, policy_batches, token_log_probs
 from trainer.rewards import right_answer
-from trainer.rollout import Generator, OneTurn, Rollout, leaders_first, pass_at_k
+from trainer.rollout import Generator, OneTurn, Rollout, leaders_first, pass_at_k, snapshot
+from trainer.speed import install
 
 QUESTIONS = ["What is 3 + 4 - 2?", "今天是星期一，3 天后是星期几？", "What is 5 + 1 - 4?"]
 
@@ -168,6 +171,17 @@ def as_trl(old, divide: bool) -> dict:
             log_probs = old(torch.tensor([p + c])).logits[0].log_softmax(-1)
             logps[i, : len(c)] = log_probs[len(p) - 1 : -1].gather(-1, torch.tensor(c)[:, None])[:, 0]
     return inputs | {"old_per_token_logps": logps}
+
+
+def test_a_model_that_trains_in_bf16_answers_also_without_the_compiled_step(tiny, monkeypatch):
+    """Its kernels for training cannot read a cache, so the copy that generates has others."""
+    model = tiny(num_experts=4).train()
+    install(model, torch.bfloat16, torch.device("cpu"))
+    monkeypatch.setattr("trainer.rollout.step_works", lambda *_: False)
+    monkeypatch.setattr("trainer.rollout.decoding_step", lambda *_: False)
+    copied, step = snapshot(model, torch.bfloat16)
+    params = SamplingParams(temperature=0, max_new_tokens=5, stop_token_ids=())
+    assert len(generate(copied, [list(range(5, 40))], params, compiled=step)[0].token_ids) == 5
 
 
 @pytest.mark.parametrize("name", VARIANTS)
