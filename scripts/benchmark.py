@@ -42,7 +42,6 @@ from model.export.gguf import save_gguf
 from model.export.huggingface import save_hf
 from model.export.llama_cpp import LlamaCpp
 from model.export.optional import need
-from model.inference.cpu_step import CpuStep
 from model.inference.engine import Engine, SamplingParams, decoding_step
 from model.inference.quantization import FORMATS, quantize, weight_bytes
 from model.model import PRESETS, MiniMindLM
@@ -233,8 +232,7 @@ def benchmark_decode(args: argparse.Namespace) -> dict:
     prefill = min(times([long], 1)[0] for _ in range(3))
     steps_per_second = (args.new_tokens - 1) / min(seconds)
     tokens_per_second = steps_per_second * args.batch
-    of_cache = step.cache_dtype if isinstance(step, CpuStep) else model.model.norm.weight.dtype
-    read = weight_bytes(model) + cache_bytes(model, args, of_cache)
+    read = weight_bytes(model) + cache_bytes(model, args, Engine(model, slots=1, compiled=step).cache.k.dtype)
     bandwidth, used = read_bandwidth(model.inv_freq.device), steps_per_second * read
     return {
         "model": args.model or " ".join([args.preset, *args.config]),
