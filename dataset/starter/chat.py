@@ -1,4 +1,4 @@
-"""The starter corpus' talk: who it is, greetings, "I don't know", system prompts, several turns, stories on request.
+"""The starter corpus' talk: who it is, greetings, "I don't know", system prompts, stories on request.
 
 Same contract as skills.py: one function a skill, (rng, lang, held) -> Item.
 """
@@ -9,17 +9,15 @@ from dataset.starter.facts import NEW_WORDINGS, RELATIONS, an, cap, load_json
 from dataset.starter.lists import UPPER_WORDS
 from dataset.starter.skills import (
     IN_SHORT,
-    NAMES,
     OTHERWISE,
     Item,
-    ask_fact,
     fact_item,
     in_other_words,
+    person,
     pick_wording,
     trainable,
 )
 from dataset.starter.stories import STORIES, requested_story
-from dataset.starter.words import opposites
 
 TALK = load_json("talk")  # intents with their wordings (the last two are never trained on), jokes, system messages
 IDENTITY, GREETINGS, SYSTEMS = TALK["identity"], TALK["small_talk"], TALK["systems"]
@@ -171,7 +169,7 @@ def system_prompt(rng: random.Random, lang: str, held: bool) -> Item:
     if kind in ("english", "chinese"):
         question, answer, key = other_language(rng, lang)
     elif kind in ("name_zh", "name_en"):
-        name = rng.choice(ASSISTANT_NAMES[lang])
+        name = rng.choice(ASSISTANT_NAMES[lang]) if held or rng.random() < 0.5 else person(rng, lang)
         system = system.format(name)
         question = rng.choice(IDENTITY[lang][0]["questions"][: 4 if lang == "zh" else 3])
         answer, key = (f"我叫{name}。" if lang == "zh" else f"My name is {name}."), f"{name}|{question}"
@@ -189,115 +187,6 @@ def system_prompt(rng: random.Random, lang: str, held: bool) -> Item:
             first = first.lower() + " " if first in ("A", "An", "The", "People") else first + " " * bool(first)
             answer = f"Captain, {first}{rest}" if lang == "en" else f"队长，{answer}"
     return Item(question, answer, f"system|{kind}{index}|{key}", system=system)
-
-
-# --- several turns ---------------------------------------------------------------------------------------------------
-
-FOLLOW_UPS = {  # (same country, other relation)
-    "zh": {
-        "capital": ["那首都呢？", "它的首都呢？"],
-        "language": ["那里的人说什么语言？", "那语言呢？"],
-        "currency": ["那里用什么货币？", "那货币呢？"],
-        "continent": ["它在哪个洲？", "那它在哪个洲呢？"],
-        "population": ["那人口呢？", "它的人口是多少？"],
-    },
-    "en": {
-        "capital": ["And its capital?", "What is its capital?"],
-        "language": ["And its language?", "What do people speak there?"],
-        "currency": ["And its currency?", "What money do they use?"],
-        "continent": ["And its continent?", "Which continent is it in?"],
-        "population": ["And its population?", "How many people live there?"],
-    },
-}
-ANOTHER = {"zh": ["那{}呢？", "{}呢？", "换成{}呢？"], "en": ["What about {}?", "And {}?", "How about {}?"]}
-TOLD = {  # what the user says about themselves, the reply, the later question, the answer
-    "zh": [
-        (
-            "我叫{}。",
-            "你好，{}！",
-            ["我叫什么名字？", "你还记得我的名字吗？"],
-            "你叫{}。",
-            NAMES["zh"] + ["小强", "婷婷", "阿宝"],
-        ),
-        (
-            "我最喜欢的水果是{}。",
-            "{}很好吃！",
-            ["我最喜欢什么水果？", "我喜欢吃什么水果？"],
-            "你最喜欢{}。",
-            ["苹果", "香蕉", "西瓜", "草莓", "桃子", "葡萄"],
-        ),
-        (
-            "我养了一只{}。",
-            "{}真可爱！",
-            ["我养了什么？", "我养的是什么动物？"],
-            "你养了一只{}。",
-            ["猫", "狗", "兔子", "乌龟", "鸭子"],
-        ),
-    ],
-    "en": [
-        (
-            "My name is {}.",
-            "Nice to meet you, {}!",
-            ["What is my name?", "Do you remember my name?"],
-            "Your name is {}.",
-            NAMES["en"] + ["Jack", "Rose", "Nick"],
-        ),
-        (
-            "My favourite colour is {}.",
-            "{} is a nice colour!",
-            ["What is my favourite colour?", "Which colour do I like?"],
-            "Your favourite colour is {}.",
-            ["red", "blue", "green", "yellow", "purple", "pink"],
-        ),
-        (
-            "I have a {}.",
-            "A {} is a fine friend!",
-            ["What animal do I have?", "Which pet do I have?"],
-            "You have a {}.",
-            ["cat", "dog", "rabbit", "turtle", "duck"],
-        ),
-    ],
-}
-
-
-# 'And what about {}?' needs a thing in the question, not a description of one
-ABOUT_THINGS = [
-    relation for relation in RELATIONS if relation.name not in ("who_does", "feature", "feature_of", "made")
-]
-
-
-def multi_turn(rng: random.Random, lang: str, held: bool) -> Item:
-    """The last question can only be understood with what was said before."""
-    kind = rng.random()
-    if kind < 0.2:
-        said, reply, questions, answer, things = rng.choice(TOLD[lang])
-        thing, question = rng.choice(things), rng.choice(questions)
-        history = [(said.format(thing), cap(reply.format(thing)))]
-        if rng.random() < 0.5:
-            between = trainable(opposites, rng, lang, False)
-            history.append((between.question, between.answer))
-        return Item(question, answer.format(thing), f"told|{history}|{question}", history=history)
-    countries = {relation.name: relation for relation in RELATIONS if relation.name in FOLLOW_UPS[lang]}
-    if kind < 0.65:  # the same relation of another thing
-        relation = rng.choice(ABOUT_THINGS if kind < 0.35 else list(countries.values()))
-        if lang not in relation.rows:
-            return multi_turn(rng, lang, held)
-        first, second = rng.sample(relation.rows[lang], 2)
-        index = rng.randrange(3)
-        shown = second["ak"] if lang == "en" and "{ak}" in relation.answer["en"] else second["k"]
-        question, answer = ANOTHER[lang][index].format(shown), relation.fill(relation.answer[lang], second)
-        key = f"another|{lang}|{relation.name}|{first['k']}|{second['k']}"
-    else:  # another relation of the same country
-        relation, other = rng.sample(list(countries.values()), 2)
-        first = rng.choice(relation.rows[lang])
-        found = [row for row in other.rows[lang] if row["k"] == first["k"]]
-        if not found:
-            return multi_turn(rng, lang, held)
-        question = rng.choice(FOLLOW_UPS[lang][other.name])
-        answer = other.fill(other.answer[lang], found[0])
-        key = f"follow|{lang}|{relation.name}|{other.name}|{first['k']}"
-    opening = trainable(ask_fact, rng, lang, False, relation, first)
-    return Item(question, answer, key, history=[(opening.question, opening.answer)])
 
 
 # --- stories ---------------------------------------------------------------------------------------------------------

@@ -21,10 +21,10 @@ from pathlib import Path
 
 from dataset.cache import default_cache_dir
 from dataset.jsonl import DataError
-from dataset.starter import chains, chat, lists, long_chats, own, reason_rl, skills, stages, stories, words
+from dataset.starter import chains, chat, lists, long_chats, own, reason_rl, skills, stages, stories, turns, words
 from dataset.starter.facts import LIFE, NATURE, WORLD
 from dataset.starter.registers import TYPED, typed
-from dataset.starter.skills import NAMES, Item, is_held_out
+from dataset.starter.skills import NAMES, Item, is_held_out, person
 
 HERE = Path(__file__).resolve().parent
 DEFAULT = HERE.parent / "starter_data"
@@ -59,8 +59,8 @@ SKILLS: dict[str, tuple[float, Skill]] = {
     "rewriting": (6.0, lists.rewriting),
     "story": (3.0, chat.story),
     "system_prompt": (5.0, chat.system_prompt),
-    "multi_turn": (5.0, chat.multi_turn),
-    "unknown": (15.0, chat.unknown),
+    "multi_turn": (9.0, turns.multi_turn),
+    "unknown": (18.0, chat.unknown),
 }
 PROBLEMS = {name: (share, stages.problem_of(name)) for name, (share, _) in stages.PROBLEMS.items()}
 CALLED = {"arithmetic", "times_table", "units_dates"}  # skills that the built-in tools have too
@@ -148,7 +148,7 @@ def text_document(rng: random.Random, kind: str, lang: str) -> str:
 
     if kind == "worked":
         return stories.plain_text(rng, lang, impersonal)
-    return stories.dialogue_text(rng, lang, any_item, NAMES[lang])
+    return stories.dialogue_text(rng, lang, any_item, person(rng, lang))
 
 
 def trainable_sentence(rng: random.Random) -> tuple[str, str]:

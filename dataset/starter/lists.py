@@ -6,7 +6,7 @@ Same contract as skills.py: one function a skill, (rng, lang, held) -> Item.
 import random
 
 from dataset.starter.facts import an, load_table
-from dataset.starter.skills import Item, in_other_words
+from dataset.starter.skills import Item, in_other_words, person
 from dataset.starter.words import WEEKDAYS
 
 # Difficulty, as in skills.py.
@@ -48,7 +48,7 @@ def sorting(rng: random.Random, lang: str, held: bool) -> Item:
         question = in_other_words(
             rng, held, lang, question.format(listed), "sort_down" if down else "sort_up", list=listed
         )
-        return Item(question, answer, f"sort|{down}|{listed}")
+        return Item(question, answer, f"sort|{down}|{listed}", about=("sort_down" if down else "sort_up", listed))
     order = WEEKDAYS["zh"] if lang == "zh" else ALPHABET
     items = rng.sample(order, SORT_LENGTH)
     listed, answer = (JOIN[lang].join(words) for words in (items, sorted(items, key=order.index)))
@@ -58,7 +58,7 @@ def sorting(rng: random.Random, lang: str, held: bool) -> Item:
         question = rng.choice(["Sort by the alphabet: {}", "Put these words in alphabetical order: {}"])
     kind = "sort_days" if lang == "zh" else "sort_alphabet"
     question = in_other_words(rng, held, lang, question.format(listed), kind, list=listed)
-    return Item(question, answer, f"sort|{listed}")
+    return Item(question, answer, f"sort|{listed}", about=(kind, listed))
 
 
 def counting(rng: random.Random, lang: str, held: bool) -> Item:
@@ -74,7 +74,7 @@ def counting(rng: random.Random, lang: str, held: bool) -> Item:
         else:
             question = rng.choice(["How many words are here: {}", "Count the words: {}"])
         question = in_other_words(rng, held, lang, question.format(listed), "count_words", list=listed)
-        return Item(question, counted(aloud, size, lang), f"count|{listed}")
+        return Item(question, counted(aloud, size, lang), f"count|{listed}", about=("count", listed))
     letters = [rng.choice("abcdefghijklmnopqrstuvwxyz") for _ in range(size)]
     listed, aloud = " ".join(letters), ", ".join(f"{i} {letter}" for i, letter in enumerate(letters, 1))
     if lang == "zh":
@@ -82,7 +82,7 @@ def counting(rng: random.Random, lang: str, held: bool) -> Item:
     else:
         question = rng.choice(["How many letters are here: {}", "Count the letters: {}"])
     question = in_other_words(rng, held, lang, question.format(listed), "count_letters", list=listed)
-    return Item(question, counted(aloud, size, lang), f"count|{listed}")
+    return Item(question, counted(aloud, size, lang), f"count|{listed}", about=("count", listed))
 
 
 def counted(aloud: str, size: int, lang: str) -> str:
@@ -134,9 +134,11 @@ def rewriting(rng: random.Random, lang: str, held: bool) -> Item:
             }[lang]
         )
         question = in_other_words(rng, held, lang, question.format(listed), "reverse", list=listed)
-        return Item(question, glue.join(items[::-1]), f"reverse|{listed}")
+        return Item(question, glue.join(items[::-1]), f"reverse|{listed}", about=("reverse", listed))
     if kind < 0.6:
         word = rng.choice(words + members("fruit", lang))
+        if not held and rng.random() < 0.5:
+            word = person(rng, lang)
         index = rng.randrange(4)
         question = {
             "zh": ["把“{}”说三遍。", "“{}”重复三次。", "请说三次“{}”。", "说三遍：{}"],
@@ -148,7 +150,7 @@ def rewriting(rng: random.Random, lang: str, held: bool) -> Item:
             ],
         }[lang][index]
         question = in_other_words(rng, held, lang, question.format(word), "repeat", word=word)
-        return Item(question, join.join([word] * 3), f"repeat|{index}|{word}")
+        return Item(question, join.join([word] * 3), f"repeat|{index}|{word}", about=("repeat", word))
     if kind < 0.8 or lang == "zh":
         items = rng.sample(words, rng.randint(3, 4))
         listed, first = join.join(items), rng.random() < 0.5
@@ -159,8 +161,9 @@ def rewriting(rng: random.Random, lang: str, held: bool) -> Item:
         else:
             question = rng.choice(["What is the {} word of: {}?", "Give me the {} word: {}"])
             question = question.format("first" if first else "last", listed)
-        question = in_other_words(rng, held, lang, question, "first" if first else "last", list=listed)
-        return Item(question, items[0] if first else items[-1], f"ends|{first}|{listed}")
+        kind = "first" if first else "last"
+        question = in_other_words(rng, held, lang, question, kind, list=listed)
+        return Item(question, items[0] if first else items[-1], f"ends|{first}|{listed}", about=(kind, listed))
     text = " ".join(rng.sample(UPPER_WORDS, rng.randint(2, 3)))
     question = rng.choice(["Write in upper case: {}", "In capital letters: {}", "UPPER CASE please: {}"])
     question = in_other_words(rng, held, lang, question.format(text), "upper", text=text)

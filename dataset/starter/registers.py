@@ -180,6 +180,6 @@ def spaced(rng: random.Random, question: str, lang: str) -> str:
 
 RULES: list[tuple[float, Callable[[random.Random, str, str], str]]] = [
     (0.2, in_plural), (0.3, unquoted), (0.3, shortened), (0.35, otherwise), (0.2, left_out),
-    (0.12, misspelt), (0.45, lower), (0.04, upper), (0.04, wide),
+    (0.12, misspelt), (0.45, lower), (0.06, upper), (0.04, wide),
     (0.06, spaced),
 ]  # fmt: skip

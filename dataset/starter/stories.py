@@ -78,9 +78,9 @@ ASIDE = {  # sayings around a question and its answer in a plain-text dialogue
 }
 
 
-def dialogue_text(rng: random.Random, lang: str, draw, names: list[str]) -> str:
-    """Two to four questions with answers; draw(rng, lang) gives an Item of any skill that may be trained on."""
-    form, name = rng.choice(ASIDE[lang]), rng.choice(names)
+def dialogue_text(rng: random.Random, lang: str, draw, name: str) -> str:
+    """Two to four questions of somebody with answers; draw(rng, lang) gives an Item that may be trained on."""
+    form = rng.choice(ASIDE[lang])
     lines = []
     for _ in range(rng.randint(2, 4)):
         item = draw(rng, lang)

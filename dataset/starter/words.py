@@ -15,7 +15,7 @@ def opposites(rng: random.Random, lang: str, held: bool) -> Item:
     wording, key = pick_wording(rng, load_json("talk")["opposite_questions"][lang], held)
     answer = f"{word}的反义词是{other}。" if lang == "zh" else f"The opposite of {word} is {other}."
     question = in_other_words(rng, held, lang, cap(wording.format(word)), "opposite", x=word)
-    return Item(question, answer, f"{key}|opposite|{lang}|{word}")
+    return Item(question, answer, f"{key}|opposite|{lang}|{word}", about=("opposite", word))
 
 
 UNITS = [  # (how many, small unit zh/en, of one big unit zh/en)
@@ -89,7 +89,7 @@ def units_dates(rng: random.Random, lang: str, held: bool) -> Item:
         said = spelled(rng, n, lang) if not held else str(n)
         question = UNIT_QUESTIONS[lang][index].format(n=said, b=big, s=small)
         question = in_other_words(rng, held, lang, question, "unit", n=said, b=big, s=small)
-        return Item(question, answer, f"unit|{lang}|{index}|{small_en}|{n}")
+        return Item(question, answer, f"unit|{lang}|{index}|{small_en}|{n}", about=(f"unit {small_en}", f"{n} {big}"))
     if kind < 0.9:
         days = kind < 0.7
         ring = (WEEKDAYS if days else MONTHS)[lang]
@@ -112,7 +112,7 @@ def units_dates(rng: random.Random, lang: str, held: bool) -> Item:
             answer = cap(f"{when} {here} is {there}.")
         kind = f"{'next' if step > 0 else 'previous'}_{'day' if days else 'month'}"
         question = in_other_words(rng, held, lang, question, kind, x=here)
-        return Item(question, answer, f"ring|{lang}|{index}|{here}|{step}")
+        return Item(question, answer, f"ring|{lang}|{index}|{here}|{step}", about=(kind, here))
     i, index = rng.randrange(12), rng.randrange(3)
     month, season = MONTHS[lang][i], SEASONS[lang][(i + 1) % 12 // 3]
     if lang == "zh":
@@ -122,7 +122,7 @@ def units_dates(rng: random.Random, lang: str, held: bool) -> Item:
         question = [f"What season is {month}?", f"In which season is {month}?", f"Which season is {month} in?"][index]
         answer = f"In the north {month} is in {season}."
     question = in_other_words(rng, held, lang, question, "season", x=month)
-    return Item(question, answer, f"season|{lang}|{index}|{month}")
+    return Item(question, answer, f"season|{lang}|{index}|{month}", about=("season", month))
 
 
 SUBJECTS = [
@@ -205,6 +205,15 @@ def word_pairs() -> list[tuple[str, str]]:
     return [(row["zh"], row["en"]) for row in load_table("words")]
 
 
+def word_to_other(rng: random.Random, lang: str, held: bool) -> Item:
+    """A word of the question's language into the other one."""
+    zh, en = rng.choice(word_pairs())
+    source, target = (zh, en) if lang == "zh" else (en, zh)
+    wording, key = pick_wording(rng, load_json("talk")["word_questions"][lang], held)
+    question = in_other_words(rng, held, lang, cap(wording.format(source)), "to_other", x=source)
+    return Item(question, target, f"{key}|word|{lang}|{source}", about=("to_other", source))
+
+
 def translation(rng: random.Random, lang: str, held: bool) -> Item:
     """Words by heart, sentences from the grammar; the question's language is the source language."""
     kind = rng.random()
@@ -214,11 +223,7 @@ def translation(rng: random.Random, lang: str, held: bool) -> Item:
         question = rng.choice(ACROSS[lang]).format(source)
         return Item(in_other_words(rng, held, lang, question, "from_other", x=source), target, f"across|{lang}|{zh}")
     if kind < 0.45:
-        zh, en = rng.choice(word_pairs())
-        source, target = (zh, en) if lang == "zh" else (en, zh)
-        wording, key = pick_wording(rng, load_json("talk")["word_questions"][lang], held)
-        question = in_other_words(rng, held, lang, cap(wording.format(source)), "to_other", x=source)
-        return Item(question, target, f"{key}|word|{lang}|{source}")
+        return word_to_other(rng, lang, held)
     zh, en = sentence_pair(rng)
     source, target = (zh, en) if lang == "zh" else (en, zh)
     question = rng.choice(SENTENCE_QUESTIONS[lang]).format(source)

@@ -1,0 +1,279 @@
+"""The starter corpus' follow-ups: questions that can only be understood with what was said before.
+
+Same contract as skills.py: one function a kind, (rng, lang, held) -> Item, whose `history` is what was said. The
+wordings are in tables/turns.json; what is held out is asked in the first of them alone.
+"""
+
+import random
+import re
+
+from dataset.starter import chat, lists, words
+from dataset.starter.facts import NEW_WORDINGS, RELATIONS, Relation, cap, load_json
+from dataset.starter.registers import TYPED, typed
+from dataset.starter.skills import (
+    ADD_MAX,
+    COMPARE_MAX,
+    WORDINGS,
+    Item,
+    arithmetic,
+    ask_fact,
+    comparing,
+    fact_item,
+    is_held_out,
+    pair_key,
+    person,
+    times_table,
+    trainable,
+    worked_difference,
+    worked_sum,
+)
+from dataset.starter.stories import STORIES, requested_story
+
+TURNS, TALK = load_json("turns"), load_json("talk")
+ANOTHER, TOLD, AGAIN, NOT_KNOWN_OF = (TURNS[part] for part in ("another", "told", "again", "not_known_of"))
+SHARES = {"facts": 44, "same_skill": 14, "told": 18, "again": 12, "beyond": 9, "aside": 10}
+HELD = {"facts": 80, "told": 20}  # of the held-out questions
+
+FOLLOW_UPS = {  # the relations of a country, asked for by a pronoun
+    "zh": {
+        "capital": ["那首都呢？", "它的首都呢？"],
+        "language": ["那里的人说什么语言？", "那语言呢？"],
+        "currency": ["那里用什么货币？", "那货币呢？"],
+        "continent": ["它在哪个洲？", "那它在哪个洲呢？"],
+        "population": ["那人口呢？", "它的人口是多少？"],
+    },
+    "en": {
+        "capital": ["And its capital?", "What is its capital?"],
+        "language": ["And its language?", "What do people speak there?"],
+        "currency": ["And its currency?", "What money do they use?"],
+        "continent": ["And its continent?", "Which continent is it in?"],
+        "population": ["And its population?", "How many people live there?"],
+    },
+}
+# 'And what about {}?' needs a thing in the question, not a description of one
+ABOUT_THINGS = [r for r in RELATIONS if r.name not in ("who_does", "feature", "feature_of", "made")]
+# and 'it' a thing with several facts that are asked of it by its name.
+OF_ONE_THING = [r for r in RELATIONS if r.key == "{lang}" and r.table != "people" and r.name != "young"]
+SHORT_FORMS = {
+    "zh": ["{}呢", "那{}呢？", "它{}", "{}", "它的{}", "那{}", "还有{}呢"],
+    "en": ["{}?", "and {}?", "ok and {}", "{}", "also {} please", "then {}"],
+}
+
+
+def multi_turn(rng: random.Random, lang: str, held: bool) -> Item:
+    """One of the kinds below."""
+    shares = HELD if held else SHARES
+    (kind,) = rng.choices(list(shares), list(shares.values()))
+    return KINDS[kind](rng, lang, held)
+
+
+def said(rng: random.Random, lang: str, held: bool, question: str, answer: str) -> tuple[str, str]:
+    """The exchange as it stands in a chat, its question as people type it."""
+    return (question if held or rng.random() > TYPED else typed(rng, question, lang)), answer
+
+
+def said_before(rng: random.Random, lang: str, held: bool, make, *args) -> tuple[str, str]:
+    item = trainable(make, rng, lang, False, *args)
+    return said(rng, lang, held, item.question, item.answer)
+
+
+def facts(rng: random.Random, lang: str, held: bool) -> Item:
+    """A fact, and then the same of another thing ('And Spain?') or another fact of the same thing ('And its
+    capital?'), once or up to three times."""
+    of_others = held and rng.random() < 0.56
+    relations = [
+        relation for relation in (ABOUT_THINGS if of_others or not held else OF_ONE_THING) if lang in relation.rows
+    ]
+    if (held and not of_others) or rng.random() < 0.4:
+        relations = [relation for relation in relations if relation.name in FOLLOW_UPS[lang]]
+    relation = rng.choice(relations)
+    row = rng.choice(relation.rows[lang])
+    history = [said_before(rng, lang, held, ask_fact, relation, row)]
+    for _ in range(1 if held else rng.choice([1, 1, 1, 2, 3])):
+        found = None
+        while found is None or (not held and is_held_out(found[-1])):
+            same_relation = of_others if held else rng.random() < 0.55
+            found = (another if same_relation else other_relation)(rng, lang, held, relation, row)
+        relation, row, question, key = found
+        history.append(said(rng, lang, held, question, relation.fill(relation.answer[lang], row)))
+    *history, (question, answer) = history
+    return Item(question, answer, key, history=history)
+
+
+Step = tuple[Relation, dict[str, str], str, str] | None  # what is asked next of which thing, the question, the key
+
+
+def another(rng: random.Random, lang: str, held: bool, relation: Relation, row: dict[str, str]) -> Step:
+    """The same of another thing: 'And Spain?'"""
+    second = rng.choice([other for other in relation.rows[lang] if other is not row])
+    article = lang == "en" and "{ak}" in relation.answer["en"] and (held or rng.random() < 0.7)
+    shown = second["ak" if article else "k"]
+    key = f"another|{lang}|{relation.name}|{row['k']}|{second['k']}"
+    return relation, second, rng.choice(ANOTHER[lang][: 3 if held else None]).format(shown), key
+
+
+def other_relation(rng: random.Random, lang: str, held: bool, relation: Relation, row: dict[str, str]) -> Step:
+    """Another fact of the same thing: 'And its capital?'"""
+    others = [r for r in OF_ONE_THING if r.table == relation.table and r is not relation and lang in r.rows]
+    if held:
+        others = [r for r in others if r.name in FOLLOW_UPS[lang]]
+    if relation not in OF_ONE_THING or not others:
+        return None
+    other = rng.choice(others)
+    found = [same for same in other.rows[lang] if same["id"] == row["id"]]
+    if not found:
+        return None
+    if held or (other.name in FOLLOW_UPS[lang] and rng.random() < 0.4):
+        question = rng.choice(FOLLOW_UPS[lang][other.name])
+    elif rng.random() < 0.5:
+        question = rng.choice(SHORT_FORMS[lang]).format(rng.choice(other.short[lang]))
+    else:
+        question = by_pronoun(rng.choice(other.questions[lang][:-NEW_WORDINGS]), lang, other.table)
+    return other, found[0], question, f"follow|{lang}|{relation.name}|{other.name}|{row['k']}"
+
+
+def same_skill(rng: random.Random, lang: str, held: bool) -> Item:
+    """The same task with other words or numbers: 'And of big?', 'Now with 8 and 9'."""
+    make = rng.choice(SAME_SKILLS)
+    first = second = trainable(make, rng, lang, False)
+    while second.about[:1] != first.about[:1] or second.about == first.about or not second.about:
+        first, second = (trainable(make, rng, lang, False) for _ in range(2))
+    question = rng.choice(ANOTHER[lang] + AGAIN[lang]["with"]).format(second.about[1])
+    return Item(question, second.answer, history=[said(rng, lang, held, first.question, first.answer)])
+
+
+def by_pronoun(question: str, lang: str, table: str) -> str:
+    """'What does {ak} eat?' as 'What does it eat?', 'How many people live in {k}?' as 'How many people live there?'"""
+    if lang == "zh":
+        return question.replace("{k}", {"countries": "那里", "festivals": "那天", "jobs": "他"}.get(table, "它"))
+    there = {"festivals": "on that day"}.get(table, "there")
+    question = re.sub(r"\b(in|on|On|In) \{k\}", lambda match: cap(there) if match[1].istitle() else there, question)
+    question = re.sub(r"\{a?k\}'s", "its", question)
+    pronoun = "he" if table == "jobs" else "it"
+    return cap(re.sub(r"(ripe |baby |young )?\{a?k\}", pronoun, question))
+
+
+def told(rng: random.Random, lang: str, held: bool) -> Item:
+    """What the user said about themselves, asked for later."""
+    about, also = rng.choices(TOLD[lang], [3, 1, 1, 1, 1], k=2)
+    thing = person(rng, lang) if about["things"] == "names" else rng.choice(about["things"])
+    first, asked = about["said"][: 1 if held else None], about["asked"][: 2 if held else None]
+    if not held and rng.random() < 0.4:
+        thing = thing.lower()  # and is called as they write it
+    opening, reply = rng.choice(first).format(thing), cap(about["reply"].format(thing))
+    between = [said_before(rng, lang, held, small_exchange) for _ in range(rng.randint(0, 2))]
+    if not held and between and rng.random() < 0.3:  # said on the way to a question
+        question, answer = between.pop(0)
+        reply = answer if rng.random() < 0.5 else reply + ("" if lang == "zh" else " ") + answer
+        opening = f"{opening.rstrip('.。')}{'，' if lang == 'zh' else ', '}{question}"
+    if not held and also is not about and also["things"] != "names" and rng.random() < 0.3:  # and something more
+        more = rng.choice(also["said"]).format(rng.choice(also["things"]))
+        opening = f"{opening.rstrip('.。')}{'，' if lang == 'zh' else rng.choice([', ', ' and ', '. '])}{more}"
+    history, question = [(opening, reply), *between], rng.choice(asked)
+    return Item(question, about["answer"].format(thing), f"told|{history}|{question}", history=history)
+
+
+def small_exchange(rng: random.Random, lang: str, held: bool) -> Item:
+    """Something else, between what was told and what is asked."""
+    if rng.random() < 0.4:
+        return fact_item(rng, lang, held, RELATIONS)
+    return rng.choice([words.opposites, arithmetic])(rng, lang, held)
+
+
+def again(rng: random.Random, lang: str, held: bool) -> Item:
+    """On from an answer: another sum, the list turned round, the next day, one more joke or story."""
+    kind = rng.choice([summed_on, turned, compared, onwards, one_more])
+    return kind(rng, lang, AGAIN[lang])
+
+
+def summed_on(rng: random.Random, lang: str, forms: dict[str, list[str]]) -> Item:
+    while True:
+        a, b, c, d = (rng.randint(2, 25) for _ in range(4))
+        kind = rng.choice(["plus", "minus", "sum"])
+        x, y = (c, d) if kind == "sum" else (a + b, c)
+        if (
+            x + y <= ADD_MAX
+            and (kind != "minus" or x >= y)
+            and not any(map(is_held_out, (pair_key(a, b), pair_key(x, y))))
+        ):
+            break
+    opening = rng.choice(WORDINGS["plus"][lang]).format(a=a, b=b), worked_sum(a, b)
+    question = rng.choice(forms[kind]).format(*((c, d) if kind == "sum" else (c,)))
+    answer = (worked_difference if kind == "minus" else worked_sum)(x, y)
+    return Item(question, answer, history=[said(rng, lang, False, *opening)])
+
+
+def turned(rng: random.Random, lang: str, forms: dict[str, list[str]]) -> Item:
+    items = [str(n) for n in sorted(rng.sample(range(1, lists.SORT_MAX + 1), lists.SORT_LENGTH))]
+    up = rng.random() < 0.5
+    asked = rng.choice(WORDINGS["sort_up" if up else "sort_down"][lang])
+    asked = asked.format(list=", ".join(rng.sample(items, len(items))))
+    answers = [", ".join(items), ", ".join(items[::-1])][:: 1 if up else -1]
+    return Item(rng.choice(forms["turned"]), answers[1], history=[(asked, answers[0])])
+
+
+ONWARDS = [("day", words.WEEKDAYS), ("month", words.MONTHS)]
+
+
+def compared(rng: random.Random, lang: str, forms: dict[str, list[str]]) -> Item:
+    while is_held_out(f"compare|{(pair := sorted(rng.sample(range(1, COMPARE_MAX + 1), 2)))[0]}|{pair[1]}"):
+        pass
+    words = {"zh": ("小", "大"), "en": ("smaller", "larger")}[lang]
+    answer = {"zh": "{} 比 {} {}。", "en": "{0} is {2} than {1}."}[lang]
+    answers = [answer.format(*pair, words[0]), answer.format(*pair[::-1], words[1])]
+    larger = rng.random() < 0.5
+    a, b = rng.sample(pair, 2)
+    opening = rng.choice(WORDINGS["larger" if larger else "smaller"][lang]).format(a=a, b=b)
+    asked = rng.choice(forms["smaller" if larger else "larger"])
+    return Item(asked, answers[not larger], history=[said(rng, lang, False, opening, answers[larger])])
+
+
+def onwards(rng: random.Random, lang: str, forms: dict[str, list[str]]) -> Item:
+    """The next day or month, or the one before, and the next again."""
+    (kind, rings), step, i = rng.choice(ONWARDS), rng.choice([1, -1]), rng.randrange(12)
+    ring = rings[lang]
+    which = "next" if step > 0 else "previous"
+    three = [ring[(i + n * step) % len(ring)] for n in range(3)]
+    said_as = forms["steps"][f"{which}_{kind}"]
+    opening = rng.choice(WORDINGS[f"{which}_{kind}"][lang]).format(x=three[0])
+    history = [said(rng, lang, False, opening, said_as.format(*three[:2]))]
+    return Item(rng.choice(forms[which]), said_as.format(*three[1:]), history=history)
+
+
+def one_more(rng: random.Random, lang: str, forms: dict[str, list[str]]) -> Item:
+    """A joke, or a story of somebody else."""
+    if rng.random() < 0.5:
+        asked, (first, second) = rng.choice(WORDINGS["joke"][lang]), rng.sample(TALK["jokes"][lang], 2)
+    else:
+        (hero, thing), others = ((rng.choice(STORIES[part][lang]) for part in ("heroes", "things")) for _ in range(2))
+        asked = rng.choice(WORDINGS["story"][lang]).format(a=hero, b=thing[0] if lang == "zh" else "a " + thing)
+        first, second = requested_story(rng, lang, hero, thing), requested_story(rng, lang, *others)
+    return Item(rng.choice(forms["one_more"]), second, history=[(asked, first)])
+
+
+def beyond(rng: random.Random, lang: str, held: bool) -> Item:
+    """Something of a known thing that no table has."""
+    opening = said_before(rng, lang, held, fact_item, RELATIONS)
+    question, answer = rng.choice(NOT_KNOWN_OF[lang]), rng.choice(load_json("outside")[lang]["declines"])
+    return Item(question, answer, history=[opening], declines=True)
+
+
+def aside(rng: random.Random, lang: str, held: bool) -> Item:
+    """Small talk, or who it is, after other things."""
+    talk = trainable(rng.choice([chat.greeting, chat.greeting, chat.who_it_is]), rng, lang, False)
+    before = [said_before(rng, lang, held, small_exchange) for _ in range(rng.randint(1, 2))]
+    return Item(talk.question, talk.answer, history=before)
+
+
+SAME_SKILLS = [
+    words.opposites, words.word_to_other, words.units_dates, arithmetic, times_table, comparing, lists.sorting,
+    lists.counting, lists.rewriting,
+]  # fmt: skip
+KINDS = {
+    "facts": facts,
+    "same_skill": same_skill,
+    "told": told,
+    "again": again,
+    "beyond": beyond,
+    "aside": aside,
+}
