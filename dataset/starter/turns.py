@@ -187,6 +187,7 @@ def again(rng: random.Random, lang: str, held: bool) -> Item:
 
 
 def summed_on(rng: random.Random, lang: str, forms: dict[str, list[str]]) -> Item:
+    """A sum, and then something more or less, or another sum."""
     while True:
         a, b, c, d = (rng.randint(2, 25) for _ in range(4))
         kind = rng.choice(["plus", "minus", "sum"])
@@ -204,6 +205,7 @@ def summed_on(rng: random.Random, lang: str, forms: dict[str, list[str]]) -> Ite
 
 
 def turned(rng: random.Random, lang: str, forms: dict[str, list[str]]) -> Item:
+    """A list in order, and then in the opposite one."""
     items = [str(n) for n in sorted(rng.sample(range(1, lists.SORT_MAX + 1), lists.SORT_LENGTH))]
     up = rng.random() < 0.5
     asked = rng.choice(WORDINGS["sort_up" if up else "sort_down"][lang])
@@ -212,15 +214,13 @@ def turned(rng: random.Random, lang: str, forms: dict[str, list[str]]) -> Item:
     return Item(rng.choice(forms["turned"]), answers[1], history=[(asked, answers[0])])
 
 
-ONWARDS = [("day", words.WEEKDAYS), ("month", words.MONTHS)]
-
-
 def compared(rng: random.Random, lang: str, forms: dict[str, list[str]]) -> Item:
+    """The larger of two numbers, and then the smaller, or the other way round."""
     while is_held_out(f"compare|{(pair := sorted(rng.sample(range(1, COMPARE_MAX + 1), 2)))[0]}|{pair[1]}"):
         pass
-    words = {"zh": ("小", "大"), "en": ("smaller", "larger")}[lang]
+    less, more = {"zh": ("小", "大"), "en": ("smaller", "larger")}[lang]
     answer = {"zh": "{} 比 {} {}。", "en": "{0} is {2} than {1}."}[lang]
-    answers = [answer.format(*pair, words[0]), answer.format(*pair[::-1], words[1])]
+    answers = [answer.format(*pair, less), answer.format(*pair[::-1], more)]
     larger = rng.random() < 0.5
     a, b = rng.sample(pair, 2)
     opening = rng.choice(WORDINGS["larger" if larger else "smaller"][lang]).format(a=a, b=b)
@@ -228,9 +228,12 @@ def compared(rng: random.Random, lang: str, forms: dict[str, list[str]]) -> Item
     return Item(asked, answers[not larger], history=[said(rng, lang, False, opening, answers[larger])])
 
 
+RINGS = [("day", words.WEEKDAYS), ("month", words.MONTHS)]
+
+
 def onwards(rng: random.Random, lang: str, forms: dict[str, list[str]]) -> Item:
     """The next day or month, or the one before, and the next again."""
-    (kind, rings), step, i = rng.choice(ONWARDS), rng.choice([1, -1]), rng.randrange(12)
+    (kind, rings), step, i = rng.choice(RINGS), rng.choice([1, -1]), rng.randrange(12)
     ring = rings[lang]
     which = "next" if step > 0 else "previous"
     three = [ring[(i + n * step) % len(ring)] for n in range(3)]
