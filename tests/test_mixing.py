@@ -351,7 +351,10 @@ def test_killed_while_the_cache_is_made(tmp_path, tokenizer):
     alone = pretrain_dataset(path, tokenizer, 64, cache_dir=tmp_path, quiet=True)
 
     def made() -> dict[str, int]:
-        return {f.name: f.stat().st_ino for f in (tmp_path / "cache").glob("*/rows-*.arrow")}
+        """Shards that are whole: their rows are there, and then their record."""
+        records = (tmp_path / "cache").glob("*/shard-*.json")
+        rows = [record.with_name(record.stem.replace("shard", "rows") + ".arrow") for record in records]
+        return {path.name: path.stat().st_ino for path in rows}
 
     kept: dict[str, int] = {}
     for kill in range(2):

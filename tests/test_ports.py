@@ -53,17 +53,17 @@ def test_quickstart_runs_all_stages_in_the_folder_asked_for(commands, monkeypatc
         commands.clear()
         monkeypatch.setattr(sys, "argv", argv)
         quickstart.main()
-        corpus, pretrain, short, long, score, typed, chat = commands
+        corpus, pretrain, short, long, *scores, chat = commands
         assert corpus == ["-m", "dataset.starter"]
-        scripts = ["train_pretrain.py", *["train_full_sft.py"] * 2, *["eval_model.py"] * 3]
+        scripts = ["train_pretrain.py", *["train_full_sft.py"] * 2, *["eval_model.py"] * 4]
         assert [command[0] for command in commands[1:]] == scripts
         assert all(command[command.index("--out_dir") + 1] == out for command in commands[1:])
         assert all(command[-2:] == ["--from_resume", "1"] for command in (pretrain, short, long))
         assert long[long.index("--from_weight") + 1] == short[short.index("--save_weight") + 1]
-        assert "--score" in score and "--score" in typed and "--preset" not in pretrain
+        assert all("--score" in score for score in scores) and "--preset" not in pretrain
     budgets = [float(command[command.index("--minutes") + 1]) for command in (pretrain, short, long)]
     assert sum(budgets) == pytest.approx(3, rel=1e-4)
-    assert capsys.readouterr().out.count("==") == 16
+    assert capsys.readouterr().out.count("==") == 18
 
 
 def test_more_minutes_are_for_a_larger_model_and_ones_own_files_for_another_life(commands, monkeypatch):

@@ -100,7 +100,8 @@ def shortened(rng: random.Random, question: str, lang: str) -> str:
     question = re.sub(r"\b(planet is the \w+) planet\b", r"\1", question)
     short = re.sub(r"^(the|an?) ", "", OPENERS.sub("", question), flags=re.IGNORECASE).rstrip("?.")
     match = re.fullmatch(r"([\w ]{3,20}) of (?:the |an? )?([\w ]+)", short)
-    return f"{match[2]} {match[1]}" if match and rng.random() < 0.4 else short
+    turned = match and rng.random() < 0.4 and not re.search(r"\d", short)  # '10 percent of 20' is not '20 10 percent'
+    return f"{match[2]} {match[1]}" if turned else short
 
 
 def otherwise(rng: random.Random, question: str, lang: str) -> str:
@@ -123,7 +124,8 @@ def left_out(rng: random.Random, question: str, lang: str) -> str:
         found = list(re.finditer(LEFT_OUT[lang], question)) if lang in LEFT_OUT else []
         if found:
             match = rng.choice(found)
-            question = question[: match.start()] + question[match.end() :]
+            before, after = question[: match.start()], question[match.end() :]
+            question = question if before[-1:].isdigit() and after[:1].isdigit() else before + after
     return question
 
 
