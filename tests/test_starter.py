@@ -99,6 +99,19 @@ def test_ensure_starter_generates_once_and_again_after_a_change(tmp_path, monkey
     assert len(calls) == 4
 
 
+def test_two_programs_that_begin_at_once_make_it_once(tmp_path):
+    program = f"""
+from dataset.starter import corpus
+write = corpus.write_starter
+corpus.write_starter = lambda *args: (print("made"), write(*args))
+assert corpus.ensure_starter({str(tmp_path)!r}, 0.02)
+"""
+    command = [sys.executable, "-c", program]
+    programs = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    said = [program.communicate(timeout=60)[0].strip() for program in programs]
+    assert sorted(said) == ["", "", "made"] and not any(program.returncode for program in programs)
+
+
 def test_wrong_size_is_one_line():
     run = subprocess.run(
         [sys.executable, "-m", "dataset.starter", "--size", "0"], cwd=ROOT, capture_output=True, text=True

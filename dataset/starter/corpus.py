@@ -19,6 +19,8 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+from filelock import FileLock
+
 from dataset.cache import default_cache_dir
 from dataset.jsonl import DataError
 from dataset.starter import chains, chat, lists, long_chats, own, reason_rl, skills, stages, stories, turns, words
@@ -416,13 +418,21 @@ def ensure_starter(out_dir: str | Path | None = None, size: float = 1.0, seed: i
         place = DEFAULT if DEFAULT.exists() else DEFAULT.parent
         out_dir = DEFAULT if os.access(place, os.W_OK) else default_cache_dir() / DEFAULT.name
     out_dir = Path(out_dir)
-    try:
-        current = json.loads((out_dir / STAMP).read_text(encoding="utf-8")) == stamp(size, seed)
-    except (OSError, ValueError):
-        current = False
-    if not current or not all((out_dir / name).is_file() for name in FILES):
-        write_starter(out_dir, size, seed)
+    if not is_current(out_dir, size, seed):
+        out_dir.mkdir(parents=True, exist_ok=True)
+        with FileLock(out_dir / "stamp.lock"):  # two programs that begin at once make it once
+            if not is_current(out_dir, size, seed):
+                write_starter(out_dir, size, seed)
     return out_dir
+
+
+def is_current(out_dir: Path, size: float, seed: int) -> bool:
+    """Whether the folder holds all files of this version and these arguments."""
+    try:
+        made = json.loads((out_dir / STAMP).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return made == stamp(size, seed) and all((out_dir / name).is_file() for name in FILES)
 
 
 def main() -> None:
