@@ -92,9 +92,19 @@ def _cannot_install(python: str) -> None:
 def run(command: list[str], answers: str | None = None, **options) -> int:
     """The exit status of a program; `answers` is what it reads. It hears Ctrl-C as we do, and is left to end in its own
     way: subprocess.run() would kill it as it saves its state."""
-    with subprocess.Popen(command, stdin=None if answers is None else subprocess.PIPE, **options) as child:
-        before = signal.signal(signal.SIGTERM, lambda number, frame: child.terminate())
-        try:
+    child, asked_to_end = None, False
+
+    def pass_on(number, frame) -> None:  # from before the program starts: nobody else would stop it
+        nonlocal asked_to_end
+        asked_to_end = True
+        if child is not None:
+            child.terminate()
+
+    before = signal.signal(signal.SIGTERM, pass_on)
+    try:
+        with subprocess.Popen(command, stdin=None if answers is None else subprocess.PIPE, **options) as child:
+            if asked_to_end:
+                child.terminate()
             if answers is not None:
                 child.stdin.write(answers.encode())
                 child.stdin.close()
@@ -103,8 +113,8 @@ def run(command: list[str], answers: str | None = None, **options) -> int:
                     return child.wait()
                 except KeyboardInterrupt:
                     pass
-        finally:
-            signal.signal(signal.SIGTERM, before)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 if __name__ == "__main__":
