@@ -56,17 +56,17 @@ def test_what_the_user_said_is_what_is_answered(lang):
 def test_sums_lists_and_days_go_on_from_the_answer(lang):
     rng, forms = random.Random(1), turns.AGAIN[lang]
     for _ in range(DRAWS):
-        item = turns.summed_on(rng, lang, forms)
+        item = turns.summed_on(rng, lang)
         start, asked = (re.findall(r"\d+", text) for text in (item.history[0][1], item.question))
         numbers = [int(n) for n in ([start[-1], *asked] if len(asked) == 1 else asked)]
         minus = len(asked) == 1 and item.question in [form.format(asked[0]) for form in forms["minus"]]
         assert int(re.findall(r"\d+", item.answer)[-1]) == numbers[0] + numbers[1] * (-1 if minus else 1), item
-        item = turns.turned(rng, lang, forms)
+        item = turns.turned(rng, lang)
         assert item.answer.split(", ") == item.history[0][1].split(", ")[::-1]
-        item = turns.onwards(rng, lang, forms)
+        item = turns.onwards(rng, lang)
         known = item.history[0][1].rstrip("。.").split("是" if lang == "zh" else " is ")[-1]
         assert known in item.answer and not item.answer.rstrip("。.").endswith(known), item
-        item = turns.compared(rng, lang, forms)
+        item = turns.compared(rng, lang)
         before, after = (re.findall(r"\d+", text) for text in (item.history[0][1], item.answer))
         assert after == before[::-1] and item.answer != item.history[0][1]
 

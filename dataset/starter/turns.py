@@ -31,40 +31,20 @@ from dataset.starter.stories import STORIES, requested_story
 
 TURNS, TALK = load_json("turns"), load_json("talk")
 ANOTHER, TOLD, AGAIN, NOT_KNOWN_OF = (TURNS[part] for part in ("another", "told", "again", "not_known_of"))
-SHARES = {"facts": 44, "same_skill": 14, "told": 18, "again": 12, "beyond": 9, "aside": 10}
+FOLLOW_UPS, SHORT_FORMS = TURNS["follow_ups"], TURNS["short_forms"]  # by a pronoun; around a relation in a word or two
 HELD = {"facts": 80, "told": 20}  # of the held-out questions
 
-FOLLOW_UPS = {  # the relations of a country, asked for by a pronoun
-    "zh": {
-        "capital": ["那首都呢？", "它的首都呢？"],
-        "language": ["那里的人说什么语言？", "那语言呢？"],
-        "currency": ["那里用什么货币？", "那货币呢？"],
-        "continent": ["它在哪个洲？", "那它在哪个洲呢？"],
-        "population": ["那人口呢？", "它的人口是多少？"],
-    },
-    "en": {
-        "capital": ["And its capital?", "What is its capital?"],
-        "language": ["And its language?", "What do people speak there?"],
-        "currency": ["And its currency?", "What money do they use?"],
-        "continent": ["And its continent?", "Which continent is it in?"],
-        "population": ["And its population?", "How many people live there?"],
-    },
-}
 # 'And what about {}?' needs a thing in the question, not a description of one
 ABOUT_THINGS = [r for r in RELATIONS if r.name not in ("who_does", "feature", "feature_of", "made")]
 # and 'it' a thing with several facts that are asked of it by its name.
 OF_ONE_THING = [r for r in RELATIONS if r.key == "{lang}" and r.table != "people" and r.name != "young"]
-SHORT_FORMS = {
-    "zh": ["{}呢", "那{}呢？", "它{}", "{}", "它的{}", "那{}", "还有{}呢"],
-    "en": ["{}?", "and {}?", "ok and {}", "{}", "also {} please", "then {}"],
-}
 
 
 def multi_turn(rng: random.Random, lang: str, held: bool) -> Item:
     """One of the kinds below."""
-    shares = HELD if held else SHARES
+    shares = HELD if held else {kind: share for kind, (share, _) in KINDS.items()}
     (kind,) = rng.choices(list(shares), list(shares.values()))
-    return KINDS[kind](rng, lang, held)
+    return KINDS[kind][1](rng, lang, held)
 
 
 def said(rng: random.Random, lang: str, held: bool, question: str, answer: str) -> tuple[str, str]:
@@ -183,10 +163,10 @@ def small_exchange(rng: random.Random, lang: str, held: bool) -> Item:
 def again(rng: random.Random, lang: str, held: bool) -> Item:
     """On from an answer: another sum, the list turned round, the next day, one more joke or story."""
     kind = rng.choice([summed_on, turned, compared, onwards, one_more])
-    return kind(rng, lang, AGAIN[lang])
+    return kind(rng, lang)
 
 
-def summed_on(rng: random.Random, lang: str, forms: dict[str, list[str]]) -> Item:
+def summed_on(rng: random.Random, lang: str) -> Item:
     """A sum, and then something more or less, or another sum."""
     while True:
         a, b, c, d = (rng.randint(2, 25) for _ in range(4))
@@ -199,22 +179,22 @@ def summed_on(rng: random.Random, lang: str, forms: dict[str, list[str]]) -> Ite
         ):
             break
     opening = rng.choice(WORDINGS["plus"][lang]).format(a=a, b=b), worked_sum(a, b)
-    question = rng.choice(forms[kind]).format(*((c, d) if kind == "sum" else (c,)))
+    question = rng.choice(AGAIN[lang][kind]).format(*((c, d) if kind == "sum" else (c,)))
     answer = (worked_difference if kind == "minus" else worked_sum)(x, y)
     return Item(question, answer, history=[said(rng, lang, False, *opening)])
 
 
-def turned(rng: random.Random, lang: str, forms: dict[str, list[str]]) -> Item:
+def turned(rng: random.Random, lang: str) -> Item:
     """A list in order, and then in the opposite one."""
     items = [str(n) for n in sorted(rng.sample(range(1, lists.SORT_MAX + 1), lists.SORT_LENGTH))]
     up = rng.random() < 0.5
     asked = rng.choice(WORDINGS["sort_up" if up else "sort_down"][lang])
     asked = asked.format(list=", ".join(rng.sample(items, len(items))))
     answers = [", ".join(items), ", ".join(items[::-1])][:: 1 if up else -1]
-    return Item(rng.choice(forms["turned"]), answers[1], history=[(asked, answers[0])])
+    return Item(rng.choice(AGAIN[lang]["turned"]), answers[1], history=[(asked, answers[0])])
 
 
-def compared(rng: random.Random, lang: str, forms: dict[str, list[str]]) -> Item:
+def compared(rng: random.Random, lang: str) -> Item:
     """The larger of two numbers, and then the smaller, or the other way round."""
     while is_held_out(f"compare|{(pair := sorted(rng.sample(range(1, COMPARE_MAX + 1), 2)))[0]}|{pair[1]}"):
         pass
@@ -224,26 +204,26 @@ def compared(rng: random.Random, lang: str, forms: dict[str, list[str]]) -> Item
     larger = rng.random() < 0.5
     a, b = rng.sample(pair, 2)
     opening = rng.choice(WORDINGS["larger" if larger else "smaller"][lang]).format(a=a, b=b)
-    asked = rng.choice(forms["smaller" if larger else "larger"])
+    asked = rng.choice(AGAIN[lang]["smaller" if larger else "larger"])
     return Item(asked, answers[not larger], history=[said(rng, lang, False, opening, answers[larger])])
 
 
 RINGS = [("day", words.WEEKDAYS), ("month", words.MONTHS)]
 
 
-def onwards(rng: random.Random, lang: str, forms: dict[str, list[str]]) -> Item:
+def onwards(rng: random.Random, lang: str) -> Item:
     """The next day or month, or the one before, and the next again."""
     (kind, rings), step, i = rng.choice(RINGS), rng.choice([1, -1]), rng.randrange(12)
     ring = rings[lang]
     which = "next" if step > 0 else "previous"
     three = [ring[(i + n * step) % len(ring)] for n in range(3)]
-    said_as = forms["steps"][f"{which}_{kind}"]
+    said_as = AGAIN[lang]["steps"][f"{which}_{kind}"]
     opening = rng.choice(WORDINGS[f"{which}_{kind}"][lang]).format(x=three[0])
     history = [said(rng, lang, False, opening, said_as.format(*three[:2]))]
-    return Item(rng.choice(forms[which]), said_as.format(*three[1:]), history=history)
+    return Item(rng.choice(AGAIN[lang][which]), said_as.format(*three[1:]), history=history)
 
 
-def one_more(rng: random.Random, lang: str, forms: dict[str, list[str]]) -> Item:
+def one_more(rng: random.Random, lang: str) -> Item:
     """A joke, or a story of somebody else."""
     if rng.random() < 0.5:
         asked, (first, second) = rng.choice(WORDINGS["joke"][lang]), rng.sample(TALK["jokes"][lang], 2)
@@ -251,7 +231,7 @@ def one_more(rng: random.Random, lang: str, forms: dict[str, list[str]]) -> Item
         (hero, thing), others = ((rng.choice(STORIES[part][lang]) for part in ("heroes", "things")) for _ in range(2))
         asked = rng.choice(WORDINGS["story"][lang]).format(a=hero, b=thing[0] if lang == "zh" else "a " + thing)
         first, second = requested_story(rng, lang, hero, thing), requested_story(rng, lang, *others)
-    return Item(rng.choice(forms["one_more"]), second, history=[(asked, first)])
+    return Item(rng.choice(AGAIN[lang]["one_more"]), second, history=[(asked, first)])
 
 
 def beyond(rng: random.Random, lang: str, held: bool) -> Item:
@@ -272,11 +252,11 @@ SAME_SKILLS = [
     words.opposites, words.word_to_other, words.units_dates, arithmetic, times_table, comparing, lists.sorting,
     lists.counting, lists.rewriting,
 ]  # fmt: skip
-KINDS = {
-    "facts": facts,
-    "same_skill": same_skill,
-    "told": told,
-    "again": again,
-    "beyond": beyond,
-    "aside": aside,
+KINDS = {  # share of the trained follow-ups, and the function that makes one
+    "facts": (44, facts),
+    "same_skill": (14, same_skill),
+    "told": (18, told),
+    "again": (12, again),
+    "beyond": (9, beyond),
+    "aside": (10, aside),
 }
