@@ -13,7 +13,7 @@ from _path import ROOT
 from _report import append_markdown
 
 import cli
-from cli import ArgumentParser, find_device
+from cli import ArgumentParser, find_device, seed
 from dataset.starter.corpus import ensure_starter
 from evaluation.scoreboard import answer_questions, count_right, read_heldout
 from model import checkpoint
@@ -36,15 +36,15 @@ class Line:
 class Life:
     """Runs the scripts and asks what they made of the model."""
 
-    def __init__(self, out_dir: Path):
-        self.out, self.data = out_dir, ensure_starter()
+    def __init__(self, out_dir: Path, seed: int):
+        self.out, self.data, self.seed = out_dir, ensure_starter(), seed
         (weights,) = out_dir.glob("full_sft_*.pth")
         self.size = weights.stem.removeprefix("full_sft_")
 
     def train(self, script: str, name: str, *flags: str | Path) -> float:
         """Minutes of training; `name` is that of the weights. What is complete is not trained again."""
         print(f"\n== {script} {' '.join(map(str, flags))}", flush=True)
-        command = [script, "--out_dir", self.out, "--from_resume", "1", *flags]
+        command = [script, "--out_dir", self.out, "--from_resume", "1", "--seed", self.seed, *flags]
         if code := environment.run([sys.executable, *map(str, command)], cwd=ROOT):
             sys.exit(code)  # its own message stands above
         return checkpoint.load_meta(self.out / f"{name}.pth")["seconds"] / 60
@@ -153,12 +153,13 @@ def table(lines: list[Line]) -> str:
 def main() -> None:
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("--out_dir", type=Path, default=ROOT / "out", help="with the weights of the quickstart")
+    parser.add_argument("--seed", type=seed, default=42, help="of training (default: 42)")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="append the table to this file")
     args = parser.parse_args()
     out = args.out_dir
     if len(list(out.glob("full_sft_*.pth"))) != 1:
         raise cli.UsageError(f"--out_dir {out}: needs one full_sft_*.pth, which scripts/quickstart.py makes")
-    begin, life = time.monotonic(), Life(out.resolve())
+    begin, life = time.monotonic(), Life(out.resolve(), args.seed)
     lines = lora(life, "lora_identity", "who it is: a new name and maker", "--steps", "300")
     lines += lora(life, "lora_medical", "first aid, in unseen wordings")
     lines += distill(life) + reason(life)

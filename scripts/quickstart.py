@@ -29,6 +29,7 @@ def main() -> None:
     add = parser.add_argument
     add("--out_dir", default=os.environ.get("OUT") or "out", help="where the weights go (default: OUT, or out)")
     add("--minutes", type=float, help=f"of training (default: {sum(MINUTES):g}); from {LARGER_FROM} a larger model")
+    add("--seed", type=int, help="of training: another run of the same lessons (default: 42)")
     add("--real", nargs="+", metavar="FILE", help="your own text and conversations, in place of the built-in world")
     args = parser.parse_args()
     if args.minutes is not None and not 0 < args.minutes < 1e6:
@@ -36,9 +37,12 @@ def main() -> None:
     if args.real:
         minutes = [] if args.minutes is None else ["--minutes", f"{args.minutes:g}"]
         files = [os.path.abspath(file) for file in args.real]
+        if args.seed is not None:
+            parser.error("--seed: not with --real")
         own = ["--out_dir", os.path.join(args.out_dir, "real"), *minutes]
         sys.exit(environment.run([environment.ready("core"), "scripts/real_life.py", *files, *own]))
     out = ["--out_dir", args.out_dir]
+    train = [*out, "--from_resume", "1", *([] if args.seed is None else ["--seed", str(args.seed)])]
     factor = 1 if args.minutes is None else args.minutes / sum(MINUTES)
     pretrain, sft, long = (["--minutes", f"{minutes * factor:g}"] for minutes in MINUTES)
     larger = ["--preset", "micro"] if args.minutes is not None and args.minutes >= LARGER_FROM else []
@@ -57,11 +61,11 @@ def main() -> None:
 
     stage("1/6 starter corpus: a small bilingual world, written by a program", "-m", "dataset.starter")
     stage("2/6 pretraining: from random weights to a model of text",
-          "train_pretrain.py", "--batch_size", "8", *out, *pretrain, *larger, "--from_resume", "1")  # fmt: skip
+          "train_pretrain.py", "--batch_size", "8", *train, *pretrain, *larger)  # fmt: skip
     stage("3/6 supervised fine-tuning: the model learns to answer",
-          "train_full_sft.py", *out, *sft, *SHORT_CHATS, "--from_resume", "1")  # fmt: skip
+          "train_full_sft.py", *train, *sft, *SHORT_CHATS)  # fmt: skip
     stage("4/6 long chats: it learns to answer when much stands before the question",
-          "train_full_sft.py", *out, *long, *LONG_CHATS, "--from_resume", "1")  # fmt: skip
+          "train_full_sft.py", *train, *long, *LONG_CHATS)  # fmt: skip
     stage("5/6 scoreboard: held-out questions, exact answers", *chat, "--score", held_out)
     stage("    and what people type, by somebody who did not see the lessons", *chat, "--score", typed)
     stage("    and what they say next, when it hangs on what was said before", *chat, "--score", turns)

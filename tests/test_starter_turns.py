@@ -8,7 +8,7 @@ import re
 
 import pytest
 
-from dataset.starter import turns
+from dataset.starter import long_chats, turns
 from dataset.starter.facts import RELATIONS
 from dataset.starter.skills import person
 
@@ -50,6 +50,25 @@ def test_what_the_user_said_is_what_is_answered(lang):
         assert thing in item.history[0][0], item
         names.add(thing)
     assert len(names) > DRAWS / 5  # they cannot be learnt by heart
+
+
+@pytest.mark.parametrize("lang", ["zh", "en"])
+def test_what_was_told_early_in_a_long_chat_is_asked_late(lang):
+    rng = random.Random(lang)
+    opening = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
+    chats = [long_chats.long_chat(rng, lang, lambda lang: opening, lambda lang, tools: opening) for _ in range(300)]
+    pattern = "|".join(
+        re.escape(about["answer"]).replace(r"\{\}", "(.+)") for told in turns.TOLD.values() for about in told
+    )
+    far = 0
+    for chat in (chat for chat in chats if len(chat) > 2):
+        for i, message in enumerate(chat):
+            if message["role"] == "assistant" and (match := re.fullmatch(pattern, message.get("content") or "")):
+                (thing,) = (part for part in match.groups() if part)
+                where = [j for j in range(0, i) if thing.lower() in chat[j]["content"].lower()]
+                assert where, (thing, chat)
+                far += i - where[0] > 8
+    assert far > 20
 
 
 @pytest.mark.parametrize("lang", ["zh", "en"])

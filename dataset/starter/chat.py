@@ -5,7 +5,7 @@ Same contract as skills.py: one function a skill, (rng, lang, held) -> Item.
 
 import random
 
-from dataset.starter.facts import NEW_WORDINGS, RELATIONS, an, cap, load_json
+from dataset.starter.facts import NEW_WORDINGS, RELATIONS, an, load_json
 from dataset.starter.lists import UPPER_WORDS
 from dataset.starter.skills import (
     IN_SHORT,
@@ -47,6 +47,7 @@ def greeting(rng: random.Random, lang: str, held: bool) -> Item:
 
 # --- I don't know ----------------------------------------------------------------------------------------------------
 
+FACES = list("😀😂😍😭😡🐶🐱🎉🚀🔥👍❤")
 OUTSIDE = load_json("outside")  # topics with forms of questions and things to put into them; requests; ways to decline
 SYLLABLES = {
     "zh": (
@@ -108,7 +109,10 @@ def too_large(rng: random.Random) -> dict[str, int]:
 
 
 def noise(rng: random.Random, lang: str) -> str:
-    """Keys hit at random."""
+    """Keys hit at random, faces, signs."""
+    if rng.random() < 0.3:
+        some = rng.choice([FACES, [".", "?", "!", "…", "~", "<|", "|>", "</", ">", "[end]"]])
+        return rng.choice(["", " "]).join(rng.choices(some, k=rng.randint(1, 4)))
     if lang == "zh" and rng.random() < 0.5:
         said = "".join(rng.sample("啊哦嗯哈呃的了吗呢吧嘛不一是这那去有", rng.randint(1, 4)))
         return said * rng.randint(1, 3)
@@ -131,9 +135,9 @@ def about_a_stranger(rng: random.Random, lang: str) -> tuple[str, str]:
     row = {"id": "", "k": thing, "ak": an(thing), "v": "", "av": "", "verb": verb}
     if rng.random() < IN_SHORT:
         return relation.ask_in_short(rng, lang, row), thing
-    questions = relation.questions[lang][:-NEW_WORDINGS]
-    wordings = relation.otherwise[lang] if rng.random() < OTHERWISE else questions
-    return cap(rng.choice(wordings).format(**row)), thing
+    if rng.random() < OTHERWISE:
+        return relation.ask_otherwise(rng, lang, row), thing
+    return relation.fill(rng.choice(relation.questions[lang][:-NEW_WORDINGS]), row), thing
 
 
 # --- system prompts --------------------------------------------------------------------------------------------------

@@ -62,7 +62,7 @@ SKILLS: dict[str, tuple[float, Skill]] = {
     "story": (3.0, chat.story),
     "system_prompt": (5.0, chat.system_prompt),
     "multi_turn": (9.0, turns.multi_turn),
-    "unknown": (18.0, chat.unknown),
+    "unknown": (20.0, chat.unknown),
 }
 PROBLEMS = {name: (share, stages.problem_of(name)) for name, (share, _) in stages.PROBLEMS.items()}
 CALLED = {"arithmetic", "times_table", "units_dates"}  # skills that the built-in tools have too
@@ -259,14 +259,15 @@ def make_stage(rng: random.Random, stage: str, rows: int) -> list[list]:
         [make for _, make in STAGES[stage].values()],
         [share for share, _ in STAGES[stage].values()],
     )
-    # Who it was is not repeated to a model that becomes somebody else.
-    repeated = {name: share for name, (share, _) in SKILLS.items() if stage != "lora_identity" or name != "identity"}
-    names, weights = list(repeated), list(repeated.values())
+    names, weights = list(SKILLS), [share for share, _ in SKILLS.values()]
     conversations = []
-    for i in range(rows):
-        lang = LANGUAGES[i % 2]
+    while len(conversations) < rows:
+        lang = LANGUAGES[len(conversations) % 2]
         subjects, odds = (names, weights) if rng.random() < REPEATED[stage] else (makers, shares)
-        conversations.append(to_messages(exchange(rng, rng.choices(subjects, odds)[0], lang)))
+        messages = to_messages(exchange(rng, rng.choices(subjects, odds)[0], lang))
+        # Who it was is not repeated to a model that becomes somebody else.
+        if stage != "lora_identity" or not any("MiniMind" in m["content"] for m in messages if m["role"] != "user"):
+            conversations.append(messages)
     return conversations
 
 

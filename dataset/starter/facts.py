@@ -27,6 +27,15 @@ def an(noun: str) -> str:
     return ("an " if noun[0].lower() in "aeiou" and not noun.startswith("eu") else "a ") + noun
 
 
+def many(noun: str) -> str:
+    """'cat' -> 'cats', 'butterfly' -> 'butterflies', for the nouns of the tables."""
+    if noun in (irregular := {"sheep": "sheep", "mouse": "mice", "foot": "feet"}):
+        return irregular[noun]
+    if noun[-1] == "y":
+        return noun[:-1] + "ies"
+    return noun + ("es" if noun[-1] in "shx" else "s")
+
+
 def cap(sentence: str) -> str:
     """First letter in upper case, the rest untouched."""
     return sentence[:1].upper() + sentence[1:]
@@ -79,6 +88,12 @@ class Relation:
         forms += {"zh": [] if mixed else ["{k}{s}", "{k}的{s}", "{k}，{s}"], "en": ["{s} of {k}"]}.get(lang, [])
         form = rng.choice(forms)
         return form.format(k=key, s=short).strip(" ，:-") if short else key
+
+    def ask_otherwise(self, rng: random.Random, lang: str, row: dict[str, str]) -> str:
+        """As people ask; things in the plural or without an article now and then."""
+        if row["ak"] != row["k"] and rng.random() < 0.5:
+            row = row | {"ak": rng.choice([many(row["k"]), many(row["k"]), row["k"], f"the {row['k']}"])}
+        return rng.choice(self.otherwise[lang]).format(**row)
 
     def tell(self, rng: random.Random, lang: str, row: dict[str, str]) -> str:
         """The fact as a sentence: half of the time exactly as an answer says it."""

@@ -7,7 +7,7 @@ stands before the question: what is learnt here is to look past it.
 import json
 import random
 
-from dataset.starter import chains, stages
+from dataset.starter import chains, stages, turns
 from dataset.starter.registers import TYPED, typed
 from dataset.starter.skills import is_held_out
 
@@ -15,6 +15,8 @@ LONGEST = 2_800  # bytes of a chat, its functions included: about 800 tokens
 SHORT = 0.7  # share of the chats that are a single exchange, as most first questions are
 WITH_FUNCTIONS = 0.6  # share of the others that list some
 OURS = 0.7  # share of those whose functions are the built-in tools, which are then called
+TOLD = 0.5  # share of the longer ones whose user says who they are or what they like, and asks for it at the end
+ASKED = 0.1  # after this share of the exchanges on the way, too
 CHAINED = 0.5  # share of those calls that are several after one another (chains.py)
 
 OTHER = {"zh": "en", "en": "zh"}
@@ -61,9 +63,14 @@ def long_chat(rng: random.Random, lang: str, opening, exchange) -> list[dict]:
         ours = rng.random() < OURS
         listed = [function(rng, lang) for _ in range(rng.randint(1, 6))]
         messages.append(stages.TOOLS_OFFERED if ours else stages.TOOLS_OFFERED | {"tools": json.dumps(listed)})
-    goal = rng.randint(300, LONGEST)
+    goal, tells, ask = rng.randint(300, LONGEST), rng.random() < TOLD, None
     while size(messages) < goal or messages[-1]["role"] != "assistant":
         lang = OTHER[lang] if rng.random() < 0.1 else lang
+        if tells and ask is None and rng.random() < 0.5:
+            first, ask = turns.remembered(rng, lang)
+            messages += first
+        elif ask is not None and rng.random() < ASKED:
+            messages += ask()
         if not ours or rng.random() < 0.5:
             messages += exchange(lang, ours)
             continue
@@ -73,7 +80,7 @@ def long_chat(rng: random.Random, lang: str, opening, exchange) -> list[dict]:
         called, key = stages.tool_exchange(rng, lang)
         called[0]["content"] = typed(rng, called[0]["content"], lang) if rng.random() < TYPED else called[0]["content"]
         messages += called if not is_held_out(key) else []
-    return messages
+    return messages + (ask() if ask else [])
 
 
 def size(messages: list[dict]) -> int:

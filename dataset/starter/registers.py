@@ -32,7 +32,7 @@ WIDE = {ord(c): ord(c) + 0xFEE0 for c in "0123456789+-=?"}
 def typed(rng: random.Random, question: str, lang: str, literal: bool = False) -> str:
     """The question in a register drawn at random; of some rules none, one or several apply. Those that know words know
     "zh" and "en"; for other languages the rules on letters, signs and case are left."""
-    kept = ""
+    plain, kept = question, ""
     if literal:
         mark = max(question.rfind("："), question.rfind(": "))
         question, kept = question[: mark + 1], question[mark + 1 :]
@@ -49,7 +49,7 @@ def typed(rng: random.Random, question: str, lang: str, literal: bool = False) -
         question = rng.choice(BEFORE[lang]) + question
     if lang in AFTER and rng.random() < 0.2 and not literal:
         question = question.rstrip("?？.。!！") + rng.choice(AFTER[lang])
-    return question.strip()
+    return question.strip() or plain
 
 
 def without_colon(rng: random.Random, head: str, kept: str) -> str:

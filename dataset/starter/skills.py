@@ -6,6 +6,7 @@ the key falls on the side they want. Chat skills (identity, system prompts, seve
 
 import hashlib
 import random
+import re
 from dataclasses import dataclass, field
 
 from dataset.starter.facts import NEW_WORDINGS, RELATIONS, WORDINGS, Relation, an, cap, load_json, load_table
@@ -13,7 +14,7 @@ from dataset.starter.facts import NEW_WORDINGS, RELATIONS, WORDINGS, Relation, a
 # Difficulty. Small ranges that are learnt in minutes beat impressive ones that fail.
 ADD_MAX = 50  # operands of additions and subtractions
 SMALL_SHARE = 0.35  # of the trained sums have operands up to ten only
-WORD_MAX = 10  # operands of arithmetic in words
+WORD_MAX = 20  # operands of arithmetic in words
 TIMES_MAX = 6  # multiplication table
 COMPARE_MAX = 12  # numbers to compare
 IN_SHORT = 0.2  # share of the facts that are asked for in a word or two
@@ -96,7 +97,7 @@ def ask_fact(rng: random.Random, lang: str, held: bool, relation: Relation, row:
         question = relation.ask_in_short(rng, lang, row)
         return Item(question, answer, f"short|{question}")
     if not held and lang in relation.otherwise and rng.random() < OTHERWISE:
-        question = rng.choice(relation.otherwise[lang]).format(**row)
+        question = relation.ask_otherwise(rng, lang, row)
         return Item(question, answer, f"otherwise|{question}")
     wording, key = pick_wording(rng, relation.questions[lang], held)
     return Item(relation.fill(wording, row), answer, f"{key}|{relation.name}|{lang}|{row['k']}")
@@ -131,6 +132,11 @@ def number_word(n: int, lang: str) -> str:
     if n < 10:
         return digits[n]
     return (digits[n // 10] if n >= 20 else "") + "十" + (digits[n % 10] if n % 10 else "")
+
+
+def counted(n: int, lang: str) -> str:
+    """The number's word before things that are counted: '两' in place of '二'."""
+    return "两" if lang == "zh" and n == 2 else number_word(n, lang)
 
 
 def pair_key(a: int, b: int) -> str:
@@ -227,18 +233,16 @@ def both(lang: str, a: int, b: int) -> str:
     return f"{a}和{b}" if lang == "zh" else f"{a} and {b}"
 
 
-def sum_in_words(rng: random.Random, lang: str, held: bool, a: int, b: int, minus: bool) -> Item:
-    """'Three plus four is seven.', for numbers up to WORD_MAX."""
-    x, y, z = (number_word(n, lang) for n in (a, b, a - b if minus else a + b))
+def sum_in_words(rng: random.Random, lang: str, held: bool, a: int, b: int, minus: bool) -> str:
+    """'What is three plus four?', for numbers up to WORD_MAX; answered in digits, whose sums it knows."""
+    x, y = (number_word(n, lang) for n in (a, b))
     if lang == "zh":
-        said = f"{x}{'减' if minus else '加'}{y}"
-        question = rng.choice(["{}等于几？", "{}等于几？", "{}", "{}得多少？", "{}是多少？"]).format(said)
-        question = in_other_words(rng, held, lang, question, "minus_words" if minus else "plus_words", a=x, b=y)
-        return Item(question, f"{said}等于{z}。", pair_key(a, b))
-    said = f"{x} {'minus' if minus else 'plus'} {y}"
-    question = rng.choice(["What is {}?", "What is {}?", "{}", "How much is {}?"]).format(said)
-    question = in_other_words(rng, held, lang, question, "minus_words" if minus else "plus_words", a=x, b=y)
-    return Item(question, cap(f"{said} is {z}."), pair_key(a, b))
+        question = rng.choice(["{}等于几？", "{}等于几？", "{}", "{}得多少？", "{}是多少？"])
+        question = question.format(f"{x}{'减' if minus else '加'}{y}")
+    else:
+        question = rng.choice(["What is {}?", "What is {}?", "{}", "How much is {}?"])
+        question = question.format(f"{x} {'minus' if minus else 'plus'} {y}")
+    return in_other_words(rng, held, lang, question, "minus_words" if minus else "plus_words", a=x, b=y)
 
 
 def arithmetic(rng: random.Random, lang: str, held: bool) -> Item:
@@ -252,15 +256,18 @@ def arithmetic(rng: random.Random, lang: str, held: bool) -> Item:
     short = [f"{a} {'-' if minus else '+'} {b} = {a - b if minus else a + b}", str(a - b if minus else a + b)]
     kind = rng.random()
     if max(a, b) <= WORD_MAX and kind < 0.3:
-        return sum_in_words(rng, lang, held, a, b, minus)
-    if kind < 0.75 or a < 2 or b < 2:  # "1 apples" would be wrong
+        question = sum_in_words(rng, lang, held, a, b, minus)
+    elif kind < 0.75 or a < 2 or b < 2:  # "1 apples" would be wrong
         question = rng.choice((MINUS if minus else PLUS)[lang]).format(a, b)
         question = in_other_words(rng, held, lang, question, "minus" if minus else "plus", a=a, b=b)
     else:
         thing, measure = countable(rng, lang)
         question = rng.choice((FEWER if minus else MORE)[lang])
-        parts = dict(n=rng.choice(NAMES[lang]), a=a, b=b, t=thing, m=measure)
+        spell = not held and max(a, b) <= WORD_MAX
+        x, y = (counted(n, lang) if spell and rng.random() < 0.3 else n for n in (a, b))
+        parts = dict(n=rng.choice(NAMES[lang]), a=x, b=y, t=thing, m=measure)
         question = in_other_words(rng, held, lang, question.format(**parts), "fewer" if minus else "more", **parts)
+        question = re.sub(r" ?([一二两三四五六七八九十]) ?", r"\1", question)
     about = ("minus" if minus else "plus", both(lang, a, b))
     return Item(question, answer, pair_key(a, b), accepted=short, about=about)
 

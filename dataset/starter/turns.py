@@ -6,6 +6,7 @@ wordings are in tables/turns.json; what is held out is asked in the first of the
 
 import random
 import re
+from collections.abc import Callable
 
 from dataset.starter import chat, lists, words
 from dataset.starter.facts import NEW_WORDINGS, RELATIONS, Relation, cap, load_json
@@ -133,9 +134,14 @@ def by_pronoun(question: str, lang: str, table: str) -> str:
     return cap(re.sub(r"(ripe |baby |young )?\{a?k\}", pronoun, question))
 
 
+def what_is_told(rng: random.Random, lang: str) -> dict:
+    """A kind of what users say about themselves: their own name four times as often as others."""
+    return rng.choices(TOLD[lang], [4] + [1] * (len(TOLD[lang]) - 1))[0]
+
+
 def told(rng: random.Random, lang: str, held: bool) -> Item:
     """What the user said about themselves, asked for later."""
-    about, also = rng.choices(TOLD[lang], [3, 1, 1, 1, 1], k=2)
+    about, also = what_is_told(rng, lang), what_is_told(rng, lang)
     thing = person(rng, lang) if about["things"] == "names" else rng.choice(about["things"])
     first, asked = about["said"][: 1 if held else None], about["asked"][: 2 if held else None]
     if not held and rng.random() < 0.4:
@@ -151,6 +157,21 @@ def told(rng: random.Random, lang: str, held: bool) -> Item:
         opening = f"{opening.rstrip('.。')}{'，' if lang == 'zh' else rng.choice([', ', ' and ', '. '])}{more}"
     history, question = [(opening, reply), *between], rng.choice(asked)
     return Item(question, about["answer"].format(thing), f"told|{history}|{question}", history=history)
+
+
+def remembered(rng: random.Random, lang: str) -> tuple[list[dict], Callable[[], list[dict]]]:
+    """What the user says about themselves and the answer to it, as messages; and a function that makes those of a
+    question about it, which can be asked any time after."""
+    about = what_is_told(rng, lang)
+    thing = person(rng, lang) if about["things"] == "names" else rng.choice(about["things"])
+    thing = thing.lower() if rng.random() < 0.4 else thing
+
+    def exchange(question: str, answer: str) -> list[dict]:
+        question, answer = said(rng, lang, False, question, answer)
+        return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+    first = exchange(rng.choice(about["said"]).format(thing), cap(about["reply"].format(thing)))
+    return first, lambda: exchange(rng.choice(about["asked"]), about["answer"].format(thing))
 
 
 def small_exchange(rng: random.Random, lang: str, held: bool) -> Item:
@@ -235,10 +256,13 @@ def one_more(rng: random.Random, lang: str) -> Item:
 
 
 def beyond(rng: random.Random, lang: str, held: bool) -> Item:
-    """Something of a known thing that no table has."""
+    """Something of a known thing that no table has, or something that the user never told."""
+    questions = NOT_KNOWN_OF[lang]
+    if rng.random() < 0.3:
+        questions = rng.choice(TOLD[lang])["asked"]
     opening = said_before(rng, lang, held, fact_item, RELATIONS)
-    question, answer = rng.choice(NOT_KNOWN_OF[lang]), rng.choice(load_json("outside")[lang]["declines"])
-    return Item(question, answer, history=[opening], declines=True)
+    declines = load_json("outside")[lang]["declines"]
+    return Item(rng.choice(questions), rng.choice(declines), history=[opening], declines=True)
 
 
 def aside(rng: random.Random, lang: str, held: bool) -> Item:
