@@ -181,15 +181,17 @@ class Service:
         room = min(wanted, max(1, self.bot.max_len // ROOM))
         most = self.settings.max_prompt_tokens or self.bot.max_len
         if len(prompt) > min(most, self.bot.max_len - room):
-            self._too_long(len(prompt), "", param)
+            self._too_long(len(prompt), "", param, left=self.bot.max_len - len(prompt) if len(prompt) <= most else 0)
         return min(wanted, self.bot.max_len - len(prompt))
 
-    def _too_long(self, tokens: int, at_least: str, param: str) -> None:
+    def _too_long(self, tokens: int, at_least: str, param: str, left: int = 0) -> None:
+        """`left`: tokens of the context that the prompt leaves to a shorter answer."""
         room = self.bot.max_len // ROOM
         most = min(self.settings.max_prompt_tokens or self.bot.max_len, self.bot.max_len - room)
         # The beginning is what clients look for who shorten their prompts by themselves.
         text = f"This model's maximum context length is {self.bot.max_len} tokens. However, the prompt has {at_least}"
         text += f"{tokens} tokens; it may take about {most}, so that an answer fits"
+        text += f"; or ask for at most {left}, with max_tokens" if left > 0 else ""
         raise ApiError(400, text, param=param, code="context_length_exceeded")
 
     def _params(self, request: CommonRequest, limit: int, **more) -> dict:

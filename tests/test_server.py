@@ -405,6 +405,18 @@ def test_bad_parameters_are_named(server, fault):
     assert ("context_length_exceeded" == error["code"]) == ("too long" in fault)
 
 
+def test_a_prompt_that_leaves_little_room_says_how_little(server):
+    def ask(words: int, **fields):
+        return server.chat(messages=[{"role": "user", "content": "cat " * words}], **fields).json()
+
+    longest, prompt, most = map(int, re.findall(r"\d+", ask(600)["error"]["message"]))
+    words = 600 * (most + longest) // 2 // prompt  # more than usual, less than all
+    error = ask(words)["error"]
+    left = int(re.search(r"at most (\d+), with max_tokens", error["message"])[1])
+    assert 0 < left < longest // 8
+    assert ask(words, max_tokens=left)["usage"]["total_tokens"] <= longest
+
+
 @pytest.mark.parametrize(
     "body",
     [b"", b"{", b"[]", b"null", b'"x"', b"\xff\xfe", b'{"model": 1e99999}', b'{"a":' * 50_000, b"[" * 100_000,

@@ -103,7 +103,7 @@ FILES += ("tools_heldout.jsonl", "long.jsonl", "long_val.jsonl")
 FILES += ("reason_rl.jsonl", "reason_rl_val.jsonl", "agent.jsonl", "agent_val.jsonl")
 
 # Share of the pretraining bytes, in percent.
-TEXTS = {"story": 10, "description": 12, "facts": 13, "dialogue": 37, "worked": 20, "translation": 8}
+TEXTS = {"story": 10, "description": 12, "facts": 13, "dialogue": 37, "worked": 20, "translation": 8, "repeated": 6}
 
 
 def draw_item(rng: random.Random, skill: str | Skill, lang: str, held: bool = False) -> Item:
@@ -135,6 +135,8 @@ def text_document(rng: random.Random, kind: str, lang: str) -> str:
         return stories.description_text(rng, lang)
     if kind == "facts":
         return stories.facts_text(rng, lang)
+    if kind == "repeated":
+        return stories.repeated_text(rng, lang)
     if kind == "translation":
         return stories.translation_text(rng, words.word_pairs(), trainable_sentence)
     weights = WORKED if kind == "worked" else {name: share for name, (share, _) in SKILLS.items() if name not in TALK}

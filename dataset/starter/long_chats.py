@@ -15,8 +15,7 @@ LONGEST = 2_800  # bytes of a chat, its functions included: about 800 tokens
 SHORT = 0.7  # share of the chats that are a single exchange, as most first questions are
 WITH_FUNCTIONS = 0.6  # share of the others that list some
 OURS = 0.7  # share of those whose functions are the built-in tools, which are then called
-TOLD = 0.5  # share of the longer ones whose user says who they are or what they like, and asks for it at the end
-ASKED = 0.1  # after this share of the exchanges on the way, too
+TELLING = 0.5  # share of the longer ones whose user tells who they are or what they like, and asks for it later
 CHAINED = 0.5  # share of those calls that are several after one another (chains.py)
 
 OTHER = {"zh": "en", "en": "zh"}
@@ -63,14 +62,12 @@ def long_chat(rng: random.Random, lang: str, opening, exchange) -> list[dict]:
         ours = rng.random() < OURS
         listed = [function(rng, lang) for _ in range(rng.randint(1, 6))]
         messages.append(stages.TOOLS_OFFERED if ours else stages.TOOLS_OFFERED | {"tools": json.dumps(listed)})
-    goal, tells, ask = rng.randint(300, LONGEST), rng.random() < TOLD, None
+    goal, user = rng.randint(300, LONGEST), turns.User(rng, lang) if rng.random() < TELLING else None
     while size(messages) < goal or messages[-1]["role"] != "assistant":
         lang = OTHER[lang] if rng.random() < 0.1 else lang
-        if tells and ask is None and rng.random() < 0.5:
-            first, ask = turns.remembered(rng, lang)
-            messages += first
-        elif ask is not None and rng.random() < ASKED:
-            messages += ask()
+        if user and rng.random() < (0.15 if user.known else 0.5):
+            more = not user.known or (len(user.known) < 4 and rng.random() < 0.5)
+            messages += exchanged(*(user.tell() if more else user.ask()))
         if not ours or rng.random() < 0.5:
             messages += exchange(lang, ours)
             continue
@@ -80,7 +77,11 @@ def long_chat(rng: random.Random, lang: str, opening, exchange) -> list[dict]:
         called, key = stages.tool_exchange(rng, lang)
         called[0]["content"] = typed(rng, called[0]["content"], lang) if rng.random() < TYPED else called[0]["content"]
         messages += called if not is_held_out(key) else []
-    return messages + (ask() if ask else [])
+    return messages + (exchanged(*user.ask()) if user and user.known else [])
+
+
+def exchanged(question: str, answer: str) -> list[dict]:
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
 def size(messages: list[dict]) -> int:

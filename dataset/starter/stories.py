@@ -7,6 +7,7 @@ import random
 import re
 
 from dataset.starter.facts import RELATIONS, cap, load_json, load_table
+from dataset.starter.skills import person
 
 STORIES = load_json("stories")  # heroes, things, places, friends, plots; every plot opens with {hero} and {thing}
 
@@ -92,6 +93,14 @@ def dialogue_text(rng: random.Random, lang: str, draw, name: str) -> str:
 def plain_text(rng: random.Random, lang: str, draw) -> str:
     """Answers alone, one after another: they are written to be true sentences by themselves."""
     return "\n".join(draw(rng, lang).answer for _ in range(rng.randint(4, 8)))
+
+
+def repeated_text(rng: random.Random, lang: str) -> str:
+    """Names in a row, two to four times over: what can only be foretold by looking up what came before."""
+    names = [person(rng, lang) for _ in range(rng.randint(2, 8))]
+    names = [name.lower() for name in names] if rng.random() < 0.4 else names
+    row = rng.choice([", ", " ", "\n", " - "] if lang == "en" else ["、", "，", " ", "\n"]).join(names)
+    return rng.choice(["\n", "\n\n", ". "] if lang == "en" else ["\n", "\n\n", "。"]).join([row] * rng.randint(2, 4))
 
 
 def translation_text(rng: random.Random, pairs: list[tuple[str, str]], sentence) -> str:

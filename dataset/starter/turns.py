@@ -6,7 +6,6 @@ wordings are in tables/turns.json; what is held out is asked in the first of the
 
 import random
 import re
-from collections.abc import Callable
 
 from dataset.starter import chat, lists, words
 from dataset.starter.facts import NEW_WORDINGS, RELATIONS, Relation, cap, load_json
@@ -134,44 +133,49 @@ def by_pronoun(question: str, lang: str, table: str) -> str:
     return cap(re.sub(r"(ripe |baby |young )?\{a?k\}", pronoun, question))
 
 
-def what_is_told(rng: random.Random, lang: str) -> dict:
-    """A kind of what users say about themselves: their own name four times as often as others."""
-    return rng.choices(TOLD[lang], [4] + [1] * (len(TOLD[lang]) - 1))[0]
+class User:
+    """Somebody who tells something about themselves, or several things, and asks for one of them later."""
+
+    def __init__(self, rng: random.Random, lang: str, held: bool = False):
+        self.rng, self.lang, self.held = rng, lang, held
+        self.known: list[tuple[dict, str]] = []  # what was told: its kind, the thing
+
+    def tell(self) -> tuple[str, str]:
+        """Up to three things in one message, none of a kind that was told before, and the reply to each."""
+        rng, parts, replies = self.rng, [], []
+        for _ in range(1 if self.held else rng.choice([1, 1, 1, 2, 2, 3])):
+            kinds = [kind for kind in TOLD[self.lang] if all(kind is not known for known, _ in self.known)]
+            kind = rng.choices(kinds, [4 if kind is TOLD[self.lang][0] else 1 for kind in kinds])[0]  # names first
+            thing = person(rng, self.lang) if kind["things"] == "names" else rng.choice(kind["things"])
+            if not self.held and rng.random() < 0.4:
+                thing = thing.lower()  # and is called as they write it
+            self.known.append((kind, thing))
+            parts.append(rng.choice(kind["said"][: 1 if self.held else None]).format(thing))
+            replies.append(cap(kind["reply"].format(thing)))
+        glue = rng.choice({"en": [", ", " and ", ". ", " "], "zh": ["，", "。", " "]}[self.lang])
+        return glue.join([*(part.rstrip(".。") for part in parts[:-1]), parts[-1]]), GLUE[self.lang].join(replies)
+
+    def ask(self) -> tuple[str, str]:
+        kind, thing = self.rng.choice(self.known)
+        return self.rng.choice(kind["asked"][: 2 if self.held else None]), kind["answer"].format(thing)
+
+
+GLUE = {"en": " ", "zh": ""}
 
 
 def told(rng: random.Random, lang: str, held: bool) -> Item:
     """What the user said about themselves, asked for later."""
-    about, also = what_is_told(rng, lang), what_is_told(rng, lang)
-    thing = person(rng, lang) if about["things"] == "names" else rng.choice(about["things"])
-    first, asked = about["said"][: 1 if held else None], about["asked"][: 2 if held else None]
-    if not held and rng.random() < 0.4:
-        thing = thing.lower()  # and is called as they write it
-    opening, reply = rng.choice(first).format(thing), cap(about["reply"].format(thing))
+    user = User(rng, lang, held)
+    opening, reply = user.tell()
     between = [said_before(rng, lang, held, small_exchange) for _ in range(rng.randint(0, 2))]
     if not held and between and rng.random() < 0.3:  # said on the way to a question
         question, answer = between.pop(0)
-        reply = answer if rng.random() < 0.5 else reply + ("" if lang == "zh" else " ") + answer
         opening = f"{opening.rstrip('.。')}{'，' if lang == 'zh' else ', '}{question}"
-    if not held and also is not about and also["things"] != "names" and rng.random() < 0.3:  # and something more
-        more = rng.choice(also["said"]).format(rng.choice(also["things"]))
-        opening = f"{opening.rstrip('.。')}{'，' if lang == 'zh' else rng.choice([', ', ' and ', '. '])}{more}"
-    history, question = [(opening, reply), *between], rng.choice(asked)
-    return Item(question, about["answer"].format(thing), f"told|{history}|{question}", history=history)
-
-
-def remembered(rng: random.Random, lang: str) -> tuple[list[dict], Callable[[], list[dict]]]:
-    """What the user says about themselves and the answer to it, as messages; and a function that makes those of a
-    question about it, which can be asked any time after."""
-    about = what_is_told(rng, lang)
-    thing = person(rng, lang) if about["things"] == "names" else rng.choice(about["things"])
-    thing = thing.lower() if rng.random() < 0.4 else thing
-
-    def exchange(question: str, answer: str) -> list[dict]:
-        question, answer = said(rng, lang, False, question, answer)
-        return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-
-    first = exchange(rng.choice(about["said"]).format(thing), cap(about["reply"].format(thing)))
-    return first, lambda: exchange(rng.choice(about["asked"]), about["answer"].format(thing))
+        reply = answer if rng.random() < 0.5 else reply + GLUE[lang] + answer
+    if not held and len(between) < 2 and rng.random() < 0.4:
+        between.insert(rng.randint(0, len(between)), user.tell())
+    history, (question, answer) = [(opening, reply), *between], user.ask()
+    return Item(question, answer, f"told|{history}|{question}", history=history)
 
 
 def small_exchange(rng: random.Random, lang: str, held: bool) -> Item:
