@@ -58,7 +58,7 @@ SKILLS: dict[str, tuple[float, Skill]] = {
     "translation": (6.5, words.translation),
     "units_dates": (6.0, words.units_dates),
     "category": (5.0, lists.category),
-    "rewriting": (6.0, lists.rewriting),
+    "rewriting": (11.0, lists.rewriting),
     "story": (3.0, chat.story),
     "system_prompt": (5.0, chat.system_prompt),
     "multi_turn": (9.0, turns.multi_turn),
@@ -103,7 +103,7 @@ FILES += ("tools_heldout.jsonl", "long.jsonl", "long_val.jsonl")
 FILES += ("reason_rl.jsonl", "reason_rl_val.jsonl", "agent.jsonl", "agent_val.jsonl")
 
 # Share of the pretraining bytes, in percent.
-TEXTS = {"story": 10, "description": 12, "facts": 13, "dialogue": 37, "worked": 20, "translation": 8, "repeated": 6}
+TEXTS = {"story": 10, "description": 12, "facts": 13, "dialogue": 37, "worked": 20, "translation": 8, "repeated": 16}
 
 
 def draw_item(rng: random.Random, skill: str | Skill, lang: str, held: bool = False) -> Item:

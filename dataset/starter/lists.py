@@ -14,6 +14,7 @@ SORT_MAX = 12  # numbers to sort
 SORT_LENGTH = 3
 REVERSE_LENGTH = 3
 COUNT_LENGTHS = (3, 4)  # items in a list to be counted
+ECHOED = 0.5  # share of the trained rewriting that is repeating names
 PICK_LENGTH = 3  # items to pick a category from
 
 LIST_WORDS = {
@@ -118,8 +119,25 @@ def category(rng: random.Random, lang: str, held: bool) -> Item:
 UPPER_WORDS = "cat dog sun moon tea hat cup car red big yes no".split()
 
 
+ECHO = {
+    "zh": ["跟我读：{}", "照着说一遍：{}", "重复一遍：{}", "原样写出来：{}", "跟着念：{}", "复读：{}"],
+    "en": ["Repeat after me: {}", "Say exactly this: {}", "Write this again: {}", "echo: {}", "Copy: {}", "say: {}"],
+}
+
+
+def echoed(rng: random.Random, lang: str) -> Item:
+    """Names in a row, given back as they are. Only trained on: to copy what it has not seen is what a model needs that
+    calls people by their names."""
+    names = [person(rng, lang) for _ in range(rng.randint(1, 6))]
+    names = [name.lower() for name in names] if rng.random() < 0.4 else names
+    row = rng.choice([JOIN[lang], " "]).join(names)
+    return Item(rng.choice(ECHO[lang]).format(row), row)
+
+
 def rewriting(rng: random.Random, lang: str, held: bool) -> Item:
-    """Reverse, repeat, first and last of a list, upper case."""
+    """Reverse, repeat, first and last of a list, upper case; names as they are."""
+    if not held and rng.random() < ECHOED:
+        return echoed(rng, lang)
     kind, words, join = rng.random(), LIST_WORDS[lang], JOIN[lang]
     if kind < 0.45:
         letters = rng.random() < 0.35
