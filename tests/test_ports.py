@@ -49,7 +49,7 @@ def commands(monkeypatch):
 
 def test_quickstart_runs_all_stages_in_the_folder_asked_for(commands, monkeypatch, capsys):
     monkeypatch.setenv("OUT", "folder of OUT")
-    for argv, out in ((["q"], "folder of OUT"), (["q", "--out_dir", "x", "--minutes", "3"], "x")):
+    for argv, out in ((["q"], "folder of OUT"), (["q", "--out_dir", "x", "--minutes", "3", "--seed", "7"], "x")):
         commands.clear()
         monkeypatch.setattr(sys, "argv", argv)
         quickstart.main()
@@ -58,11 +58,12 @@ def test_quickstart_runs_all_stages_in_the_folder_asked_for(commands, monkeypatc
         scripts = ["train_pretrain.py", *["train_full_sft.py"] * 2, *["eval_model.py"] * 4]
         assert [command[0] for command in commands[1:]] == scripts
         assert all(command[command.index("--out_dir") + 1] == out for command in commands[1:])
-        assert all(command[-2:] == ["--from_resume", "1"] for command in (pretrain, short, long))
+        assert all(command[command.index("--from_resume") + 1] == "1" for command in (pretrain, short, long))
         assert long[long.index("--from_weight") + 1] == short[short.index("--save_weight") + 1]
         assert all("--score" in score for score in scores) and "--preset" not in pretrain
     budgets = [float(command[command.index("--minutes") + 1]) for command in (pretrain, short, long)]
     assert sum(budgets) == pytest.approx(3, rel=1e-4)
+    assert all(command[command.index("--seed") + 1] == "7" for command in (pretrain, short, long))
     assert capsys.readouterr().out.count("==") == 18
 
 

@@ -411,7 +411,7 @@ def test_a_prompt_that_leaves_little_room_says_how_little(server):
 
     longest, prompt, most = map(int, re.findall(r"\d+", ask(600)["error"]["message"]))
     words = 600 * (most + longest) // 2 // prompt  # more than usual, less than all
-    error = ask(words)["error"]
+    error = ask(words, max_tokens=longest)["error"]
     left = int(re.search(r"at most (\d+), with max_tokens", error["message"])[1])
     assert 0 < left < longest // 8
     assert ask(words, max_tokens=left)["usage"]["total_tokens"] <= longest
