@@ -34,11 +34,11 @@ def main() -> None:
     args = parser.parse_args()
     if args.minutes is not None and not 0 < args.minutes < 1e6:
         parser.error(f"--minutes {args.minutes:g}: must be above 0")
+    if args.real and args.seed is not None:
+        parser.error("--seed: not with --real")
     if args.real:
         minutes = [] if args.minutes is None else ["--minutes", f"{args.minutes:g}"]
         files = [os.path.abspath(file) for file in args.real]
-        if args.seed is not None:
-            parser.error("--seed: not with --real")
         own = ["--out_dir", os.path.join(args.out_dir, "real"), *minutes]
         sys.exit(environment.run([environment.ready("core"), "scripts/real_life.py", *files, *own]))
     out = ["--out_dir", args.out_dir]

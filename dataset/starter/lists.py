@@ -6,7 +6,7 @@ Same contract as skills.py: one function a skill, (rng, lang, held) -> Item.
 import random
 
 from dataset.starter.facts import an, load_table
-from dataset.starter.skills import Item, in_other_words, person
+from dataset.starter.skills import Item, in_other_words, people, person
 from dataset.starter.words import WEEKDAYS
 
 # Difficulty, as in skills.py.
@@ -128,8 +128,7 @@ ECHO = {
 def echoed(rng: random.Random, lang: str) -> Item:
     """Names in a row, given back as they are. Only trained on: to copy what it has not seen is what a model needs that
     calls people by their names."""
-    names = [person(rng, lang) for _ in range(rng.randint(1, 6))]
-    names = [name.lower() for name in names] if rng.random() < 0.4 else names
+    names = people(rng, lang, 1, 6)
     row = rng.choice([JOIN[lang], " "]).join(names)
     return Item(rng.choice(ECHO[lang]).format(row), row)
 

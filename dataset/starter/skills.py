@@ -41,6 +41,12 @@ def person(rng: random.Random, lang: str) -> str:
     return cap("".join(rng.choice("bdfgjklmnprstvz") + rng.choice("aeiou") for _ in range(rng.randint(2, 3))))
 
 
+def people(rng: random.Random, lang: str, fewest: int, most: int) -> list[str]:
+    """The first names of several, now and then without capitals."""
+    names = [person(rng, lang) for _ in range(rng.randint(fewest, most))]
+    return [name.lower() for name in names] if rng.random() < 0.4 else names
+
+
 @dataclass
 class Item:
     """One exchange. `key` says what is unseen when it is held out; an empty key is always trained on."""
@@ -134,7 +140,7 @@ def number_word(n: int, lang: str) -> str:
     return (digits[n // 10] if n >= 20 else "") + "十" + (digits[n % 10] if n % 10 else "")
 
 
-def counted(n: int, lang: str) -> str:
+def quantity_word(n: int, lang: str) -> str:
     """The number's word before things that are counted: '两' in place of '二'."""
     return "两" if lang == "zh" and n == 2 else number_word(n, lang)
 
@@ -264,7 +270,7 @@ def arithmetic(rng: random.Random, lang: str, held: bool) -> Item:
         thing, measure = countable(rng, lang)
         question = rng.choice((FEWER if minus else MORE)[lang])
         spell = not held and max(a, b) <= WORD_MAX
-        x, y = (counted(n, lang) if spell and rng.random() < 0.3 else n for n in (a, b))
+        x, y = (quantity_word(n, lang) if spell and rng.random() < 0.3 else n for n in (a, b))
         parts = dict(n=rng.choice(NAMES[lang]), a=x, b=y, t=thing, m=measure)
         question = in_other_words(rng, held, lang, question.format(**parts), "fewer" if minus else "more", **parts)
         question = re.sub(r" ?([一二两三四五六七八九十]) ?", r"\1", question)

@@ -7,7 +7,7 @@ import random
 import re
 
 from dataset.starter.facts import RELATIONS, cap, load_json, load_table
-from dataset.starter.skills import person
+from dataset.starter.skills import people
 
 STORIES = load_json("stories")  # heroes, things, places, friends, plots; every plot opens with {hero} and {thing}
 
@@ -97,8 +97,7 @@ def plain_text(rng: random.Random, lang: str, draw) -> str:
 
 def repeated_text(rng: random.Random, lang: str) -> str:
     """Names in a row, two to four times over: what can only be foretold by looking up what came before."""
-    names = [person(rng, lang) for _ in range(rng.randint(2, 8))]
-    names = [name.lower() for name in names] if rng.random() < 0.4 else names
+    names = people(rng, lang, 2, 8)
     row = rng.choice([", ", " ", "\n", " - "] if lang == "en" else ["、", "，", " ", "\n"]).join(names)
     return rng.choice(["\n", "\n\n", ". "] if lang == "en" else ["\n", "\n\n", "。"]).join([row] * rng.randint(2, 4))
 

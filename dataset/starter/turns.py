@@ -32,6 +32,7 @@ from dataset.starter.stories import STORIES, requested_story
 TURNS, TALK = load_json("turns"), load_json("talk")
 ANOTHER, TOLD, AGAIN, NOT_KNOWN_OF = (TURNS[part] for part in ("another", "told", "again", "not_known_of"))
 FOLLOW_UPS, SHORT_FORMS = TURNS["follow_ups"], TURNS["short_forms"]  # by a pronoun; around a relation in a word or two
+GLUE = {"en": " ", "zh": ""}  # between sentences
 HELD = {"facts": 80, "told": 20}  # of the held-out questions
 
 # 'And what about {}?' needs a thing in the question, not a description of one
@@ -158,9 +159,6 @@ class User:
     def ask(self) -> tuple[str, str]:
         kind, thing = self.rng.choice(self.known)
         return self.rng.choice(kind["asked"][: 2 if self.held else None]), kind["answer"].format(thing)
-
-
-GLUE = {"en": " ", "zh": ""}
 
 
 def told(rng: random.Random, lang: str, held: bool) -> Item:
