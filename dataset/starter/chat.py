@@ -5,7 +5,7 @@ Same contract as skills.py: one function a skill, (rng, lang, held) -> Item.
 
 import random
 
-from dataset.starter.facts import NEW_WORDINGS, RELATIONS, an, load_json
+from dataset.starter.facts import NEW_WORDINGS, RELATIONS, an, load_json, load_table
 from dataset.starter.lists import UPPER_WORDS
 from dataset.starter.skills import (
     IN_SHORT,
@@ -215,9 +215,25 @@ STORY_REQUESTS = {
 }
 
 
+def any_hero(rng: random.Random, lang: str) -> str:
+    """Somebody whom no plot knows."""
+    animal = rng.choice(load_table("animals"))[lang]
+    return rng.choice([person(rng, lang), an(animal) if lang == "en" else rng.choice(["小", ""]) + animal])
+
+
+def any_thing(rng: random.Random, lang: str) -> str | list[str]:
+    """Something of the tables that can be lost, given and found, in Chinese with its measure word."""
+    kept = ("fruit", "vegetable", "tool", "clothing", "instrument", "furniture")
+    rows = [row for row in load_table("things") if row["category_en"] in kept and an(row["en"]).startswith("a ")]
+    row = rng.choice(rows)
+    return [row["zh"], row["measure"]] if lang == "zh" else row["en"]
+
+
 def story(rng: random.Random, lang: str, held: bool) -> Item:
     """A story about a hero and a thing; unseen when held out: this hero with this thing."""
     hero, thing = rng.choice(STORIES["heroes"][lang]), rng.choice(STORIES["things"][lang])
+    if not held and rng.random() < 0.5:
+        hero, thing = any_hero(rng, lang), any_thing(rng, lang)
     text = requested_story(rng, lang, hero, thing)
     thing, shown = (thing[0], thing[0]) if lang == "zh" else (thing, "a " + thing)
     question = in_other_words(

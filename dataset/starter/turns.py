@@ -147,7 +147,7 @@ class User:
         for _ in range(1 if self.held else rng.choice([1, 1, 1, 2, 2, 3])):
             kinds = [kind for kind in TOLD[self.lang] if all(kind is not known for known, _ in self.known)]
             kind = rng.choices(kinds, [4 if kind is TOLD[self.lang][0] else 1 for kind in kinds])[0]  # names first
-            thing = person(rng, self.lang) if kind["things"] == "names" else rng.choice(kind["things"])
+            thing = told_thing(rng, self.lang, kind["things"])
             if not self.held and rng.random() < 0.4:
                 thing = thing.lower()  # and is called as they write it
             self.known.append((kind, thing))
@@ -159,6 +159,13 @@ class User:
     def ask(self) -> tuple[str, str]:
         kind, thing = self.rng.choice(self.known)
         return self.rng.choice(kind["asked"][: 2 if self.held else None]), kind["answer"].format(thing)
+
+
+def told_thing(rng: random.Random, lang: str, things: str | list[str]) -> str:
+    """One of the list, a name, or an age."""
+    if things == "names":
+        return person(rng, lang)
+    return str(rng.randint(3, 99)) if things == "ages" else rng.choice(things)
 
 
 def told(rng: random.Random, lang: str, held: bool) -> Item:
@@ -282,7 +289,7 @@ KINDS = {  # share of the trained follow-ups, and the function that makes one
     "facts": (44, facts),
     "same_skill": (14, same_skill),
     "told": (18, told),
-    "again": (12, again),
+    "again": (14, again),
     "beyond": (9, beyond),
-    "aside": (10, aside),
+    "aside": (14, aside),
 }
