@@ -215,6 +215,22 @@ STORY_REQUESTS = {
 }
 
 
+ABOUT_ONE = {  # of the hero alone, or of nobody: the plot finds the thing
+    "zh": ["讲一个{}的故事。", "给我讲个关于{}的短故事。", "说个{}的故事吧", "写个{}的小故事", "我想听{}的故事"],
+    "en": [
+        "Tell me a short story about {}.",
+        "Tell me a story about {}",
+        "a story about {} please",
+        "Write a little story about {}.",
+        "i want to hear a story about {}",
+    ],
+}
+ABOUT_NOBODY = {
+    "zh": ["讲个故事。", "给我讲一个小故事吧", "来个故事", "我想听故事", "睡前故事", "说个短故事听听"],
+    "en": ["Tell me a story.", "tell me a short story", "a story please", "bedtime story!", "Can you tell a story?"],
+}
+
+
 def any_hero(rng: random.Random, lang: str) -> str:
     """Somebody whom no plot knows."""
     animal = rng.choice(load_table("animals"))[lang]
@@ -230,11 +246,14 @@ def any_thing(rng: random.Random, lang: str) -> str | list[str]:
 
 
 def story(rng: random.Random, lang: str, held: bool) -> Item:
-    """A story about a hero and a thing; unseen when held out: this hero with this thing."""
+    """A story about a hero and a thing, or, to train on, about one of them or whoever comes; unseen when held out: this
+    hero with this thing."""
     hero, thing = rng.choice(STORIES["heroes"][lang]), rng.choice(STORIES["things"][lang])
     if not held and rng.random() < 0.5:
         hero, thing = any_hero(rng, lang), any_thing(rng, lang)
     text = requested_story(rng, lang, hero, thing)
+    if not held and rng.random() < 0.3:
+        return Item(rng.choice(ABOUT_ONE[lang] * 2 + ABOUT_NOBODY[lang]).format(hero), text)
     thing, shown = (thing[0], thing[0]) if lang == "zh" else (thing, "a " + thing)
     question = in_other_words(
         rng, held, lang, rng.choice(STORY_REQUESTS[lang]).format(hero, shown), "story", a=hero, b=shown
