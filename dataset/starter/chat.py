@@ -232,13 +232,14 @@ ABOUT_NOBODY = {
 
 
 def any_hero(rng: random.Random, lang: str) -> str:
-    """Somebody whom no plot knows."""
+    """Somebody of any name, or an animal of the tables."""
     animal = rng.choice(load_table("animals"))[lang]
     return rng.choice([person(rng, lang), an(animal) if lang == "en" else rng.choice(["小", ""]) + animal])
 
 
 def any_thing(rng: random.Random, lang: str) -> str | list[str]:
-    """Something of the tables that can be lost, given and found, in Chinese with its measure word."""
+    """Something of the tables that can be lost, given and found; in English one that takes 'a', as in the plots, in
+    Chinese with its measure word."""
     kept = ("fruit", "vegetable", "tool", "clothing", "instrument", "furniture")
     rows = [row for row in load_table("things") if row["category_en"] in kept and an(row["en"]).startswith("a ")]
     row = rng.choice(rows)
@@ -246,8 +247,8 @@ def any_thing(rng: random.Random, lang: str) -> str | list[str]:
 
 
 def story(rng: random.Random, lang: str, held: bool) -> Item:
-    """A story about a hero and a thing, or, to train on, about one of them or whoever comes; unseen when held out: this
-    hero with this thing."""
+    """A story about a hero and a thing, or, to train on, about the hero alone or nobody by name; unseen when held out:
+    this hero with this thing."""
     hero, thing = rng.choice(STORIES["heroes"][lang]), rng.choice(STORIES["things"][lang])
     if not held and rng.random() < 0.5:
         hero, thing = any_hero(rng, lang), any_thing(rng, lang)
