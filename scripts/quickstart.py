@@ -19,7 +19,7 @@ import environment
 MINUTES = (1.5, 5.0, 2.3)  # of pretraining, of fine-tuning in rows of 256 tokens, and then of 1,024
 LARGER_FROM = 20  # minutes of training in all from which the model is a larger one
 # One schedule in two runs of 4,096 tokens a step: the learning rate stays up in the first, and falls in the second.
-SHORT_CHATS = ["--batch_size", "16", "--save_weight", "sft_short", "--decay", "0"]
+SHORT_CHATS = ["--save_weight", "sft_short", "--decay", "0"]
 LONG_CHATS = ["--from_weight", "sft_short", "--max_seq_len", "1024", "--batch_size", "4", "--decay", "1"]
 LONG_CHATS += ["--data_path", "dataset/starter_data/long.jsonl", "--val_path", "dataset/starter_data/long_val.jsonl"]
 
