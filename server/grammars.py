@@ -159,4 +159,7 @@ class GrammarConstraint:
 
 
 def _first_line(text: str) -> str:
-    return (text.strip().splitlines() or ["not a schema that can be enforced"])[0][:300]
+    """What is wrong, without the excerpts; a faulty regex has its reason on a line of its own."""
+    lines = text.strip().splitlines() or ["not a schema that can be enforced"]
+    reason = next((line.removeprefix("error:") for line in lines if line.startswith("error: ")), "")
+    return (lines[0] + reason)[:300]

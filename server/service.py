@@ -8,7 +8,7 @@ import time
 from dataclasses import dataclass
 
 from dataset.chat import render_chat
-from model.inference.chatbot import Chatbot
+from model.inference.chatbot import Chatbot, no_calls
 from model.inference.engine import SamplingParams
 from server.deltas import ChatAnswer, TextAnswer
 from server.errors import ApiError
@@ -75,6 +75,8 @@ class Service:
         constraint = self._constraint(request, tools, thinking)
         limit = self._token_limit(prompt, request, "messages")
         params = self._params(request, limit, top_logprobs=(request.top_logprobs or 0) if request.logprobs else None)
+        if not tools and request.skip_special_tokens is not False:  # who asks for markers reads calls by himself
+            params["logit_bias"] = no_calls(self.tokenizer) | params["logit_bias"]
         forced = request.choice_of_tool.mode == "required"
         why = "tools" if forced else constraint and request.answer_format.param
         choices = []

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dataset.chat import END_THINK_ID, EOS_ID, THINK_ID, load_tokenizer
+from dataset.chat import END_THINK_ID, EOS_ID, THINK_ID, TOOL_CALL_ID, load_tokenizer
 from model import checkpoint
 from model.checkpoint import CheckpointError
 from model.device import compute_dtype
@@ -53,6 +53,21 @@ def test_prompts_through_transformers_are_the_same(chatbot, tmp_path, messages):
         settings.thinking, settings.max_new_tokens = thinking, 4
         assert theirs.encode(messages) == ours.encode(messages)
         assert spelled(theirs.stream(messages, 0)).startswith("<think>\n") is bool(thinking)
+
+
+def test_no_tool_is_called_where_none_is_offered(chatbot):
+    """By a model that always calls one."""
+    bot = chatbot(max_new_tokens=4, temperature=0)
+    with torch.no_grad():
+        for layer in bot.model.model.layers:
+            layer.self_attn.o_proj.weight.zero_(), layer.mlp.down_proj.weight.zero_()
+        embedding = bot.model.model.embed_tokens.weight
+        embedding[TOOL_CALL_ID] = 3 * embedding[bot.encode(ROUND[:1])[-1]]  # is what all prompts end with, but longer
+    none = {**SYSTEM, "tools": []}
+    for messages, called in (([SYSTEM, ROUND[0]], True), (ROUND[:1], False), ([none, *ROUND], False)):
+        assert ("<tool_call>" in spelled(bot.stream(messages, 0))) is called
+        ((_, message),) = bot.answer_all([messages])
+        assert bool(message.faults) is called  # a call that never ends
 
 
 def test_templates_of_other_models_get_tools_and_calls_in_their_form(chatbot, tmp_path):

@@ -403,6 +403,7 @@ def test_bad_parameters_are_named(server, fault):
     assert response.status_code == 400 and error["type"] == "invalid_request_error", error
     assert error["param"] == param and "\n" not in error["message"] and len(error["message"]) < 500
     assert ("context_length_exceeded" == error["code"]) == ("too long" in fault)
+    assert ("unclosed group" in error["message"]) == (fault == "regex")
 
 
 def test_a_prompt_that_leaves_little_room_says_how_little(server):

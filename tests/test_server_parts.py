@@ -17,6 +17,7 @@ from dataset.chat import (
     load_tokenizer,
     render_chat,
 )
+from model.inference.chatbot import AnswerSettings, Chatbot
 from model.inference.tools import SCHEMAS
 from server.deltas import ChatAnswer
 from server.errors import ApiError
@@ -25,6 +26,7 @@ from server.messages import conversation
 from server.reading import read_body
 from server.replies import add_delta
 from server.schemas import AnswerFormat, ChatRequest, CompletionRequest
+from server.service import Service, Settings
 
 TOKENIZER = load_tokenizer()
 CALLS = [
@@ -296,3 +298,18 @@ def test_a_tool_without_parameters_takes_none():
     constraint = Grammars(TOKENIZER, 6400).call([{"type": "function", "function": {"name": "f"}}], thinking=False)
     assert follow(constraint.copy(), written({"name": "f", "arguments": {}}))
     assert not follow(constraint.copy(), written({"name": "f", "arguments": {"a": 1}}))
+
+
+def test_without_tools_none_can_be_called(tiny, tmp_path):
+    """A call would be read as text. Who biases the marker, or asks to see markers, knows better."""
+    bot = Chatbot(tmp_path / "x.pth", tiny(vocab_size=6400), TOKENIZER, 512, AnswerSettings())
+    service = Service(bot, [], Settings("x", 0.7, 1.0, None, None, None))
+
+    def bias(**more) -> float | None:
+        body = {"model": "x", "messages": [{"role": "user", "content": "Hi"}], **more}
+        _, job = service.prepare_chat(json.dumps(body).encode())
+        return job.choices[0].params.logit_bias.get(TOOL_CALL_ID)
+
+    assert bias() == bias(tools=SCHEMAS, tool_choice="none") == -100
+    assert bias(tools=SCHEMAS) is None and bias(skip_special_tokens=False) is None
+    assert bias(logit_bias={TOOL_CALL_ID: 3}) == 3

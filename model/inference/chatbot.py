@@ -8,14 +8,14 @@ message = to_message(pieces)                                                    
 import re
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 
 import torch
 
 from dataset.chat import parse_tool_calls, parse_tools, render_chat
-from dataset.tokenizer import THINK, ChatTokenizer
+from dataset.tokenizer import THINK, TOOL_CALL, ChatTokenizer
 from model import checkpoint
 from model.adapters import load_adapter
 from model.checkpoint import CheckpointError
@@ -162,6 +162,11 @@ def load_adapters(bot: "Chatbot", folder: Path) -> list[str]:
     return names
 
 
+def no_calls(tokenizer: ChatTokenizer) -> dict[int, float]:
+    """SamplingParams' logit_bias for a conversation that offers no tools, in which a call would be read as text."""
+    return {tokenizer.marker_ids[TOOL_CALL]: -100.0} if TOOL_CALL in tokenizer.marker_ids else {}
+
+
 class Chatbot:
     """Prompts are texts, which are continued, or lists of messages, which are answered."""
 
@@ -209,6 +214,7 @@ class Chatbot:
     def stream(self, prompt: str | list[dict], seed: int | None) -> Iterator[Piece]:
         """The answer, piece by piece."""
         sampling = self.params(512, temperature=self.settings.temperature, top_p=self.settings.top_p, seed=seed)
+        sampling = self._without_calls(prompt, sampling)
         ids = self.encode(prompt)
         if isinstance(prompt, str):
             parser, opening = AnswerParser(partial(TextStream, self.tokenizer), {}), []
@@ -221,6 +227,12 @@ class Chatbot:
             yield from parser.push(event.token_id)
             if event.finish_reason:
                 yield from parser.close(cut=event.finish_reason == "length")
+
+    def _without_calls(self, prompt: str | list[dict], sampling: SamplingParams) -> SamplingParams:
+        """The same, for a conversation without tools such that none is called."""
+        if isinstance(prompt, str) or prompt[0]["role"] == "system" and prompt[0].get("tools"):
+            return sampling
+        return replace(sampling, logit_bias=no_calls(self.tokenizer) | sampling.logit_bias)
 
     def _parser(self, prompt_ids: list[int]) -> tuple[AnswerParser, list[Piece]]:
         """For an answer, and the pieces of it that the prompt ends with."""
@@ -243,6 +255,7 @@ class Chatbot:
 
     def _answers(self, prompts: list[list[dict]], sampling: list[SamplingParams], batch_size: int) -> Iterator:
         ids = [self.encode(prompt) for prompt in prompts]
+        sampling = [self._without_calls(*pair) for pair in zip(prompts, sampling, strict=True)]
         options = {"batch_size": batch_size, "max_len": self.max_len, "compiled": self.step}
         for i, result in generate_each(self.model, ids, sampling, **options):
             self.tokens += len(result.token_ids)

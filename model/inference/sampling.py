@@ -98,8 +98,8 @@ class SamplingState:
 
     @property
     def adjusts(self) -> bool:
-        some = (self.seen, self.counts, self.bias, self.params.constraint)
-        return self.before_stop > 0 or any(x is not None for x in some)
+        """By more than a bias."""
+        return self.before_stop > 0 or any(x is not None for x in (self.seen, self.counts, self.params.constraint))
 
     def random(self) -> float:
         """The next random number, in [0, 1)."""
@@ -149,6 +149,11 @@ class Sampler:
         self.states = states
         params = [state.params for state in states]
         self.adjusting = [row for row, state in enumerate(states) if state.adjusts]
+        self.biased = [row for row, state in enumerate(states) if state.bias and not state.adjusts]
+        if self.biased:
+            ids, values = zip(*(states[row].bias for row in self.biased), strict=True)
+            rows = [torch.full_like(some, row) for row, some in zip(self.biased, ids, strict=True)]
+            self.bias = (torch.cat(rows), torch.cat(ids)), torch.cat(values)
         self.greedy = column([p.temperature == 0 for p in params], torch.bool)
         self.temperature = column([p.temperature or 1.0 for p in params])
         self.top_k = column([min(p.top_k or vocab_size, vocab_size) for p in params], torch.long)
@@ -175,7 +180,9 @@ class Sampler:
         return tokens
 
     def adjust(self, logits: Tensor) -> Tensor:
-        """Penalties, bias and constraints of the rows that have some."""
+        """Penalties, bias and constraints of the rows that have some; a bias alone for all such rows at once."""
+        if self.biased:
+            logits = logits.index_put(*self.bias, accumulate=True)
         if not self.adjusting:
             return logits
         adjusted = torch.stack([self.states[row].adjust(logits[row]) for row in self.adjusting])
