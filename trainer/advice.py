@@ -23,12 +23,12 @@ REWARDED = "reward and held-out answers rise, what was known before stays; the l
 NO_FALL = ("unlikelihood", "grpo", "ppo", "agent")  # whose losses need not fall
 STAGES = {
     "pretrain": Stage(
-        "0.65 to 0.75 bits per byte (1.0 on a slow machine)",
+        "0.6 to 0.85 bits per byte (1.0 on a slow machine)",
         f"{FALLS}, from 8.8 of random weights to below 3; a small model goes on learning for days",
         "python train_full_sft.py --from_weight {name}",
     ),
     "full_sft": Stage(
-        "0.06 to 0.08 bits per byte, 85 to 95 % of the held-out questions right (0.13 to 0.22 with --decay 0)",
+        "0.06 to 0.08 bits per byte, 85 to 95 % of the held-out questions right (0.12 to 0.22 with --decay 0)",
         f"{FALLS}; if it rises while the training loss falls, take fewer epochs",
         CHAT,
     ),

@@ -8,8 +8,10 @@ import random
 from dataset.starter.facts import NEW_WORDINGS, RELATIONS, an, load_json, load_table
 from dataset.starter.lists import UPPER_WORDS
 from dataset.starter.skills import (
+    ADD_MAX,
     IN_SHORT,
     OTHERWISE,
+    TIMES_MAX,
     Item,
     fact_item,
     in_other_words,
@@ -103,9 +105,9 @@ def unknown(rng: random.Random, lang: str, held: bool) -> Item:
 
 
 def too_large(rng: random.Random) -> dict[str, int]:
-    """Numbers for sums that are not learnt."""
-    a, b = (rng.randint(10**digits, 10 ** (digits + 1)) for digits in rng.choices([2, 3], k=2))
-    return dict(a=max(a, b), b=min(a, b), c=rng.randint(3, 99), d=rng.randint(2, 30))
+    """Numbers for sums that are not learnt: a and b are too large to add, e is to multiply."""
+    a, b = (rng.randint(ADD_MAX + 1, rng.choice([99, 999, 9999])) for _ in range(2))
+    return dict(a=max(a, b), b=min(a, b), c=rng.randint(3, 99), d=rng.randint(2, 30), e=rng.randint(TIMES_MAX + 2, 50))
 
 
 def noise(rng: random.Random, lang: str) -> str:

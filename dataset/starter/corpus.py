@@ -45,14 +45,14 @@ Skill = Callable[[random.Random, str, bool], Item]
 # Share of the conversations, in percent, and the function that makes one.
 SKILLS: dict[str, tuple[float, Skill]] = {
     "identity": (4.0, chat.who_it_is),
-    "greeting": (4.5, chat.greeting),
+    "greeting": (5.0, chat.greeting),
     WORLD: (14.0, skills.facts_of(WORLD)),
     NATURE: (17.0, skills.facts_of(NATURE)),
     LIFE: (17.0, skills.facts_of(LIFE)),
     "arithmetic": (12.0, skills.arithmetic),
-    "times_table": (2.0, skills.times_table),
-    "comparing": (8.0, skills.comparing),
-    "sorting": (5.5, lists.sorting),
+    "times_table": (3.0, skills.times_table),
+    "comparing": (10.0, skills.comparing),
+    "sorting": (8.0, lists.sorting),
     "counting": (4.5, lists.counting),
     "opposites": (5.0, words.opposites),
     "translation": (6.5, words.translation),

@@ -10,8 +10,9 @@ from dataset.starter.skills import Item, in_other_words, people, person
 from dataset.starter.words import WEEKDAYS
 
 # Difficulty, as in skills.py.
-SORT_MAX = 12  # numbers to sort
-SORT_LENGTH = 3
+SORT_MAX = (12, 20)  # numbers to sort: one of these is the largest there can be
+SORT_LENGTHS = (3, 4)
+WORDS_LENGTH = 3  # words to sort
 REVERSE_LENGTH = 3
 COUNT_LENGTHS = (3, 4)  # items in a list to be counted
 ECHOED = 0.5  # share of the trained rewriting that is repeating names
@@ -25,12 +26,17 @@ ALPHABET = "apple ball cat dog fish moon sun tree".split()
 JOIN = {"zh": "、", "en": ", "}
 
 
+def to_sort(rng: random.Random) -> list[int]:
+    """Numbers, in no order."""
+    return rng.sample(range(1, rng.choice(SORT_MAX) + 1), rng.choice(SORT_LENGTHS))
+
+
 def sorting(rng: random.Random, lang: str, held: bool) -> Item:
     """Numbers up or down, words by the alphabet (English) or weekdays in order (Chinese)."""
     kind = rng.random()
     join = JOIN["en"]
     if kind < 0.75:
-        items = rng.sample(range(1, SORT_MAX + 1), SORT_LENGTH)
+        items = to_sort(rng)
         down = kind < 0.25
         answer = join.join(str(n) for n in sorted(items, reverse=down))
         listed = join.join(str(n) for n in items)
@@ -51,7 +57,7 @@ def sorting(rng: random.Random, lang: str, held: bool) -> Item:
         )
         return Item(question, answer, f"sort|{down}|{listed}", about=("sort_down" if down else "sort_up", listed))
     order = WEEKDAYS["zh"] if lang == "zh" else ALPHABET
-    items = rng.sample(order, SORT_LENGTH)
+    items = rng.sample(order, WORDS_LENGTH)
     listed, answer = (JOIN[lang].join(words) for words in (items, sorted(items, key=order.index)))
     if lang == "zh":
         question = rng.choice(["把这几天按先后排好：{}", "按星期的顺序排列：{}"])

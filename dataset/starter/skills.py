@@ -15,8 +15,8 @@ from dataset.starter.facts import NEW_WORDINGS, RELATIONS, WORDINGS, Relation, a
 ADD_MAX = 50  # operands of additions and subtractions
 SMALL_SHARE = 0.35  # of the trained sums have operands up to ten only
 WORD_MAX = 20  # operands of arithmetic in words
-TIMES_MAX = 6  # multiplication table
-COMPARE_MAX = 12  # numbers to compare
+TIMES_MAX = 9  # multiplication table
+COMPARE_MAX = (12, 99)  # numbers to compare: half of the pairs up to the first, half up to the second
 IN_SHORT = 0.2  # share of the facts that are asked for in a word or two
 OTHERWISE = 0.4  # share of the trained questions in the wordings of tables/wordings.json
 HELD_OUT_ONE_IN = 10  # share of the keys kept for the held-out file
@@ -321,12 +321,17 @@ def comparing_animals(rng: random.Random, lang: str, held: bool) -> Item:
     return Item(question, cap(f"{an(winner)} is {word} than {an(loser)}."), key)
 
 
+def to_compare(rng: random.Random) -> list[int]:
+    """Two numbers, in no order."""
+    return rng.sample(range(1, rng.choice(COMPARE_MAX) + 1), 2)
+
+
 def comparing(rng: random.Random, lang: str, held: bool) -> Item:
     """Two numbers, two heights, two ages or two animals."""
     kind = rng.random()
     if kind < 0.1:
         return comparing_animals(rng, lang, held)
-    a, b = rng.sample(range(1, COMPARE_MAX + 1), 2)
+    a, b = to_compare(rng)
     if kind < 0.7:
         larger = rng.random() < 0.5
         x, y = (a, b) if (a > b) == larger else (b, a)

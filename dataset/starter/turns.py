@@ -12,7 +12,6 @@ from dataset.starter.facts import NEW_WORDINGS, RELATIONS, Relation, cap, load_j
 from dataset.starter.registers import TYPED, typed
 from dataset.starter.skills import (
     ADD_MAX,
-    COMPARE_MAX,
     WORDINGS,
     Item,
     arithmetic,
@@ -23,6 +22,7 @@ from dataset.starter.skills import (
     pair_key,
     person,
     times_table,
+    to_compare,
     trainable,
     worked_difference,
     worked_sum,
@@ -216,7 +216,7 @@ def summed_on(rng: random.Random, lang: str) -> Item:
 
 def turned(rng: random.Random, lang: str) -> Item:
     """A list in order, and then in the opposite one."""
-    items = [str(n) for n in sorted(rng.sample(range(1, lists.SORT_MAX + 1), lists.SORT_LENGTH))]
+    items = [str(n) for n in sorted(lists.to_sort(rng))]
     up = rng.random() < 0.5
     asked = rng.choice(WORDINGS["sort_up" if up else "sort_down"][lang])
     asked = asked.format(list=", ".join(rng.sample(items, len(items))))
@@ -226,7 +226,7 @@ def turned(rng: random.Random, lang: str) -> Item:
 
 def compared(rng: random.Random, lang: str) -> Item:
     """The larger of two numbers, and then the smaller, or the other way round."""
-    while is_held_out(f"compare|{(pair := sorted(rng.sample(range(1, COMPARE_MAX + 1), 2)))[0]}|{pair[1]}"):
+    while is_held_out(f"compare|{(pair := sorted(to_compare(rng)))[0]}|{pair[1]}"):
         pass
     less, more = {"zh": ("小", "大"), "en": ("smaller", "larger")}[lang]
     answer = {"zh": "{} 比 {} {}。", "en": "{0} is {2} than {1}."}[lang]
