@@ -55,13 +55,13 @@ SKILLS: dict[str, tuple[float, Skill]] = {
     "sorting": (8.0, lists.sorting),
     "counting": (4.5, lists.counting),
     "opposites": (5.0, words.opposites),
-    "translation": (6.5, words.translation),
+    "translation": (9.0, words.translation),
     "units_dates": (6.0, words.units_dates),
     "category": (5.0, lists.category),
     "rewriting": (11.0, lists.rewriting),
     "story": (3.0, chat.story),
-    "system_prompt": (5.0, chat.system_prompt),
-    "multi_turn": (9.0, turns.multi_turn),
+    "system_prompt": (5.5, chat.system_prompt),
+    "multi_turn": (9.5, turns.multi_turn),
     "unknown": (20.0, chat.unknown),
 }
 PROBLEMS = {name: (share, stages.problem_of(name)) for name, (share, _) in stages.PROBLEMS.items()}

@@ -202,7 +202,8 @@ ACROSS = {  # of a word of the other language
 
 
 def word_pairs() -> list[tuple[str, str]]:
-    return [(row["zh"], row["en"]) for row in load_table("words")]
+    """(Chinese, English): everyday words, and the names of all animals and things of the world."""
+    return [(row["zh"], row["en"]) for table in ("words", "animals", "things") for row in load_table(table)]
 
 
 def word_to_other(rng: random.Random, lang: str, held: bool) -> Item:
@@ -217,12 +218,12 @@ def word_to_other(rng: random.Random, lang: str, held: bool) -> Item:
 def translation(rng: random.Random, lang: str, held: bool) -> Item:
     """Words by heart, sentences from the grammar; the question's language is the source language."""
     kind = rng.random()
-    if kind < 0.12 and not held:  # asked in one language for the word of the other
+    if kind < 0.16 and not held:  # asked in one language for the word of the other
         zh, en = rng.choice(word_pairs())
         source, target = (en, zh) if lang == "zh" else (zh, en)
         question = rng.choice(ACROSS[lang]).format(source)
         return Item(in_other_words(rng, held, lang, question, "from_other", x=source), target, f"across|{lang}|{zh}")
-    if kind < 0.45:
+    if kind < 0.55:
         return word_to_other(rng, lang, held)
     zh, en = sentence_pair(rng)
     source, target = (zh, en) if lang == "zh" else (en, zh)
