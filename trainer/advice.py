@@ -23,7 +23,7 @@ REWARDED = "reward and held-out answers rise, what was known before stays; the l
 NO_FALL = ("unlikelihood", "grpo", "ppo", "agent")  # whose losses need not fall
 STAGES = {
     "pretrain": Stage(
-        "0.6 to 0.85 bits per byte (1.0 on a slow machine)",
+        "0.6 to 0.9 bits per byte (1.0 on a slow machine)",
         f"{FALLS}, from 8.8 of random weights to below 3; a small model goes on learning for days",
         "python train_full_sft.py --from_weight {name}",
     ),
