@@ -69,11 +69,11 @@ class Grammars:
         except RecursionError:
             raise ApiError(400, f"{param} is nested too deeply", param=param) from None
         except (ValueError, TooLarge) as error:
-            raise ApiError(400, f"{param}: {_first_line(str(error))}", param=param) from None
+            raise ApiError(400, f"{param}: {_one_line(str(error))}", param=param) from None
         if matcher.is_error():
-            raise ApiError(400, f"{param}: {_first_line(matcher.get_error())}", param=param)
+            raise ApiError(400, f"{param}: {_one_line(matcher.get_error())}", param=param)
         for warning in matcher.get_grammar_warnings():
-            self._leave_out(_first_line(warning))
+            self._leave_out(_one_line(warning))
         return GrammarConstraint(matcher, self.vocab_size)
 
     def _content(self, wanted: AnswerFormat) -> dict:
@@ -158,7 +158,7 @@ class GrammarConstraint:
         self.matcher.consume_token(token)
 
 
-def _first_line(text: str) -> str:
+def _one_line(text: str) -> str:
     """What is wrong, without the excerpts; a faulty regex has its reason on a line of its own."""
     lines = text.strip().splitlines() or ["not a schema that can be enforced"]
     reason = next((line.removeprefix("error:") for line in lines if line.startswith("error: ")), "")

@@ -42,7 +42,7 @@ HELD_OUT_PER_SKILL = 30
 
 Skill = Callable[[random.Random, str, bool], Item]
 
-# Share of the conversations, in percent, and the function that makes one.
+# Parts of the conversations, and the function that makes one.
 SKILLS: dict[str, tuple[float, Skill]] = {
     "identity": (4.0, chat.who_it_is),
     "greeting": (5.0, chat.greeting),
@@ -102,7 +102,7 @@ FILES += tuple(f"{stage}{part}.jsonl" for stage in STAGES for part in ("", "_val
 FILES += ("tools_heldout.jsonl", "long.jsonl", "long_val.jsonl")
 FILES += ("reason_rl.jsonl", "reason_rl_val.jsonl", "agent.jsonl", "agent_val.jsonl")
 
-# Share of the pretraining bytes, in percent.
+# Parts of the pretraining bytes.
 TEXTS = {"story": 10, "description": 12, "facts": 13, "dialogue": 37, "worked": 20, "translation": 8, "repeated": 16}
 
 
