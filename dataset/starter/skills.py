@@ -326,47 +326,52 @@ def to_compare(rng: random.Random) -> list[int]:
     return rng.sample(range(1, rng.choice(COMPARE_MAX) + 1), 2)
 
 
+def in_order(a: int, b: int) -> str:
+    """As they were asked: a decision of its own, before the one that the question wants."""
+    return f"{a} {'<' if a < b else '>'} {b}"
+
+
+def compared_number(lang: str, a: int, b: int, larger: bool) -> str:
+    x = max(a, b) if larger else min(a, b)
+    if lang == "zh":
+        return f"{in_order(a, b)}，{x} 更{'大' if larger else '小'}。"
+    return f"{in_order(a, b)}, so {x} is {'larger' if larger else 'smaller'}."
+
+
 def comparing(rng: random.Random, lang: str, held: bool) -> Item:
     """Two numbers, two heights, two ages or two animals."""
     kind = rng.random()
     if kind < 0.1:
         return comparing_animals(rng, lang, held)
     a, b = to_compare(rng)
+    key = f"compare|{min(a, b)}|{max(a, b)}"
     if kind < 0.7:
         larger = rng.random() < 0.5
-        x, y = (a, b) if (a > b) == larger else (b, a)
+        asked = "larger" if larger else "smaller"
         if lang == "zh":
             word = "大" if larger else "小"
-            question = rng.choice(
-                [f"{a} 和 {b} 哪个更{word}？", f"{a} 和 {b}，哪个{word}？", f"哪个数更{word}，{a} 还是 {b}？"]
-            )
-            answer = f"{x} 比 {y} {word}。"
+            ways = [f"{a} 和 {b} 哪个更{word}？", f"{a} 和 {b}，哪个{word}？", f"哪个数更{word}，{a} 还是 {b}？"]
         else:
-            word = "larger" if larger else "smaller"
-            question = rng.choice(
-                [
-                    f"Which is {word}, {a} or {b}?",
-                    f"Which number is {word}: {a} or {b}?",
-                    f"{a} or {b}, which is {word}?",
-                ]
-            )
-            answer = f"{x} is {word} than {y}."
-        question = in_other_words(rng, held, lang, question, "larger" if larger else "smaller", a=a, b=b)
-        about = ("larger" if larger else "smaller", both(lang, a, b))
-        return Item(question, answer, f"compare|{min(a, b)}|{max(a, b)}", about=about)
+            ways = [
+                f"Which is {asked}, {a} or {b}?",
+                f"Which number is {asked}: {a} or {b}?",
+                f"{a} or {b}, which is {asked}?",
+            ]
+        question = in_other_words(rng, held, lang, rng.choice(ways), asked, a=a, b=b)
+        return Item(question, compared_number(lang, a, b, larger), key, about=(asked, both(lang, a, b)))
     older = rng.random() < 0.5
     n, m = rng.sample(NAMES[lang], 2)
-    (x, winner), (y, _) = sorted([(a, n), (b, m)], reverse=True)
+    winner = n if a > b else m
     if lang == "zh":
         said = "{}今年 {} 岁" if older else "{}堆的积木有 {} 块"
         question = f"{said.format(n, a)}，{said.format(m, b)}。谁的{'年纪更大' if older else '积木更高'}？"
-        answer = f"{x} 比 {y} 大，{winner}的{'年纪更大' if older else '积木更高'}。"
+        answer = f"{in_order(a, b)}，{winner}的{'年纪更大' if older else '积木更高'}。"
     else:
         said = "{} is {} years old" if older else "{}'s tower has {} bricks"
         question = (
             f"{said.format(n, a)} and {said.format(m, b)}. Who {'is older' if older else 'has the taller tower'}?"
         )
-        answer = f"{x} is larger than {y}, so {winner} {'is older' if older else 'has the taller tower'}."
+        answer = f"{in_order(a, b)}, so {winner} {'is older' if older else 'has the taller tower'}."
     if older:
         question = in_other_words(rng, held, lang, question, "older", n=n, m=m, a=a, b=b)
-    return Item(question, answer, f"compare|{min(a, b)}|{max(a, b)}")
+    return Item(question, answer, key)

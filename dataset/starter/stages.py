@@ -14,6 +14,7 @@ from dataset.starter.skills import (
     Item,
     ask_fact,
     countable,
+    in_order,
     is_held_out,
     pair_key,
     pick_wording,
@@ -147,13 +148,13 @@ def who_has_more(rng: random.Random, lang: str) -> tuple[str, str, str, str]:
     a, b = rng.randint(2, 9), rng.randint(2, 9)
     c = rng.choice([other for other in range(3, 16) if other != a + b])
     n, m = rng.sample(NAMES[lang], 2)
-    x, y = max(a + b, c), min(a + b, c)
     winner = n if a + b > c else m
+    steps = f"{a} + {b} = {a + b}\n{in_order(a + b, c)}"
     if lang == "zh":
         question = f"{n}有 {a} 个苹果和 {b} 个梨，{m}有 {c} 个桃子。谁的水果多？"
-        return question, f"{a} + {b} = {a + b}\n{x} 比 {y} 大", winner, f"{a}|{b}|{c}"
+        return question, steps, winner, f"{a}|{b}|{c}"
     question = f"{n} has {a} apples and {b} pears, {m} has {c} peaches. Who has more fruit?"
-    return question, f"{a} + {b} = {a + b}\n{x} is larger than {y}", winner, f"{a}|{b}|{c}"
+    return question, steps, winner, f"{a}|{b}|{c}"
 
 
 PROBLEMS = {  # share, and the function that makes one: (question, steps, answer, key)

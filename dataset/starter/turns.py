@@ -16,6 +16,7 @@ from dataset.starter.skills import (
     Item,
     arithmetic,
     ask_fact,
+    compared_number,
     comparing,
     fact_item,
     is_held_out,
@@ -228,14 +229,12 @@ def compared(rng: random.Random, lang: str) -> Item:
     """The larger of two numbers, and then the smaller, or the other way round."""
     while is_held_out(f"compare|{(pair := sorted(to_compare(rng)))[0]}|{pair[1]}"):
         pass
-    less, more = {"zh": ("小", "大"), "en": ("smaller", "larger")}[lang]
-    answer = {"zh": "{} 比 {} {}。", "en": "{0} is {2} than {1}."}[lang]
-    answers = [answer.format(*pair, less), answer.format(*pair[::-1], more)]
     larger = rng.random() < 0.5
     a, b = rng.sample(pair, 2)
     opening = rng.choice(WORDINGS["larger" if larger else "smaller"][lang]).format(a=a, b=b)
     asked = rng.choice(AGAIN[lang]["smaller" if larger else "larger"])
-    return Item(asked, answers[not larger], history=[said(rng, lang, False, opening, answers[larger])])
+    history = [said(rng, lang, False, opening, compared_number(lang, a, b, larger))]
+    return Item(asked, compared_number(lang, a, b, not larger), history=history)
 
 
 RINGS = [("day", words.WEEKDAYS), ("month", words.MONTHS)]
