@@ -51,7 +51,7 @@ SKILLS: dict[str, tuple[float, Skill]] = {
     LIFE: (17.0, skills.facts_of(LIFE)),
     "arithmetic": (12.0, skills.arithmetic),
     "times_table": (3.0, skills.times_table),
-    "comparing": (6.0, skills.comparing),
+    "comparing": (9.0, skills.comparing),
     "sorting": (8.0, lists.sorting),
     "counting": (4.5, lists.counting),
     "opposites": (5.0, words.opposites),
@@ -69,7 +69,7 @@ CALLED = {"arithmetic", "times_table", "units_dates"}  # skills that the built-i
 # The answer repeats a part of the question.
 LITERAL = {"sorting", "counting", "category", "rewriting", "system_prompt", "story"}
 TALK = ("identity", "greeting", "story", "system_prompt", "unknown")  # left out of plain-text dialogues
-WORKED = {"arithmetic": 7, "times_table": 1, "comparing": 2, "units_dates": 1, "opposites": 0.5}  # true on their own
+WORKED = {"arithmetic": 7, "times_table": 1, "comparing": 3, "units_dates": 1, "opposites": 0.5}  # true on their own
 
 # The stages after SFT: by file, the share of each subject. A part of the rows repeats SFT conversations, lest the model
 # forget them.
