@@ -5,6 +5,7 @@ request = read_body(body, ChatRequest)   # ApiError 400, which names the field
 
 import json
 import re
+import sys
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
@@ -27,8 +28,10 @@ def parse_body(body: bytes) -> dict:
         raise ApiError(400, "the body is not UTF-8") from None
     except RecursionError:
         raise ApiError(400, "the body is nested too deeply") from None
-    except ValueError as error:
+    except json.JSONDecodeError as error:
         raise ApiError(400, f"the body is not valid JSON: {error}") from None
+    except ValueError:  # Python's bound on what it reads as an integer
+        raise ApiError(400, f"the body has an integer of more than {sys.get_int_max_str_digits():,} digits") from None
     if not isinstance(content, dict):
         raise ApiError(400, "the body is not a JSON object")
     if ESCAPED_SURROGATE.search(body) and (where := _find_surrogate(content)):

@@ -283,6 +283,14 @@ def test_greedy_and_sampled_rows_mix(model):
     assert generate(model, [prompts[1]], one_left)[0].token_ids == uncached(model, prompts[1], 16)
 
 
+@pytest.mark.parametrize("temperature", [1e-7, 1e-38, 1e-46, 5e-324])
+def test_the_coldest_temperatures_take_the_likeliest(model, temperature):
+    prompts = make_prompts(5, 9)
+    cold = generate(model, prompts, SamplingParams(temperature=temperature, max_new_tokens=8, seed=1, **NO_STOP))
+    likeliest = generate(model, prompts, SamplingParams(temperature=0, max_new_tokens=8, **NO_STOP))
+    assert [answer.token_ids for answer in cold] == [answer.token_ids for answer in likeliest]
+
+
 @torch.inference_mode()
 def test_logprobs_are_the_models_own(model):
     prompt = make_prompts(7)[0]

@@ -5,6 +5,7 @@ pytest tests/test_starter.py
 
 import json
 import os
+import random
 import re
 import string
 import subprocess
@@ -17,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from dataset.starter import corpus as starter
+from dataset.starter import skills
 from dataset.starter.facts import NONE, RELATIONS, TABLES, WORDINGS, load_json, load_table
 from dataset.starter.skills import number_word
 
@@ -334,8 +336,11 @@ def test_answers_are_computed_right(sft):
             if asked := re.search(r"\d+ [+×-] \d+", question):
                 assert eval(asked[0].replace("×", "*")) == int(right), (question, answer)
             checked["sum"] += 1
-        elif match := re.match(r"(\d+) is (larger|smaller) than (\d+)", answer):
-            assert (int(match[1]) > int(match[3])) == (match[2] == "larger"), answer
+        elif match := re.fullmatch(r"(\d+) ([<>]) (\d+)(?:, so |，)(\d*)(.+)", answer):
+            pair = [int(match[1]), int(match[3])]
+            assert (pair[0] < pair[1]) == (match[2] == "<"), answer
+            if match[4]:
+                assert int(match[4]) == (max if re.search("larger|大", match[5]) else min)(pair), answer
             checked["compare"] += 1
         elif match := re.fullmatch(
             r"(?:Reverse|Reverse the order|Say it backwards|把它倒过来|倒着说|反过来写)[:：] ?(.+)", question
@@ -350,3 +355,17 @@ def test_answers_are_computed_right(sft):
                 assert (numbers == up) == bool(way[2]), question
             checked["sort"] += 1
     assert min(checked[kind] for kind in ("sum", "compare", "reverse", "sort")) > 200, checked
+
+
+@pytest.mark.parametrize(
+    ("lang", "told"), [("en", r"([A-Z]\w+)(?: is|'s tower has) (\d+)"), ("zh", r"(?:，|^)(\w+?)(?:今年|堆的积木有) (\d+)")]
+)
+def test_the_older_and_the_taller_are_those_of_the_larger_number(lang, told):
+    rng, seen = random.Random(0), 0
+    for _ in range(400):
+        item = skills.comparing(rng, lang, held=False)
+        if len(people := re.findall(told, item.question)) == 2:
+            winner = max(people, key=lambda person: int(person[1]))[0]
+            assert re.search(rf"(, so |，){winner}", item.answer), item
+            seen += 1
+    assert seen > 40

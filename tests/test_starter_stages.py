@@ -93,8 +93,11 @@ def test_every_step_of_the_reasoning_is_true_and_leads_to_the_answer(corpus):
         for (n, day), (m, following) in zip(days, days[1:], strict=False):
             ring = next(ring for ring in WEEKDAYS.values() if day in ring)
             assert int(m) == int(n) + 1 and following == ring[(ring.index(day) + 1) % 7]
-        end = re.findall(r"= (\d+)$", steps) or [days[-1][1]] if "than" not in steps and "比" not in steps else []
-        assert not end or end[0] == answer["content"], steps
+        if compared := re.search(r"(\d+) ([<>]) (\d+)$", steps):
+            assert (int(compared[1]) < int(compared[3])) == (compared[2] == "<"), steps
+            continue
+        end = re.findall(r"= (\d+)$", steps) or [days[-1][1]]
+        assert end[0] == answer["content"], steps
     assert thinking > 500
 
 
@@ -142,7 +145,8 @@ def test_long_chats_are_long_and_short_and_show_functions(corpus):
     assert all(fault.level != "error" for row in rows for fault in conversation_faults(row))
     sizes = [long_chats.size(row["conversations"]) for row in rows]
     assert 0.6 < sum(size < 300 for size in sizes) / len(rows) < 0.9 and sum(size > 1500 for size in sizes) > 20
-    assert 0.03 < sum(bool(row["conversations"][0].get("tools")) for row in rows) / len(rows) < 0.2
+    listing = sum(bool(row["conversations"][0].get("tools")) for row in rows) / len(rows)
+    assert abs(listing - (1 - long_chats.SHORT) * long_chats.WITH_FUNCTIONS) < 0.05
     asked = {json.dumps(row["conversations"]): row.get("answers", []) for row in read(corpus, "tools_heldout")}
     for row in rows:
         assert row["conversations"][-1]["role"] == "assistant"

@@ -101,7 +101,7 @@ def test_sums_lists_and_days_go_on_from_the_answer(lang):
         assert known in item.answer and not item.answer.rstrip("。.").endswith(known), item
         item = turns.compared(rng, lang)
         before, after = (re.findall(r"\d+", text) for text in (item.history[0][1], item.answer))
-        assert after == before[::-1] and item.answer != item.history[0][1]
+        assert after[:2] == before[:2] and {after[2], before[2]} == set(before[:2]), item
 
 
 @pytest.mark.parametrize("lang", ["zh", "en"])

@@ -33,11 +33,11 @@ def who_it_is(rng: random.Random, lang: str, held: bool) -> Item:
 
 
 def greeting(rng: random.Random, lang: str, held: bool) -> Item:
-    """Small talk; jokes are only trained on."""
+    """Small talk; jokes are only trained on. An intent with a `share` comes that many times as often as one without."""
     if not held and rng.random() < 0.2:
         question = in_other_words(rng, held, lang, rng.choice(TALK["joke_requests"][lang]), "joke")
         return Item(question, rng.choice(TALK["jokes"][lang]))
-    intent = rng.choice(GREETINGS[lang])
+    (intent,) = rng.choices(GREETINGS[lang], [intent.get("share", 1) for intent in GREETINGS[lang]])
     wording, key = pick_wording(rng, intent["otherwise"] + intent["questions"], held)
     return Item(
         wording,

@@ -45,7 +45,7 @@ Skill = Callable[[random.Random, str, bool], Item]
 # Parts of the conversations, and the function that makes one.
 SKILLS: dict[str, tuple[float, Skill]] = {
     "identity": (4.0, chat.who_it_is),
-    "greeting": (5.0, chat.greeting),
+    "greeting": (6.0, chat.greeting),
     WORLD: (14.0, skills.facts_of(WORLD)),
     NATURE: (17.0, skills.facts_of(NATURE)),
     LIFE: (17.0, skills.facts_of(LIFE)),

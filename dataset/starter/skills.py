@@ -16,7 +16,7 @@ ADD_MAX = 50  # operands of additions and subtractions
 SMALL_SHARE = 0.35  # of the trained sums have operands up to ten only
 WORD_MAX = 20  # operands of arithmetic in words
 TIMES_MAX = 9  # multiplication table
-COMPARE_MAX = (12, 99)  # numbers to compare: half of the pairs up to the first, half up to the second
+COMPARE_MAX = (12, 99)  # of numbers to compare: half are up to the first, half up to the second
 IN_SHORT = 0.2  # share of the facts that are asked for in a word or two
 OTHERWISE = 0.4  # share of the trained questions in the wordings of tables/wordings.json
 HELD_OUT_ONE_IN = 10  # share of the keys kept for the held-out file
@@ -323,7 +323,9 @@ def comparing_animals(rng: random.Random, lang: str, held: bool) -> Item:
 
 def to_compare(rng: random.Random) -> list[int]:
     """Two numbers, in no order."""
-    return rng.sample(range(1, rng.choice(COMPARE_MAX) + 1), 2)
+    while (a := rng.randint(1, rng.choice(COMPARE_MAX))) == (b := rng.randint(1, rng.choice(COMPARE_MAX))):
+        pass
+    return [a, b]
 
 
 def in_order(a: int, b: int) -> str:

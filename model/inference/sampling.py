@@ -26,11 +26,15 @@ class Constraint(Protocol):
         """This token came."""
 
 
+COLDEST = 1e-5  # logits divided by much less are infinite, and as probabilities not numbers
+
+
 @dataclass
 class SamplingParams:
     """How one sequence is continued. The order is that of transformers: penalties, bias, constraint, temperature,
-    top-k, top-p, min-p. `temperature` 0 takes the likeliest token. `seed` gives the same text whatever else is in the
-    batch; None draws one from torch's generator. `stop_token_ids` None: the model's end-of-sequence token."""
+    top-k, top-p, min-p. `temperature` 0, or nearly that, takes the likeliest token. `seed` gives the same text whatever
+    else is in the batch; None draws one from torch's generator. `stop_token_ids` None: the model's end-of-sequence
+    token."""
 
     temperature: float = 1.0
     top_k: int = 0  # 0 = off
@@ -72,6 +76,8 @@ class SamplingParams:
         for name, good, needed in checks:
             if not good:
                 raise ValueError(f"{name} {getattr(self, name)} must be {needed}")
+        if self.temperature < COLDEST:
+            self.temperature = 0.0
 
 
 class SamplingState:
