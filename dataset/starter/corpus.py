@@ -49,7 +49,7 @@ SKILLS: dict[str, tuple[float, Skill]] = {
     WORLD: (14.0, skills.facts_of(WORLD)),
     NATURE: (17.0, skills.facts_of(NATURE)),
     LIFE: (17.0, skills.facts_of(LIFE)),
-    "arithmetic": (12.0, skills.arithmetic),
+    "arithmetic": (14.0, skills.arithmetic),
     "times_table": (3.0, skills.times_table),
     "comparing": (9.0, skills.comparing),
     "sorting": (8.0, lists.sorting),
