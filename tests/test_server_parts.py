@@ -23,7 +23,7 @@ from server.deltas import ChatAnswer
 from server.errors import ApiError
 from server.grammars import Grammars
 from server.messages import conversation
-from server.reading import read_body
+from server.reading import parse_body, read_body
 from server.replies import add_delta
 from server.schemas import AnswerFormat, ChatRequest, CompletionRequest
 from server.service import Service, Settings
@@ -313,3 +313,8 @@ def test_without_tools_none_can_be_called(tiny, tmp_path):
     assert bias() == bias(tools=SCHEMAS, tool_choice="none") == -100
     assert bias(tools=SCHEMAS) is None and bias(skip_special_tokens=False) is None
     assert bias(logit_bias={TOOL_CALL_ID: 3}) == 3
+
+
+def test_an_integer_that_python_does_not_read_is_named_as_such():
+    with pytest.raises(ApiError, match="an integer of more than 4,300 digits"):
+        parse_body(b'{"n": ' + b"9" * 10_000 + b"}")
