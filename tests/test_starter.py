@@ -358,7 +358,11 @@ def test_answers_are_computed_right(sft):
 
 
 @pytest.mark.parametrize(
-    ("lang", "told"), [("en", r"([A-Z]\w+)(?: is|'s tower has) (\d+)"), ("zh", r"(?:，|^)(\w+?)(?:今年|堆的积木有) (\d+)")]
+    ("lang", "told"),
+    [
+        ("en", r"([A-Z]\w+)(?: is|'s tower has) (\d+)"),
+        ("zh", r"(?:，|^)(\w+?)(?:今年|堆的积木有) (\d+)"),
+    ],
 )
 def test_the_older_and_the_taller_are_those_of_the_larger_number(lang, told):
     rng, seen = random.Random(0), 0
