@@ -58,8 +58,8 @@ def parse_arguments():
     add = add_rollout_flags(parser)
     add("--weight_cap", type=float, default=5.0, help="the largest ratio itself, not its distance from 1")
     add("--failed_call_cost", type=float, default=0.0, help="off the reward for each call that gets an error back")
-    add("--start_share", type=float, default=0.3, help="of the weights it begins with, in the mean that is written: "
-        "what they knew besides is kept (default: 0.3)")  # fmt: skip
+    add("--start_share", type=float, default=0.5, help="of the weights it begins with, in the mean that is written: "
+        "what they knew besides is kept (default: 0.5)")  # fmt: skip
     parser.set_defaults(thinking=0, max_new_tokens=96, rows=4, measure=100)
     args = parser.parse_args()
     check_rollout_flags(args)
