@@ -99,6 +99,9 @@ _V3 = dict(
     qk_norm=True,
 )  # fmt: skip
 PRESETS: dict[str, MiniMindConfig] = {
+    "pico": MiniMindConfig(
+        hidden_size=192, num_attention_heads=3, num_key_value_heads=1, intermediate_size=384, qk_norm=True
+    ),
     "nano": MiniMindConfig(qk_norm=True),
     "micro": MiniMindConfig(
         hidden_size=384, num_hidden_layers=6, num_attention_heads=6, num_key_value_heads=2, intermediate_size=1024,

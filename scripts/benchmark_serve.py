@@ -1,7 +1,7 @@
 """How the server behaves under load: starts one, talks to it as one client and then as many, and stops it.
 
 python scripts/benchmark_serve.py --clients 32 --seconds 60 --requests 10000
-python scripts/benchmark_serve.py --clients 8 --seconds 10 -- --weight out/dpo_256.pth    # options of the server
+python scripts/benchmark_serve.py --clients 8 --seconds 10 -- --weight out/dpo_192.pth    # options of the server
 
 Each client streams one chat after another, of equal length. The last line is one JSON object: `ratio` is the throughput
 of all clients over that of one alone, `slowest_to_median` that of the times of the answers; `rss_growth_mb` is how much

@@ -1,11 +1,11 @@
 """Turn weights into another format, and prove that the result computes the same.
 
-python scripts/convert_model.py out/full_sft_256.pth out/hf                       # Hugging Face folder, bf16
+python scripts/convert_model.py out/full_sft_192.pth out/hf                       # Hugging Face folder, bf16
 python scripts/convert_model.py out/hf out/back.pth                               # and back, fp32
-python scripts/convert_model.py out/full_sft_256.pth out/model.gguf --dtype q8_0  # llama.cpp; a Modelfile for Ollama
-python scripts/convert_model.py out/full_sft_256.pth out/merged --lora lora_medical             # adapter merged in
-python scripts/convert_model.py out/full_sft_256.pth out/peft --lora lora_medical --to peft     # adapter for peft
-python scripts/convert_model.py out/full_sft_256.pth out/lora/x_256.pth --lora out/peft --to lora   # and back
+python scripts/convert_model.py out/full_sft_192.pth out/model.gguf --dtype q8_0  # llama.cpp; a Modelfile for Ollama
+python scripts/convert_model.py out/full_sft_192.pth out/merged --lora lora_medical             # adapter merged in
+python scripts/convert_model.py out/full_sft_192.pth out/peft --lora lora_medical --to peft     # adapter for peft
+python scripts/convert_model.py out/full_sft_192.pth out/lora/x_192.pth --lora out/peft --to lora   # and back
 
 SOURCE: a .pth of ours, one that MiniMind published, or a Hugging Face folder of a Llama, Qwen3 or Qwen3-MoE.
 The result is made beside DEST, compared with SOURCE in the library that it is for, and put in place only if they agree.

@@ -87,9 +87,9 @@ def distill(life: Life) -> list[Line]:
     """Two students of one size see the same tokens in the same order: one the labels, the other the teacher."""
     minutes, logs = 0.0, []
     for name, alpha in (("student_labels", "1"), ("student_teacher", "0")):
-        flags = ("--hidden_size", "192", "--steps", "45", "--alpha", alpha, "--save_weight", name)
-        minutes += life.train("train_distill.py", f"{name}_192", *flags)
-        logs.append(life.out / f"{name}_192.jsonl")
+        flags = ("--hidden_size", "128", "--steps", "45", "--alpha", alpha, "--save_weight", name)
+        minutes += life.train("train_distill.py", f"{name}_128", *flags)
+        logs.append(life.out / f"{name}_128.jsonl")
     compare_curves(logs, "val_bpb", "validation bits per byte", life.out / "distill.png")
     before, after = (life.log(path.stem)[-1]["val_bpb"] for path in logs)
     return [Line("distillation", "bits per byte: labels, teacher", f"{before:.4f}", f"{after:.4f}", "", minutes)]

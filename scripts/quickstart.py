@@ -45,7 +45,7 @@ def main() -> None:
     train = [*out, "--from_resume", "1", *([] if args.seed is None else ["--seed", str(args.seed)])]
     factor = 1 if args.minutes is None else args.minutes / sum(MINUTES)
     pretrain, sft, long = (["--minutes", f"{minutes * factor:g}"] for minutes in MINUTES)
-    larger = ["--preset", "micro"] if args.minutes is not None and args.minutes >= LARGER_FROM else []
+    size = ["--preset", "micro" if args.minutes is not None and args.minutes >= LARGER_FROM else "pico"]
     began = time.monotonic()
     python = environment.ready("core")
     held_out = "dataset/starter_data/heldout.jsonl"
@@ -61,7 +61,7 @@ def main() -> None:
 
     stage("1/6 starter corpus: a small bilingual world, written by a program", "-m", "dataset.starter")
     stage("2/6 pretraining: from random weights to a model of text",
-          "train_pretrain.py", "--batch_size", "8", *train, *pretrain, *larger)  # fmt: skip
+          "train_pretrain.py", "--batch_size", "8", *train, *pretrain, *size)  # fmt: skip
     stage("3/6 supervised fine-tuning: the model learns to answer",
           "train_full_sft.py", *train, *sft, *SHORT_CHATS)  # fmt: skip
     stage("4/6 long chats: it learns to answer when much stands before the question",

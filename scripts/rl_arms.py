@@ -1,8 +1,8 @@
 """Is it the reward that teaches? Three arms of equal minutes from the same weights: reinforcement learning, further SFT
 on questions of the same kinds with a worked way to the answer, and reinforcement learning with a random reward.
 
-python scripts/rl_arms.py grpo --from_weight out/reason_256.pth --seeds 42 43
-python scripts/rl_arms.py agent --from_weight out/full_sft_256.pth --seeds 42 43 --markdown docs/experiments/rl.md
+python scripts/rl_arms.py grpo --from_weight out/reason_192.pth --seeds 42 43
+python scripts/rl_arms.py agent --from_weight out/full_sft_192.pth --seeds 42 43 --markdown docs/experiments/rl.md
 
 Runs that are done are not done again, so it can be stopped.
 """

@@ -60,7 +60,8 @@ def test_quickstart_runs_all_stages_in_the_folder_asked_for(commands, monkeypatc
         assert all(command[command.index("--out_dir") + 1] == out for command in commands[1:])
         assert all(command[command.index("--from_resume") + 1] == "1" for command in (pretrain, short, long))
         assert long[long.index("--from_weight") + 1] == short[short.index("--save_weight") + 1]
-        assert all("--score" in score for score in scores) and "--preset" not in pretrain
+        assert all("--score" in score for score in scores)
+        assert pretrain[pretrain.index("--preset") + 1] == "pico"
     budgets = [float(command[command.index("--minutes") + 1]) for command in (pretrain, short, long)]
     assert sum(budgets) == pytest.approx(3, rel=1e-4)
     assert all(command[command.index("--seed") + 1] == "7" for command in (pretrain, short, long))

@@ -1,6 +1,6 @@
 """A model one can talk to: loads weights, turns conversations into prompts, and answers.
 
-bot = load_chatbot("out/full_sft_256.pth", device, dtype, AnswerSettings(temperature=0.7))
+bot = load_chatbot("out/full_sft_192.pth", device, dtype, AnswerSettings(temperature=0.7))
 pieces = bot.stream([{"role": "user", "content": "Who are you?"}], seed=None)     # of answers.py
 message = to_message(pieces)                                                      # .content, .tool_calls, ...
 """
