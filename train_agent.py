@@ -19,7 +19,7 @@ from dataset.lm_dataset import question_dataset
 from trainer.arguments import arguments
 from trainer.policy import advantages_of, aggregate, entropy, kl_divergence, policy_batches, token_log_probs
 from trainer.rewards import REWARDS
-from trainer.rl import Figures, add_adapter, add_rollout_flags, check_rollout_flags, draw_rl_curves, fitting
+from trainer.rl import Figures, add_adapter, add_rollout_flags, check_rollout_flags, draw_rl_curves, fitting, start_of
 from trainer.rollout import collect
 from trainer.run import Run
 from trainer.tool_turns import ToolTurns, agent_tiers, with_our_tools
@@ -58,15 +58,11 @@ def parse_arguments():
     add = add_rollout_flags(parser)
     add("--weight_cap", type=float, default=5.0, help="the largest ratio itself, not its distance from 1")
     add("--failed_call_cost", type=float, default=0.0, help="off the reward for each call that gets an error back")
-    add("--start_share", type=float, default=0.5, help="of the weights it begins with, in the mean that is written: "
-        "what they knew besides is kept (default: 0.5)")  # fmt: skip
     parser.set_defaults(thinking=0, max_new_tokens=96, rows=4, measure=100)
     args = parser.parse_args()
     check_rollout_flags(args)
     if not args.weight_cap > 0 or not args.failed_call_cost >= 0:
         raise cli.UsageError("--weight_cap must be above 0, --failed_call_cost at least 0")
-    if not 0 <= args.start_share < 1:
-        raise cli.UsageError(f"--start_share {args.start_share}: must be at least 0 and below 1")
     return args
 
 
@@ -75,8 +71,7 @@ def main():
     run = Run(f"lora/{args.lora_name}" if args.lora_name else "agent", args, minutes=4.0, learning_rate_factor=0.1)
     save = add_adapter(run)
     reference = copy.deepcopy(run.model).eval().requires_grad_(False) if args.beta else None
-    # Of an adapter's update B A, B alone, which begins at 0: then the mean of the two updates is (1 - share) B A.
-    start = {name: w for name, w in copy.deepcopy(run.model).cpu().state_dict().items() if ".lora_A_" not in name}
+    kept = start_of(run.model)
     quiet = not run.processes.is_main
     questions, held_out = run.rows(question_dataset, "agent")
     play = ToolTurns(run.tokenizer, REWARDS[args.reward], args)
@@ -103,7 +98,7 @@ def main():
                 figures.batch(metrics, log_probs, batch, first=update == 0)
                 old_log_probs += [log_probs] * (update == 0)
             run.update(figures.of_update())
-    run.average_with(start, args.start_share)
+    run.average_with(kept, args.start_share)
     figures.finish()
     run.finish(save)
     draw_rl_curves(run)

@@ -32,7 +32,7 @@ from trainer.policy import (
     token_log_probs,
 )
 from trainer.rewards import REWARDS
-from trainer.rl import Figures, add_adapter, add_rollout_flags, check_rollout_flags, draw_rl_curves, fitting
+from trainer.rl import Figures, add_adapter, add_rollout_flags, check_rollout_flags, draw_rl_curves, fitting, start_of
 from trainer.rollout import OneTurn, collect
 from trainer.run import Run
 
@@ -104,7 +104,7 @@ def main():
     args = parse_arguments()
     run = Run(f"lora/{args.lora_name}" if args.lora_name else "grpo", args, minutes=4.0, learning_rate_factor=0.15)
     save = add_adapter(run)
-    reference = copy.deepcopy(run.model).eval().requires_grad_(False)
+    reference, kept = copy.deepcopy(run.model).eval().requires_grad_(False), start_of(run.model)
     questions, held_out = run.rows(question_dataset, "reason_rl")
     play = OneTurn(run.tokenizer, REWARDS[args.reward], args)
     questions = fitting(questions, play, args, quiet=not run.processes.is_main)
@@ -131,6 +131,7 @@ def main():
                 figures.batch(metrics, log_probs, batch, first=update == 0)
                 old_log_probs += [log_probs] * (update == 0)
             run.update(figures.of_update())
+    run.average_with(kept, args.start_share)
     figures.finish()
     run.finish(save)
     draw_rl_curves(run)

@@ -22,7 +22,7 @@ from model import checkpoint
 from trainer.arguments import arguments
 from trainer.policy import aggregate, entropy, gae, kl_divergence, policy_batches, token_log_probs
 from trainer.rewards import REWARDS
-from trainer.rl import Figures, add_rollout_flags, check_rollout_flags, draw_rl_curves, fitting
+from trainer.rl import Figures, add_rollout_flags, check_rollout_flags, draw_rl_curves, fitting, start_of
 from trainer.rollout import OneTurn, collect
 from trainer.run import Run
 
@@ -142,6 +142,7 @@ def main():
     run = Run("ppo", args, minutes=4.0, learning_rate_factor=0.15)
     reference = copy.deepcopy(run.model).eval().requires_grad_(False)
     run.model = ActorCritic(run.model)
+    kept = start_of(run.model)
     questions, held_out = run.rows(question_dataset, "reason_rl")
     play = OneTurn(run.tokenizer, REWARDS[args.reward], args)
     questions = fitting(questions, play, args, quiet=not run.processes.is_main)
@@ -165,6 +166,7 @@ def main():
                 figures.batch(metrics, log_probs, batch, first=update == 0)
                 old_log_probs += [log_probs] * (update == 0)
             run.update(figures.of_update())
+    run.average_with(kept, args.start_share)
     figures.finish()
 
     def save(path, model, meta, tokenizer):

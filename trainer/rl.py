@@ -4,6 +4,7 @@ figures = Figures(run, held_out, play)     # before the loop: measures; finish()
 """
 
 import argparse
+import copy
 import json
 import re
 import sys
@@ -12,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cli import UsageError
 from dataset.jsonl import DataError
@@ -44,6 +45,8 @@ def add_rollout_flags(parser: argparse.ArgumentParser) -> Callable:
     add("--updates_per_rollout", type=int, default=1, help="passes over the same answers (default: %(default)s)")
     add("--rows", type=int, default=16, help="rows of --max_seq_len tokens that are computed at once (default: 16)")
     add("--beta", type=float, default=0.0, help="weight of KL(policy || start), exact over the whole vocabulary")
+    add("--start_share", type=float, default=0.5, help="of the weights it begins with, in the mean that is written: "
+        "what they knew besides is kept (default: 0.5)")  # fmt: skip
     add("--reward", choices=list(REWARDS), default="right", help="random: worth nothing, must teach nothing")
     add("--thinking", type=int, choices=(0, 1), default=1, help="1 = answers begin with thinking (default: 1)")
     add("--sample_interval", type=int, default=10, help="steps between samples in the .md file (default: 10)")
@@ -59,6 +62,8 @@ def check_rollout_flags(args: argparse.Namespace) -> None:
     for name, low in (lowest | {"beta": 0, "sample_interval": 0, "measure": 0, "lora_rank": 1}).items():
         if not vars(args)[name] >= low:
             raise UsageError(f"--{name} {vars(args)[name]}: must be at least {low}")
+    if not 0 <= args.start_share < 1:
+        raise UsageError(f"--start_share {args.start_share}: must be at least 0 and below 1")
     if args.accumulation_steps != 1:
         raise UsageError("--accumulation_steps: rollouts are cut into batches by --rows; leave it out")
     if args.from_weight == "none":
@@ -81,6 +86,12 @@ def add_adapter(run: Run) -> Callable:
         save_adapter(path, model, name, meta, tokenizer)
 
     return save
+
+
+def start_of(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of the weights as they are, for Run.average_with(). Of an adapter's update B A it has B alone, which
+    begins at 0: then the mean of the two updates is (1 - share) B A."""
+    return {name: w for name, w in copy.deepcopy(model).cpu().state_dict().items() if ".lora_A_" not in name}
 
 
 def fitting(questions: Questions, play: OneTurn, args: argparse.Namespace, quiet: bool) -> Questions:
