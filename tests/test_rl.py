@@ -459,10 +459,26 @@ def test_moe_adapter_and_kl_run(material, tmp_path, flags):
     assert list(tmp_path.rglob("*.pth")) and list(tmp_path.rglob("*.md")) and list(tmp_path.rglob("*.png"))
 
 
+@pytest.mark.parametrize("script", ["train_grpo.py", "train_ppo.py"])
+def test_what_is_written_is_the_mean_of_before_and_after(material, tmp_path, script):
+    written = {}
+    for share in (0, 0.25):
+        flags = ["--steps", 4, "--dtype", "fp32", "--start_share", share, "--out_dir", tmp_path / str(share)]
+        Script(tmp_path, job(script, material, *flags)).succeed()
+        path = tmp_path / str(share) / f"{script[6:-3]}_64.pth"
+        written[share] = torch.load(path, weights_only=True)["model"]
+    before, moved = torch.load(material[1]["dense"], weights_only=True)["model"], 0.0
+    for name, after in written[0].items():
+        moved = max(moved, (after - before[name]).abs().max().item())
+        torch.testing.assert_close(written[0.25][name], 0.25 * before[name] + 0.75 * after, rtol=1e-4, atol=1e-6)
+    assert moved > 1e-4
+
+
 def test_mistakes_get_one_line(material, tmp_path):
     unchecked = write(tmp_path / "no.jsonl", [{"conversations": [{"role": "user", "content": "?"}]}])
     command = job("train_grpo.py", material, "--steps", 1, "--out_dir", tmp_path)
     one_error(Script(tmp_path, [*command, "--data_path", unchecked]).wait(), 1, "no row", unchecked)
     one_error(Script(tmp_path, [*command, "--max_new_tokens", 60]).wait(), 1, "--max_seq_len")
     one_error(Script(tmp_path, [*command, "--group_size", 1]).wait(), 2, "--group_size")
+    one_error(Script(tmp_path, [*command, "--start_share", 1]).wait(), 2, "--start_share")
     one_error(Script(tmp_path, [*command, "--temperature", 0.7]).wait(), 2, "--temperature")
