@@ -166,6 +166,7 @@ def main():
                 figures.batch(metrics, log_probs, batch, first=update == 0)
                 old_log_probs += [log_probs] * (update == 0)
             run.update(figures.of_update())
+    plain(run.model).values = None  # with their graph they cannot be copied
     run.average_with(kept, args.start_share)
     figures.finish()
 

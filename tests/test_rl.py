@@ -173,13 +173,14 @@ def as_trl(old, divide: bool) -> dict:
     return inputs | {"old_per_token_logps": logps}
 
 
-def test_a_model_that_trains_in_bf16_answers_also_without_the_compiled_step(tiny, monkeypatch):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_model_that_trains_answers_also_without_the_compiled_step(tiny, monkeypatch, dtype):
     """Its kernels for training cannot read a cache, so the copy that generates has others."""
     model = tiny(num_experts=4).train()
-    install(model, torch.bfloat16, torch.device("cpu"))
+    install(model, dtype, torch.device("cpu"))
     monkeypatch.setattr("trainer.rollout.step_works", lambda *_: False)
     monkeypatch.setattr("trainer.rollout.decoding_step", lambda *_: False)
-    copied, step = snapshot(model, torch.bfloat16)
+    copied, step = snapshot(model, dtype)
     params = SamplingParams(temperature=0, max_new_tokens=5, stop_token_ids=())
     assert len(generate(copied, [list(range(5, 40))], params, compiled=step)[0].token_ids) == 5
 
@@ -459,12 +460,12 @@ def test_moe_adapter_and_kl_run(material, tmp_path, flags):
     assert list(tmp_path.rglob("*.pth")) and list(tmp_path.rglob("*.md")) and list(tmp_path.rglob("*.png"))
 
 
-@pytest.mark.parametrize("script", ["train_grpo.py", "train_ppo.py"])
-def test_what_is_written_is_the_mean_of_before_and_after(material, tmp_path, script):
+@pytest.mark.parametrize(("script", "own"), [("train_grpo.py", []), ("train_ppo.py", ["--critic_warmup", 0])])
+def test_what_is_written_is_the_mean_of_before_and_after(material, tmp_path, script, own):
     written = {}
     for share in (0, 0.25):
         flags = ["--steps", 4, "--dtype", "fp32", "--start_share", share, "--out_dir", tmp_path / str(share)]
-        Script(tmp_path, job(script, material, *flags)).succeed()
+        Script(tmp_path, job(script, material, *own, *flags)).succeed()
         path = tmp_path / str(share) / f"{script[6:-3]}_64.pth"
         written[share] = torch.load(path, weights_only=True)["model"]
     before, moved = torch.load(material[1]["dense"], weights_only=True)["model"], 0.0

@@ -16,7 +16,7 @@ from model.inference.engine import SamplingParams, generate
 from model.inference.likelihood import Item, score_items
 from model.model import MiniMindLM
 from trainer.report import Reporter
-from trainer.speed import install
+from trainer.speed import install, uninstall
 
 ASKED = 3  # questions whose answers are shown
 SHOWN = 24  # tokens of each
@@ -44,7 +44,7 @@ class AnswerProbe:
         """What measure() finds in a model that is being trained; where there is one process, samples are shown. All
         processes must call it."""
         device = model.inv_freq.device
-        install(model, torch.float32, device)  # kernels for training cannot read a cache
+        uninstall(model)
         model.eval()
         autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
         with torch.compiler.set_stance("force_eager"):  # it would take longer to compile than it saves

@@ -30,7 +30,7 @@ from model.inference.cuda_step import CudaStep
 from model.inference.engine import Engine, SamplingParams, decoding_step, step_works
 from model.inference.quantization import quantize
 from model.inference.text_stream import TextStream
-from trainer.speed import install
+from trainer.speed import uninstall
 
 SLOTS = 256  # rollouts that run at once
 
@@ -157,12 +157,12 @@ def leaders_first(rollouts: list[Rollout]) -> list[Rollout]:
 
 
 def snapshot(model: nn.Module, dtype: torch.dtype) -> tuple[nn.Module, CpuStep | CudaStep | None]:
-    """What to generate with: the model itself in fp32, else a copy in bf16; and the faster step where one works."""
+    """What to generate with: a copy in the precision of the training; and the faster step where one works."""
+    model = copy.deepcopy(model).requires_grad_(False)
+    on_cpu = model.inv_freq.device.type == "cpu"
+    if on_cpu:
+        uninstall(model)
     if dtype != torch.float32:
-        model = copy.deepcopy(model).requires_grad_(False)
-        on_cpu = model.inv_freq.device.type == "cpu"
-        if on_cpu:
-            install(model, torch.float32, model.inv_freq.device)  # kernels for training cannot read a cache
         model = quantize(model, "bf16") if on_cpu and step_works(model, None) else model.to(dtype)
     return model, decoding_step(model)
 

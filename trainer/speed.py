@@ -137,6 +137,17 @@ def install(model: MiniMindLM, dtype: torch.dtype, device: torch.device) -> None
             layer.compute = padded_experts if bf16 and on_cpu else grouped_experts if grouped else each_expert
 
 
+def uninstall(model: MiniMindLM) -> None:
+    """The plain forms again: those of attention for training cannot read a cache."""
+    for layer in model.modules():
+        if isinstance(layer, MiniMindLM):
+            layer.packed_mask = packed_causal_mask
+        elif isinstance(layer, Attention):
+            layer.attend = attention
+        elif isinstance(layer, Experts):
+            layer.compute = each_expert
+
+
 def keep_freed_memory() -> None:
     """Have glibc keep what is freed for the next step. It hands large tensors back to the system otherwise, which gives
     them page by page and filled with zeros again: a tenth of a step."""
