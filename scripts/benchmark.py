@@ -3,7 +3,7 @@
 python scripts/benchmark.py train --preset small --seq_len 512 --seconds 60
 python scripts/benchmark.py decode --preset small --batch 8 --new_tokens 256 --quantize int8 --compare 1
 python scripts/benchmark.py quality --model out/pretrain_512.pth --data_path texts.jsonl
-python scripts/benchmark.py all --nano out/full_sft_192.pth --markdown docs/experiments/performance.md
+python scripts/benchmark.py all --nano out/full_sft_256.pth --markdown docs/experiments/performance.md
 
 --markdown FILE appends the figures to it as a table, with machine, commit and command.
 train: whole steps (forward, backward, clipping, optimizer) on random tokens. `mfu` is 6 * active parameters * tokens/s
@@ -358,7 +358,7 @@ def main() -> None:
 
     everything = commands.add_parser("all", help="one table of training, decoding with its peers, and serving")
     everything.add_argument("--rounds", type=int, default=5, help="measurements of each, of which the median is taken")
-    everything.add_argument("--nano", metavar="PATH", help="weights to serve, such as the quickstart's")
+    everything.add_argument("--nano", metavar="PATH", help="weights of that preset, to serve")
     for subparser in (train, decode, quality, everything):
         subparser.add_argument("--markdown", type=Path, metavar="FILE", help="append the figures to this file")
     args = parser.parse_args()
