@@ -27,7 +27,8 @@ def in_order(
     """(task, function(*task)) for each task. Few are in flight, so memory does not grow with their number.
 
     Each process has a pipe of its own and a thread that waits for it: where processes share a queue, as those of
-    ProcessPoolExecutor do, one that is killed can leave the rest waiting for ever. Here it raises WorkerKilled.
+    ProcessPoolExecutor do, one that is killed can leave the rest waiting for ever. Here it raises WorkerKilled, once a
+    task was its own.
     """
     processes, pipes, mine = [], queue.SimpleQueue(), threading.local()
 
