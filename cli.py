@@ -160,8 +160,9 @@ def check_model_flags(parser: argparse.ArgumentParser, args: argparse.Namespace)
     others = ("weight", "load", "hidden_size", "use_moe")
     if args.model and (given := [name for name in others if getattr(args, name) not in (None, 0)]):
         parser.error(f"--model names the model: leave out --{given[0]}")
-    if args.weight and args.model_path:
-        parser.error("--weight and --model_path name two models: leave out one")
+    others = ("weight", "hidden_size", "use_moe")
+    if args.load and (given := [name for name in others if getattr(args, name) is not None]):
+        parser.error(f"--load 1 takes a folder: leave out --{given[0]}")
 
 
 def model_path(args: argparse.Namespace) -> Path:

@@ -95,6 +95,8 @@ def check(parser: ArgumentParser, args: argparse.Namespace) -> None:
         parser.error("--ask: there is nothing to answer")
     if args.model_mode == 0 and (args.tools or args.thinking is not None):
         parser.error("--tools and --thinking are of answers, and --model_mode 0 continues texts")
+    if args.system is not None and (args.score or args.model_mode == 0):
+        parser.error("--system is of a conversation: neither --score nor --model_mode 0 has one")
     if args.tools and args.score:
         parser.error("--tools 1: the questions of --score bring their own tools; leave it out")
     try:

@@ -27,7 +27,7 @@ import uvicorn
 from cli import ArgumentParser, find_device, flag
 from model.checkpoint import CheckpointError
 from model.device import DTYPES
-from model.inference.chatbot import AnswerSettings, Chatbot, load_adapters, load_chatbot
+from model.inference.chatbot import AnswerSettings, Chatbot, load_chatbot
 from model.inference.engine import Engine, SamplingParams
 from server.answering import Limits
 from server.app import Server, build_app
@@ -112,7 +112,7 @@ def allow_many_files() -> None:
 def load(args: argparse.Namespace) -> Chatbot:
     """The chatbot that the flags describe."""
     options = {"quantized": args.quantize, "compiled": args.compile, "extrapolate": args.inference_rope_scaling}
-    options["tokenizer"] = args.tokenizer
+    options |= {"tokenizer": args.tokenizer, "adapters": Path(args.out_dir) / "lora"}
     settings = AnswerSettings(max_seq_len=args.max_seq_len, thinking=args.thinking)
     device, dtype = find_device(args.device), DTYPES.get(args.dtype)
     bot = load_chatbot(cli.model_path(args), device, dtype, settings, **options)
@@ -124,13 +124,12 @@ def load(args: argparse.Namespace) -> Chatbot:
 def main() -> None:
     args = arguments()
     bot = load(args)
-    adapters = load_adapters(bot, Path(args.out_dir) / "lora")
     settings = Settings(
         model_name=args.model_name or Path(bot.name).stem,
         temperature=args.temperature, top_p=args.top_p, max_new_tokens=args.max_new_tokens,
         max_prompt_tokens=args.max_prompt_tokens, thinking=args.thinking,
     )  # fmt: skip
-    service = Service(bot, adapters, settings)
+    service = Service(bot, bot.adapters, settings)
     # Without a tokenizer the engine gives token ids: which of them are text depends on the markers among them.
     engine = Engine(bot.model, slots=args.slots, max_len=bot.max_len, compiled=bot.step)
     limits = Limits(args.api_key, tuple(args.cors_origin), args.timeout, int(args.max_body_mb * (1 << 20)))

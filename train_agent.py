@@ -8,6 +8,7 @@ No way to an answer is shown: a reward of 1 for a right last answer is all there
 calculator, dates and units.
 """
 
+import argparse
 import copy
 
 import cli  # first: it takes Ctrl-C while the rest is imported
@@ -77,7 +78,9 @@ def main():
     play = ToolTurns(run.tokenizer, REWARDS[args.reward], args)
     questions = fitting(with_our_tools(questions, args.data_path, quiet), play, args, quiet)
     followed = held_out and held_out[:FOLLOWED]
-    figures = Figures(run, followed, ToolTurns(run.tokenizer, REWARDS["right"], args), agent_tiers(held_out, args))
+    without_cost = argparse.Namespace(**vars(args) | {"failed_call_cost": 0.0})  # whether the answer is right, no more
+    asking = ToolTurns(run.tokenizer, REWARDS["right"], without_cost)
+    figures = Figures(run, followed, asking, agent_tiers(held_out, args))
 
     for draw in run.draws(questions):
         if run.validation_due:

@@ -1,6 +1,6 @@
 """White-box distillation: a small student learns the teacher's whole distribution, not only the right token.
 
-python train_distill.py                # a student of hidden_size 192 from nothing, the teacher is out/full_sft_*.pth
+python train_distill.py                # a student of hidden_size 128 from nothing, the teacher is out/full_sft_*.pth
 python train_distill.py --teacher FILE_OR_FOLDER --from_weight pretrain --alpha 0.5 --temperature 2 --kl reverse
 
 Black-box distillation, when only the teacher's answers can be seen: scripts/ask_teacher.py, then train_full_sft.py.
@@ -73,7 +73,7 @@ def parse_arguments():
     if not 0 <= args.alpha <= 1 or not 0 < args.temperature < math.inf:
         raise cli.UsageError("--alpha must be between 0 and 1, --temperature above 0")
     if args.from_weight == "none" and not (args.preset or args.hidden_size):
-        args.hidden_size = 192
+        args.hidden_size = 128
     return args
 
 

@@ -67,8 +67,8 @@ def main():
             loss, metrics = loss_fn(run.model, batch)
             run.backward(loss, batch)
         run.update(metrics)
-    run.validate(loss_fn, val_rows)
     run.average_with(start, args.start_share)
+    run.validate(loss_fn, val_rows)
     run.finish()
 
 

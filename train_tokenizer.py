@@ -6,6 +6,7 @@ python train_tokenizer.py --data_path starter REAL.jsonl --weight 0.3 1 --eval_p
 
 import argparse
 import json
+import math
 import os
 import re
 import sys
@@ -71,7 +72,7 @@ def main() -> None:
     sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be Unicode
     check_folder(Path(args.out_dir), args.overwrite)
     files = weighted_files(args.data_path, args.weight, args.sample_mb)
-    held_out = list(stream_texts([(Path(args.eval_path), 1.0)], "evaluation")) if args.eval_path else []
+    held_out = [text for text, _ in stream_texts([(Path(args.eval_path), 1.0)], "evaluation")] if args.eval_path else []
     texts = training_texts(files, None if args.eval_path else held_out)
     tokenizer = interruptible(lambda: train_bpe(texts, args.vocab_size))
     check_identity(tokenizer)
@@ -145,18 +146,19 @@ def weighted_files(names: list[str], weights: list[float], sample_mb: float) -> 
 
 
 def training_texts(files: list[tuple[Path, float]], held_out: list[str] | None) -> Iterator[str]:
-    """Texts to train on; where `held_out` is a list, some go into it instead."""
+    """Texts to train on; where `held_out` is a list, some go into it instead, with all that they count."""
     characters = 0
-    for n, text in enumerate(stream_texts(files, "training")):
+    for n, (text, times) in enumerate(stream_texts(files, "training")):
         if held_out is not None and n % HELD_OUT == HELD_OUT - 1 and characters < HELD_OUT_CHARACTERS:
             held_out.append(text)
             characters += len(text)
         else:
-            yield text
+            yield from [text] * times
 
 
-def stream_texts(files: list[tuple[Path, float]], purpose: str) -> Iterator[str]:
-    """Streams the files' texts and says how far it is, and at the end of each file how many lines were no use."""
+def stream_texts(files: list[tuple[Path, float]], purpose: str) -> Iterator[tuple[str, int]]:
+    """Streams the files' texts, each with how often it counts; says how far it is, and at the end of each file how many
+    lines were no use."""
     for path, weight in files:
         file, used, faults, due = DataFile(path), 0, {}, 0.0
         size, shown = path.stat().st_size, time.monotonic()
@@ -167,9 +169,9 @@ def stream_texts(files: list[tuple[Path, float]], purpose: str) -> Iterator[str]
                 continue
             used += 1
             due += weight
-            while due >= 1 - 1e-9:
-                yield from texts
-                due -= 1
+            if times := math.floor(due + 1e-9):
+                yield from ((text, times) for text in texts)
+                due -= times
             if time.monotonic() - shown > 5:
                 shown = time.monotonic()
                 print(f"{path.name}: {file.position / size:.0%} read", flush=True)

@@ -5,23 +5,23 @@ folder = default_cache_dir(); key = content_hash("data.jsonl", folder); trim(fol
 
 import hashlib
 import json
-import lzma
 import os
+import re
 import shutil
 import sys
 import tempfile
 import time
-import zlib
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from dataset.files import DataError, unpacked
+from dataset.files import UNREADABLE, DataError, unpacked
 
 ROOT = Path(__file__).resolve().parent.parent
 KNOWN = "hashes.json"  # hashes of large files, beside the rows made of them
 SMALL = 32 << 20  # bytes; a file up to this size is hashed anew each time
+ENTRY = re.compile(r"[a-z]+-[0-9]+-[0-9a-f]{16}(\.building)?")  # a folder that the cache made: people keep others there
 SETTLED = 10**10  # ns; a file that was changed more recently may change again without another time on it
 
 
@@ -104,7 +104,7 @@ def _hash(file, name: str, quiet: bool) -> str:
     """Of what the file holds; of its own bytes if that cannot be unpacked: who reads its rows says what is wrong."""
     try:
         return _hash_of(unpacked(file), file, name, quiet)
-    except (EOFError, OSError, ValueError, zlib.error, lzma.LZMAError):
+    except UNREADABLE:
         file.seek(0)
         return _hash_of(file, file, name, quiet)
 
@@ -160,10 +160,12 @@ def shard_bytes() -> int:
 
 
 def trim(folder: Path, keep: Path | Collection[Path], most: int) -> tuple[int, list[int]]:
-    """Removes the entries that were used longest ago until all together are at most `most` bytes, `keep` never.
-    Returns (bytes that are left, bytes of each removed one)."""
+    """Removes the entries that were used longest ago until all together are at most `most` bytes, `keep` never, nor
+    what has no name of an entry. Returns (bytes that are left, bytes of each removed one)."""
     entries, kept = [], {keep} if isinstance(keep, Path) else set(keep)
-    for entry in filter(Path.is_dir, folder.iterdir()):
+    for entry in folder.iterdir():
+        if not ENTRY.fullmatch(entry.name) or not entry.is_dir():
+            continue
         try:
             entries.append((entry.stat().st_mtime, folder_size(entry), entry))
         except FileNotFoundError:

@@ -51,7 +51,7 @@ class Job:
 
 def clean_files(job: Job) -> dict[str, Any]:
     """Does the job and returns its report, as written to JSON. DataError: why it cannot be done; then there is no
-    output, and earlier output is as it was."""
+    output, and earlier output is as it was; but where no row can be kept, the removed ones are written."""
     sources = [Source(path, job.sample_by, job.column) for path in (*job.against, *job.files)]
     for source in sources:
         if source.path.stat().st_size == 0:
@@ -66,16 +66,18 @@ def clean_files(job: Job) -> dict[str, Any]:
         spool.close()
         alive = _without_copies(job, sources, spool, removals)
         alive &= spool.sources >= len(job.against)
+        removals.close()
         if not alive.any():
+            removals.keep()
             why = ", ".join(f"{rule} {entry['rows']:,}" for rule, entry in removals.by_rule.items())
             raise DataError(f"{job.files[0]}: none of the rows can be kept; removed by {why or 'nothing: no rows'}")
         report["removed"] = removals.by_rule
         for source, rules in removals.by_source.items():
             report["sources"][source]["removed"] = dict(rules.most_common())
         _finish(report, spool, alive, job, sources)
-        removals.close()
         with writing(job.out):
             report["output"] = _write(job, spool, alive, folder)
+        removals.keep()
     return report
 
 
@@ -264,7 +266,10 @@ class _Removals:
     """The rows that were taken out: into a file, if one is wanted, and counted by rule and source."""
 
     def __init__(self, job: Job):
-        self.target = job.removed
+        self.target = self.part = job.removed
+        plain = self.target and not self.target.is_symlink() and (self.target.is_file() or not self.target.exists())
+        if plain:  # not /dev/null
+            self.part = self.target.with_name(f"{self.target.name}.{os.getpid()}.tmp")
         self.by_rule: dict[str, dict] = {}
         self.by_source: dict[str, Counter] = {}
         self.file: IO[bytes] | None = None
@@ -273,12 +278,14 @@ class _Removals:
         if self.target:
             with writing(self.target):
                 self.target.parent.mkdir(parents=True, exist_ok=True)
-                self.file = open(self.target, "wb")  # noqa: SIM115
+                self.file = open(self.part, "wb")  # noqa: SIM115
         return self
 
     def __exit__(self, *_: object) -> None:
         with contextlib.suppress(DataError):
             self.close()
+        if self.part != self.target:
+            self.part.unlink(missing_ok=True)
 
     def add(self, source: Source, number: int, rule: str, why: str, line: bytes) -> None:
         text = line.decode("utf-8", "replace").rstrip("\r\n")
@@ -298,6 +305,12 @@ class _Removals:
         if self.file:
             with writing(self.target):
                 self.file.close()
+
+    def keep(self) -> None:
+        """In the place of an earlier file, now that it is whole."""
+        if self.part != self.target:
+            with writing(self.target):
+                os.replace(self.part, self.target)
 
 
 def _new_report(job: Job, sources: Sequence[Source]) -> dict[str, Any]:

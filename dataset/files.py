@@ -25,6 +25,7 @@ MAX_LINE = 64 << 20  # bytes; a longer line is not a row, and would have to be h
 HEAD = 1 << 20  # bytes that a file is known by
 BUFFER = 1 << 20
 BLANKS = re.compile("[ \\t\\r\\n\\ufeff]*")
+UNREADABLE = (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError)  # from the disk, or to unpack
 
 
 class DataError(Exception):
@@ -56,7 +57,7 @@ class DataFile:
             self._look()
         except FileNotFoundError:
             raise DataError(f"{path}: no such file; check the path") from None
-        except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError) as error:
+        except UNREADABLE as error:
             raise self._unreadable(error) from None
 
     def _look(self) -> None:
@@ -125,7 +126,7 @@ class DataFile:
                 for number, line in enumerate(lines, begin + 1):
                     if number > after:
                         yield number, line
-        except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError) as error:
+        except UNREADABLE as error:
             raise self._unreadable(error, number) from None
 
     def _unreadable(self, error: Exception, number: int = 0) -> DataError:

@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import BrokenExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -92,6 +92,14 @@ def summary(dataset: Dataset | Mixture | Questions) -> dict:
     return dataset.figures() if isinstance(dataset, Mixture) else json.loads(dataset.info.description)
 
 
+def cache_folders(dataset: Dataset | Mixture | Questions) -> set[Path]:
+    """Where the cache holds its rows."""
+    if isinstance(dataset, Mixture):
+        parts = dataset.parts
+        return {path.parent for part in parts for path in part.paths} | {f.folder for part in parts for f in part.files}
+    return set() if isinstance(dataset, Questions) else {Path(file["filename"]).parent for file in dataset.cache_files}
+
+
 def row_count(dataset: Dataset | Mixture, exact: bool) -> int:
     """Rows of an epoch. Unless it must be exact, a large source that is still in the making is not waited for."""
     return dataset.guess() if isinstance(dataset, Mixture) and not exact else len(dataset)
@@ -115,6 +123,7 @@ def _mixture(
     cache_dir: str | Path | None = None,
     num_proc: int | None = None,
     quiet: bool = False,
+    keep: Collection[Path] = (),
 ) -> Mixture:
     """Small sources are packed now, file by file; large ones by a process of their own, in shards."""
     cache_dir = Path(cache_dir or default_cache_dir())
@@ -133,14 +142,16 @@ def _mixture(
                 for path, digest in zip(source.files, hashes, strict=True)
             ]
             sharded += parts[-1].files
-            continue
-        for path in source.files:
-            dataset = _packed_dataset(kind, path, tokenizer, seq_len, cache_dir, num_proc, quiet)
-            parts[-1].paths.append(Path(dataset.cache_files[0]["filename"]))
-            parts[-1].sizes.append(len(dataset))
+    kept = {*keep, *(file.folder for file in sharded)}  # all must be there when the run begins, however small the cache
+    for source, part in zip(sources, parts, strict=True):
+        for path in source.files if not part.files else ():
+            dataset = _packed_dataset(kind, path, tokenizer, seq_len, cache_dir, num_proc, quiet, kept)
+            part.paths.append(Path(dataset.cache_files[0]["filename"]))
+            part.sizes.append(len(dataset))
+            kept.add(part.paths[-1].parent)
     if sharded:
         require_space(sharded, cache_dir, quiet)
-        builder = Builder(sharded, quiet)
+        builder = Builder(sharded, kept, quiet)
         for part in parts:
             part.builder = builder
     weights = None
@@ -177,6 +188,7 @@ def _packed_dataset(
     cache_dir: str | Path | None = None,
     num_proc: int | None = None,
     quiet: bool = False,
+    keep: Collection[Path] = (),
 ) -> Dataset:
     from filelock import FileLock, Timeout
 
@@ -209,7 +221,7 @@ def _packed_dataset(
             os.utime(folder)  # used just now: trim() begins with those that were used longest ago
         finally:
             lock.release()
-        place = "" if cached or quiet else _tell_place(cache_dir, folder)
+        place = "" if cached or quiet else _tell_place(cache_dir, folder, keep)
     _say(packing.describe(path, summary(dataset), "; cached" if cached else place), quiet)
     return dataset
 
@@ -242,11 +254,11 @@ def _build(folder: Path, kind: str, path: Path, *options) -> None:
         shutil.rmtree(building, ignore_errors=True)
 
 
-def _tell_place(cache_dir: Path, folder: Path) -> str:
+def _tell_place(cache_dir: Path, folder: Path, keep: Collection[Path]) -> str:
     """Where the cache is and what it holds, in words, once it is within its limit."""
-    total, removed = cache.trim(cache_dir, folder, cache.largest_cache())
+    total, removed = cache.trim(cache_dir, {folder, *keep}, cache.largest_cache())
     own, total, gone = (f"{size / 1e6:,.1f} MB" for size in (cache.folder_size(folder), total, sum(removed)))
-    text = f"; kept in {cache_dir} ({own}; {total} with all that is there)"
+    text = f"; kept in {cache_dir} ({own}; {total} with all rows that are there)"
     if removed:
         text += f"; removed {gone} that were used longest ago (more than MINIMIND_CACHE_GB, or 20)"
     if cache_dir == cache.temporary_cache_dir():

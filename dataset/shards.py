@@ -5,7 +5,7 @@ after the last whole shard. The rows of text are those of the file in one piece;
 packed together.
 
 sharded = ShardedFile("pretrain", path, folder, tokenizer, seq_len, identity)
-builder = Builder([sharded]); builder.wait(sharded, 0); sharded.rows_path(0)
+builder = Builder([sharded], keep=set()); builder.wait(sharded, 0); sharded.rows_path(0)
 """
 
 import atexit
@@ -221,14 +221,14 @@ def _version(path: Path) -> list[int]:
 # ------------------------------------------------------------------------------------------------ the builder
 
 
-def _build_all(files: list[ShardedFile], quiet: bool, failure: Path) -> None:
+def _build_all(files: list[ShardedFile], keep: set[Path], quiet: bool, failure: Path) -> None:
     """The work of the builder's process."""
     workers.end_with_parent()
     with contextlib.suppress(OSError, AttributeError):
         os.nice(5)  # the training comes first
     try:
         for file in files:
-            build(file, quiet, keep=[one.folder for one in files])
+            build(file, quiet, keep=keep)
     except Exception as error:
         text = f"{error}" if isinstance(error, DataError) else f"{files[0].path}: {type(error).__name__}: {error}"
         with contextlib.suppress(OSError):  # on a full disk: the exit status tells it
@@ -238,19 +238,23 @@ def _build_all(files: list[ShardedFile], quiet: bool, failure: Path) -> None:
 
 
 class Builder:
-    """Makes the shards of these files in a process of its own, if no other process does so already."""
+    """Makes the shards of these files in a process of its own, if no other process does so already. keep: other folders
+    of the cache that the run reads."""
 
-    def __init__(self, files: list[ShardedFile], quiet: bool = False):
+    def __init__(self, files: list[ShardedFile], keep: set[Path], quiet: bool = False):
         self.files, self.quiet, self.process, self.killed = files, quiet, None, 0
+        self.keep = keep | {file.folder for file in files}
         atexit.register(self.stop)
 
     def __getstate__(self) -> dict:
-        return {"files": self.files, "quiet": self.quiet, "process": None, "killed": 0}
+        return {"files": self.files, "keep": self.keep, "quiet": self.quiet, "process": None, "killed": 0}
 
     def wait(self, file: ShardedFile, shard: int | None) -> bool:
         """Until the shard (None: the whole file) is there; False if the file has fewer. DataError if it cannot be."""
         while True:
             if shard is not None and file.record(shard) is not None:
+                with contextlib.suppress(OSError):
+                    os.utime(file.folder)  # in use: whoever makes room begins with others
                 return True
             if (summary := file.summary()) is not None:
                 return shard is None or shard < summary["shards"] and self._made_again(file)
@@ -276,7 +280,7 @@ class Builder:
         except Timeout:
             return  # another process is making them
         missing = [one for one in self.files if one.summary() is None]
-        arguments = (missing, self.quiet, self._failure(file))
+        arguments = (missing, self.keep, self.quiet, self._failure(file))
         self.process = get_context("spawn").Process(target=_build_all, args=arguments)
         with workers.hidden_script():
             self.process.start()

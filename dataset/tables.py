@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from dataset import packing
-from dataset.files import DataError, DataFile, encoding_of, unpacked
+from dataset.files import UNREADABLE, DataError, DataFile, encoding_of, unpacked
 
 TABLES = {".csv": ",", ".tsv": "\t"}
 ENDINGS = (".jsonl", ".json", ".parquet", ".txt", *TABLES)
@@ -61,8 +61,8 @@ class Source:
                 self.encoding = "" if self.ending == ".parquet" else _encoding(unpacked(raw).read(1 << 20))
         except FileNotFoundError:
             raise DataError(f"{path}: no such file; check the path") from None
-        except OSError as error:
-            raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
+        except UNREADABLE as error:
+            raise DataError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
         names = {".parquet": "Parquet", ".txt": f"plain text by {sample_by}", ".csv": "CSV", ".tsv": "TSV"}
         self.kind = f"{names[self.ending]} {self.encoding.upper() if self.encoding != 'utf-8' else ''}".strip()
 
@@ -94,7 +94,7 @@ class Source:
                     yield (json.dumps(row, ensure_ascii=False, default=str) + "\n").encode("utf-8", "surrogateescape")
         except DataError:
             raise
-        except (OSError, EOFError, ValueError, csv.Error) as error:
+        except (*UNREADABLE, csv.Error) as error:
             raise DataError(f"{self.path}: damaged ({error}); download or copy the file again") from None
 
     def _texts(self, text: io.TextIOWrapper) -> Iterator[dict]:

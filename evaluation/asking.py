@@ -127,8 +127,10 @@ def is_chat_model(bot: Chatbot | TransformersChatbot, path: Path) -> bool:
     if path.is_dir():
         return bot.tokenizer.brings_template
     meta = load_meta(path)
-    method = str(meta.get("method") or meta.get("stage") or path.stem)  # older files do not say the first
-    return not (method.startswith("pretrain") or run_arguments(meta).get("from_weight") == "none")
+    if "method" in meta:
+        return meta["method"] not in ("pretrain", "unlikelihood")
+    stage = str(meta.get("stage") or path.stem)  # of older files
+    return not (stage.startswith("pretrain") or run_arguments(meta).get("from_weight") == "none")
 
 
 def exact_dtype(device: torch.device, name: str | None = None) -> torch.dtype:

@@ -113,20 +113,23 @@ class MiniMindEvalLM(TemplateLM):
     def generate_until(self, requests: list, disable_tqdm: bool = False) -> list[str]:
         """Answers up to a stop string, a stop token or the limit, greedy unless the task says otherwise."""
         prompts, params = [], []
-        for request in requests:
+        for n, request in enumerate(requests):  # a task may repeat one, for other samples
             context, asked = request.args
             until = asked.get("until") or []
             until = [until] if isinstance(until, str) else [stop for stop in until if stop]
-            new = min(int(asked.get("max_gen_toks", asked.get("max_tokens", ANSWER_TOKENS))), self.bot.max_len - 1)
+            # Where both do not fit, the answer is shortened first: a prompt without its question has none.
+            ids = self.tok_encode(context)[-(self.bot.max_len - 1) :]
+            new = int(asked.get("max_gen_toks", asked.get("max_tokens", ANSWER_TOKENS)))
+            new = min(new, self.bot.max_len - len(ids))
             sampled = asked.get("do_sample") and asked.get("temperature", 1.0)
             params.append(
                 SamplingParams(
                     temperature=float(asked.get("temperature", 1.0)) if sampled else 0.0,
                     top_p=float(asked.get("top_p", 1.0)), max_new_tokens=new, stop=until,
-                    stop_token_ids=tuple(self.bot.stop_ids), seed=0,
+                    stop_token_ids=tuple(self.bot.stop_ids), seed=n,
                 )
             )  # fmt: skip
-            prompts.append(self.tok_encode(context)[-(self.bot.max_len - new) :])
+            prompts.append(ids)
         answers = [""] * len(requests)
         bar = Bar("answers", len(requests))
         options = {"max_len": self.bot.max_len, "compiled": self.bot.step}

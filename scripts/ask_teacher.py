@@ -62,6 +62,9 @@ def arguments() -> argparse.Namespace:
     args.is_endpoint = args.teacher.startswith(("http://", "https://"))
     if args.is_endpoint != bool(args.model):
         parser.error("--model NAME and the address of an endpoint belong together")
+    here = [name for name in ("tokenizer", "max_seq_len", "device", "dtype") if getattr(args, name) is not None]
+    if args.is_endpoint and here:
+        parser.error(f"--{here[0]}: the endpoint has its own; leave it out")
     for name in ("limit", "max_new_tokens", "batch_size", "concurrency", "timeout"):
         if getattr(args, name) is not None and not getattr(args, name) > 0:
             parser.error(f"--{name} {getattr(args, name)}: must be above 0")

@@ -35,7 +35,7 @@ import cli
 from cli import ArgumentParser, find_device
 from dataset.checks import text_fault
 from dataset.jsonl import DataError, read_jsonl
-from dataset.tokenizer import load_tokenizer
+from dataset.tokenizer import ChatTokenizer, load_tokenizer
 from model import checkpoint
 from model.device import DTYPES, training_dtype
 from model.export.gguf import save_gguf
@@ -50,12 +50,13 @@ from trainer.speed import compile_if_worth, cross_entropy, install, matmul_peak,
 
 
 def peak_rss_mb() -> float:
-    """The most that this process has held in memory so far; NaN on Windows, where Python does not tell."""
+    """The most that this process has held in memory so far; 0 on Windows, where Python does not tell."""
     try:
         import resource
     except ImportError:
-        return float("nan")
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        return 0.0
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes there
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / (1 << 20)
 
 
 def benchmark_train(args: argparse.Namespace) -> dict:
@@ -277,7 +278,8 @@ def bits_per_byte(model: MiniMindLM, documents: list[list[int]], n_bytes: int, s
 
 
 def benchmark_quality(args: argparse.Namespace) -> dict:
-    documents, n_bytes = read_documents(args.data_path, args.bytes)
+    tokenizer = checkpoint.tokenizer_of(args.model)
+    documents, n_bytes = read_documents(args.data_path, args.bytes, tokenizer)
     result: dict = {"model": args.model, "data": args.data_path, "bytes": n_bytes}
     for kind in (None, *FORMATS):
         model = load_model(args)
@@ -293,9 +295,9 @@ def benchmark_quality(args: argparse.Namespace) -> dict:
     return result
 
 
-def read_documents(path: str, most: int) -> tuple[list[list[int]], int]:
+def read_documents(path: str, most: int, tokenizer: ChatTokenizer) -> tuple[list[list[int]], int]:
     """(documents as tokens, their bytes) from the beginning of a JSONL file; DataError for a row without text."""
-    tokenizer, documents, n_bytes = load_tokenizer(), [], 0
+    documents, n_bytes = [], 0
     for number, row, fault in read_jsonl(path):
         if fault := fault or text_fault(row):
             raise DataError(f"{path}, line {number}: {fault.text}")

@@ -103,7 +103,10 @@ def read_run(given: str) -> TrainedRun:
         raise DataError(f"{record_path}: no record of this run is there: {remedy}") from None
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise DataError(f"{record_path}: it is not the record of a run ({error})") from None
-    if results.exists():
+    weights = stem.with_name(stem.name + ".pth")
+    if results.exists() and weights.exists() and results.stat().st_mtime < weights.stat().st_mtime:
+        print(f"warning: {results} is of earlier weights of that name: left out; evaluate again", file=sys.stderr)
+    elif results.exists():
         try:
             tasks = json.loads(results.read_text(encoding="utf-8"))["tasks"]
             run.tasks = {name: found for name, found in tasks.items() if isinstance(found, dict)}
@@ -184,7 +187,7 @@ def verdict(found: Difference, metric: str) -> str:
         return "?"
     if abs(found.mean) <= found.half_width:
         return "within the noise"
-    lower = any(word in metric for word in LOWER_IS_BETTER)
+    lower = not metric.endswith("accuracy") and any(word in metric for word in LOWER_IS_BETTER)
     return "better" if (found.mean < 0) == lower else "worse"
 
 

@@ -64,6 +64,8 @@ def arguments() -> argparse.Namespace:
         raise UsageError(f"--to {args.to} needs --lora ADAPTER, which is written in fp32; SOURCE is the base")
     if args.to in ("hf", "peft") and args.dest.exists() and (not args.dest.is_dir() or any(args.dest.iterdir())):
         raise UsageError(f"{args.dest} is there already: remove it or choose another folder")
+    if args.to in ("pth", "lora") and args.dest.is_file():  # it may be what a training has made
+        raise UsageError(f"{args.dest} is there already: remove it or choose another name")
     if args.to in ("pth", "gguf", "lora") and args.dest.is_dir():
         raise UsageError(f"{args.dest} is a folder: name the file to write")
     return args
@@ -119,7 +121,7 @@ def to_gguf(args: argparse.Namespace, staged: Path, model: MiniMindLM, meta: dic
 
 def may_think(meta: dict) -> bool:
     """Whether the model was trained to think, or may have been."""
-    return meta.get("stage", "reason") == "reason"
+    return (meta.get("method") or meta.get("stage", "reason")) in ("reason", "grpo", "ppo")
 
 
 def to_adapter(args: argparse.Namespace, staged: Path, model: MiniMindLM, meta: dict, prompts: list) -> None:
@@ -229,7 +231,11 @@ def main() -> None:
         shutil.rmtree(staged, ignore_errors=True) if staged.is_dir() else staged.unlink(missing_ok=True)
     if args.to == "gguf":
         text = modelfile(args.dest.name, model.config, args.tokenizer, may_think(meta))
-        files.write_bytes(args.dest.with_suffix(".Modelfile"), text.encode())
+        beside = args.dest.with_suffix(".Modelfile")
+        if beside.exists() and beside.read_bytes() != text.encode():
+            print(f"note: {beside} is there and is another one: left as it is", file=sys.stderr)
+        else:
+            files.write_bytes(beside, text.encode())
     print(f"{verdict}: wrote {args.dest} ({args.to}, {args.dtype})")
 
 

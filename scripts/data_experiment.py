@@ -41,6 +41,8 @@ def main() -> None:
     parser.add_argument("--out_dir", type=Path, default=ROOT / "out" / "data_experiment")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="for the table (default: in --out_dir)")
     args = parser.parse_args()
+    for name in ("text", "val", "out_dir"):  # the stages run elsewhere
+        vars(args)[name] = vars(args)[name] and vars(args)[name].resolve()
     if args.val is None and args.raw is None:
         parser.error("--val is missing: the text that the models are compared on")
     texts = [text for text in texts_of_file(args.text) if len(text) > 100]
@@ -50,6 +52,11 @@ def main() -> None:
         write_encodings(args.raw, rows)
         return
     args.out_dir.mkdir(parents=True, exist_ok=True)
+    said = json.dumps({name: str(vars(args)[name]) for name in ("text", "documents", "val", "steps")})
+    began = args.out_dir / "arguments.json"
+    if began.exists() and began.read_text(encoding="utf-8") != said:
+        parser.error(f"--out_dir {args.out_dir}: was begun with other files or sizes; give another folder")
+    began.write_text(said, encoding="utf-8")
     (args.out_dir / "raw.jsonl").write_bytes(b"".join(rows))
     for arm, flags in ARMS.items():
         if flags is not None and not (args.out_dir / f"{arm}.report.md").exists():
@@ -136,7 +143,8 @@ def train(args, arm: str, seed: int) -> None:
         return
     data = ["--data_path", args.out_dir / f"{arm}.jsonl", "--val_path", args.val]
     size = ["--preset", "nano", "--max_seq_len", 512, "--batch_size", 8, "--steps", args.steps]
-    run("train_pretrain.py", [*data, *size, "--seed", seed, "--out_dir", args.out_dir / f"{arm}_{seed}"])
+    place = ["--out_dir", args.out_dir / f"{arm}_{seed}", "--from_resume", 1]
+    run("train_pretrain.py", [*data, *size, "--seed", seed, *place])
     (args.out_dir / f"{arm}_{seed}" / "done").touch()
 
 

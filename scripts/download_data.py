@@ -85,7 +85,12 @@ def hubs_of(args: argparse.Namespace) -> list[Hub]:
 def wish_of(name: str, args: argparse.Namespace) -> Wish:
     """UsageError for what is nothing that can be fetched."""
     if page := PAGES.fullmatch(name.partition("?")[0]):
-        return Wish(name, [(hugging_face(), page[1])], glob.escape(unquote(page[2])))
+        host = urlsplit(name)
+        own = Hub("huggingface", f"{host.scheme}://{host.netloc}")
+        hub = hubs_of(args)[0] if args.hub.startswith("http") else hugging_face()
+        if args.hub == "auto" and not os.environ.get("HF_ENDPOINT") and host.hostname != "huggingface.co":
+            hub = own  # the page of a mirror
+        return Wish(name, [(hub, page[1])], glob.escape(unquote(page[2])))
     scheme, _, rest = name.partition(":")
     if scheme in ("http", "https"):
         if not urlsplit(name).hostname or not _file_name(name):

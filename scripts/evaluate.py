@@ -1,13 +1,14 @@
 """Measure a model on benchmarks: the questions that come with the repository, or published files by their folder.
 
 python scripts/evaluate.py                                       # the newest SFT weights in out/, our own questions
-python scripts/evaluate.py --model out/full_sft_512.pth --tasks cmmlu,gsm8k --data DIR --shots 5
+python scripts/evaluate.py --model out/full_sft_512.pth --data DIR --shots 5     # the published ones that are there
 python scripts/evaluate.py --tasks cmmlu --data DIR --train_files pretrain.jsonl sft.jsonl      # contaminated?
 python scripts/evaluate.py --model NEW.pth --against OLD.pth     # or OLD.eval.json: difference with its interval
 """
 
 import argparse
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -36,7 +37,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     cli.add_model_flags(parser, _path.ROOT / "out")
     add = parser.add_argument_group("what is asked").add_argument
     names = f"{', '.join(OURS)} (ours), {', '.join(PUBLISHED)}"
-    add("--tasks", default=",".join(OURS), metavar="A,B", help=f"{names}; or paths of JSONL files (default: ours)")
+    add("--tasks", metavar="A,B", help=f"{names}; or paths of JSONL files (default: those in --data, else ours)")
     add("--data", metavar="DIR", help="folder with cmmlu/, mmlu/, ..., or the folder of the one task")
     add("--shots", type=int, default=0, help="worked examples before each question (default: 0)")
     add("--limit", type=int, help="this many questions of each task, spread over all of it")
@@ -74,7 +75,13 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def read_tasks(args: argparse.Namespace) -> list[Task]:
-    tasks = [read_task(name.strip(), args.data) for name in args.tasks.split(",") if name.strip()]
+    if args.tasks is None:
+        names = [name for name in PUBLISHED if (Path(args.data) / name).is_dir()] if args.data else OURS
+        if not names:
+            raise UsageError(f"--data {args.data}: no folder of {', '.join(PUBLISHED)} in it; --tasks says what it is")
+    else:
+        names = [name.strip() for name in args.tasks.split(",") if name.strip()]
+    tasks = [read_task(name, args.data) for name in names]
     if not tasks:
         raise UsageError("--tasks names nothing")
     names = [task.name for task in tasks]
@@ -143,16 +150,27 @@ def result_path(path: Path) -> Path:
     return path.with_name(f"{path.stem if path.suffix == '.pth' else path.name}.eval.json")
 
 
-def write_result(file: Path, content: dict, weights: Path) -> None:
-    """Tasks that were measured before on the same weights stay in the file."""
+def read_earlier(file: Path, weights: Path, named: bool) -> dict | None:
+    """What was measured before on the same weights. named: by --out. UsageError for another file of that name."""
+    if not file.exists():
+        return None
+    try:
+        earlier = report.read_result(file)
+    except DataError:
+        raise UsageError(f"--out {file}: there is another file of that name; give another") from None
+    if named and Path(earlier.get("model", weights)).resolve() != weights.resolve():
+        raise UsageError(f"--out {file}: it holds what {earlier['model']} was measured at; give another")
     newest = max(p.stat().st_mtime for p in ([weights, *weights.glob("*")] if weights.is_dir() else [weights]))
-    if file.exists() and file.stat().st_mtime > newest:
-        try:
-            earlier = report.read_result(file)
-            for part in ("tasks", "answers"):
-                content[part] = earlier[part] | content[part]
-        except DataError:
-            raise UsageError(f"--out {file}: there is another file of that name; give another") from None
+    return earlier if file.stat().st_mtime > newest else None
+
+
+def write_result(file: Path, content: dict, earlier: dict | None) -> None:
+    """Tasks that were measured before in the same way stay in the file; else the file is kept as FILE.1."""
+    if earlier and all(earlier.get(name) == content[name] for name in ("chat", "context")):
+        content = content | {part: earlier[part] | content[part] for part in ("tasks", "answers")}
+    elif earlier:
+        os.replace(file, f"{file}.1")
+        print(f"note: {file} was measured in another way (chat, context): kept as {file}.1", file=sys.stderr)
     write_bytes(file, (json.dumps(content, ensure_ascii=False) + "\n").encode())
 
 
@@ -162,22 +180,24 @@ def main() -> None:
     if not path.exists():
         raise CheckpointError(f"{path}: no such file or folder; check --model")
     tasks = read_tasks(args)
+    out = Path(args.out) if args.out else result_path(path)
+    earlier, other = read_earlier(out, path, bool(args.out)), None
+    if args.against and args.against.endswith(".json"):
+        other = report.read_result(args.against)
+    elif args.against and not Path(args.against).exists():
+        raise CheckpointError(f"{args.against}: no such file or folder; check --against")
     results, facts = evaluate_model(path, tasks, args)
     content = report.as_json(results, facts)
     print(report.as_text(results))
-    if args.against:
-        if args.against.endswith(".json"):
-            other = report.read_result(args.against)
-        else:
-            other = report.as_json(*evaluate_model(Path(args.against), tasks, args))
-        print(f"\nagainst {args.against}:")
-        print("\n".join(report.compare(other, content)))
-    out = Path(args.out) if args.out else result_path(path)
-    write_result(out, content, path)
+    write_result(out, content, earlier)
     if args.markdown:
         told = {"command": f"python scripts/evaluate.py {' '.join(sys.argv[1:])}"} | facts
         write_bytes(Path(args.markdown), report.as_markdown(results, path.name, told).encode())
     print(f"wrote {out}{f', {args.markdown}' if args.markdown else ''}", file=sys.stderr)
+    if args.against:
+        other = other or report.as_json(*evaluate_model(Path(args.against), tasks, args))
+        print(f"\nagainst {args.against}:")
+        print("\n".join(report.compare(other, content)))
 
 
 if __name__ == "__main__":

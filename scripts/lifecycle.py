@@ -157,8 +157,9 @@ def main() -> None:
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="append the table to this file")
     args = parser.parse_args()
     out = args.out_dir
-    if len(list(out.glob("full_sft_*.pth"))) != 1:
-        raise cli.UsageError(f"--out_dir {out}: needs one full_sft_*.pth, which scripts/quickstart.py makes")
+    if (n := len(list(out.glob("full_sft_*.pth")))) != 1:
+        several = f"; {n} are there: move the others to another folder" if n else ""
+        raise cli.UsageError(f"--out_dir {out}: needs one full_sft_*.pth, which scripts/quickstart.py makes{several}")
     begin, life = time.monotonic(), Life(out.resolve(), args.seed)
     lines = lora(life, "lora_identity", "who it is: a new name and maker", "--steps", "300")
     lines += lora(life, "lora_medical", "first aid, in unseen wordings")

@@ -8,13 +8,14 @@ Everything is computed from parameter and FLOP counts; what is assumed and not m
 
 import argparse
 from dataclasses import dataclass
-from pathlib import Path
 
 import _path  # noqa: F401
 import torch
 
 import cli
 from cli import ArgumentParser, UsageError
+from dataset.files import DataError, DataFile
+from dataset.sources import parse_sources
 from model.model import PRESETS, MiniMindConfig, MiniMindLM
 from trainer.optimizer import LEARNING_RATES, Muon, build_optimizers
 
@@ -144,9 +145,10 @@ def count_tokens(args: argparse.Namespace) -> float:
     if args.data_path is None:
         return args.tokens
     try:
-        return Path(args.data_path).stat().st_size / args.bytes_per_token * args.epochs
-    except OSError as error:
-        raise UsageError(f"--data_path {args.data_path}: {error.strerror}; give a file, or --tokens") from None
+        files = [file for source in parse_sources([args.data_path]) for file in source.files]
+        return sum(DataFile(file).text_size for file in files) / args.bytes_per_token * args.epochs
+    except DataError as error:
+        raise UsageError(f"--data_path {error}; or give --tokens") from None
 
 
 def print_plan(args: argparse.Namespace) -> None:

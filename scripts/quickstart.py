@@ -45,12 +45,13 @@ def main() -> None:
     train = [*out, "--from_resume", "1", *([] if args.seed is None else ["--seed", str(args.seed)])]
     factor = 1 if args.minutes is None else args.minutes / sum(MINUTES)
     pretrain, sft, long = (["--minutes", f"{minutes * factor:g}"] for minutes in MINUTES)
-    size = ["--preset", "micro" if args.minutes is not None and args.minutes >= LARGER_FROM else "pico"]
+    preset, width = ("micro", "384") if args.minutes is not None and args.minutes >= LARGER_FROM else ("pico", "192")
+    own_size = ["--hidden_size", width]  # the folder may hold the weights of the other one
     began = time.monotonic()
     python = environment.ready("core")
     held_out = "dataset/starter_data/heldout.jsonl"
     typed, turns = "evaluation/typed_unseen.jsonl", "evaluation/turns_unseen.jsonl"
-    chat = ["eval_model.py", "--model_mode", "1", *out]
+    chat = ["eval_model.py", "--model_mode", "1", *own_size, *out]
 
     def stage(title: str, *command: str, answers: str | None = None) -> None:
         """Its time so far, and what it prints; `answers` is what it reads."""
@@ -61,11 +62,11 @@ def main() -> None:
 
     stage("1/6 starter corpus: a small bilingual world, written by a program", "-m", "dataset.starter")
     stage("2/6 pretraining: from random weights to a model of text",
-          "train_pretrain.py", "--batch_size", "8", *train, *pretrain, *size)  # fmt: skip
+          "train_pretrain.py", "--batch_size", "8", *train, *pretrain, "--preset", preset)  # fmt: skip
     stage("3/6 supervised fine-tuning: the model learns to answer",
-          "train_full_sft.py", *train, *sft, *SHORT_CHATS)  # fmt: skip
+          "train_full_sft.py", *train, *sft, *own_size, *SHORT_CHATS)  # fmt: skip
     stage("4/6 long chats: it learns to answer when much stands before the question",
-          "train_full_sft.py", *train, *long, *LONG_CHATS)  # fmt: skip
+          "train_full_sft.py", *train, *long, *own_size, *LONG_CHATS)  # fmt: skip
     stage("5/6 scoreboard: held-out questions, exact answers", *chat, "--score", held_out)
     stage("    and what people type, by somebody who did not see the lessons", *chat, "--score", typed)
     stage("    and what they say next, when it hangs on what was said before", *chat, "--score", turns)

@@ -8,6 +8,7 @@ Runs that are done are not done again, so it can be stopped.
 """
 
 import argparse
+import hashlib
 import json
 import random
 import statistics
@@ -81,10 +82,8 @@ def write_worked(script: str, path: Path) -> Path:
 
 
 def train(args: argparse.Namespace, arm: str, seed: int, worked: Path, data: Path) -> Path:
-    """The weights of an arm; what is there is not trained again."""
+    """The weights of an arm; what is complete with these flags is not trained again."""
     name = f"{args.script}_{arm}_{seed}"
-    if done := list(args.out_dir.glob(f"{name}_*.pth")):
-        return done[0]
     flags = ["--from_weight", args.from_weight.resolve(), "--seed", seed, "--minutes", args.minutes]
     flags += ["--out_dir", args.out_dir, "--save_weight", name, "--from_resume", 1]
     if arm == "sft":
@@ -101,7 +100,8 @@ def train(args: argparse.Namespace, arm: str, seed: int, worked: Path, data: Pat
 def scores(args: argparse.Namespace, path: Path, data: Path) -> dict[str, float]:
     """Per cent right: of each kind of held-out questions one sample at temperature 1, of the scoreboard greedily. Kept
     beside the weights."""
-    kept = args.out_dir / f"{args.script}.{path.stem}.scores.json"
+    place = hashlib.sha256(f"{path.resolve()} {args.measure}".encode()).hexdigest()[:8]
+    kept = args.out_dir / f"{args.script}.{path.stem}.{place}.scores.json"
     if kept.exists() and kept.stat().st_mtime > path.stat().st_mtime:
         return json.loads(kept.read_text(encoding="utf-8"))
     model, _ = checkpoint.load(path)

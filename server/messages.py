@@ -114,7 +114,8 @@ def read_tool_choice(value: Any) -> ToolChoice:
     if kind in ("function", "tool") and isinstance(name := _name(value), str):
         return ToolChoice("required", (name,), named=True)
     if kind == "allowed_tools":
-        allowed = value.get("allowed_tools") or value
+        value = value if isinstance(value, dict) else {}
+        allowed = value["allowed_tools"] if isinstance(value.get("allowed_tools"), dict) else value
         mode, tools = allowed.get("mode", "auto"), allowed.get("tools")
         names = tuple(map(_name, tools)) if isinstance(tools, list) else ()
         if isinstance(mode, str) and mode in MODES and names and all(isinstance(name, str) for name in names):

@@ -24,6 +24,7 @@ def parse_body(body: bytes) -> dict:
     """The JSON object in a body, in which every text is Unicode. Raises ApiError."""
     try:
         content = json.loads(body.decode("utf-8"))
+        surrogate = _find_surrogate(content) if ESCAPED_SURROGATE.search(body) else None
     except UnicodeDecodeError:
         raise ApiError(400, "the body is not UTF-8") from None
     except RecursionError:
@@ -34,8 +35,8 @@ def parse_body(body: bytes) -> dict:
         raise ApiError(400, f"the body has an integer of more than {sys.get_int_max_str_digits():,} digits") from None
     if not isinstance(content, dict):
         raise ApiError(400, "the body is not a JSON object")
-    if ESCAPED_SURROGATE.search(body) and (where := _find_surrogate(content)):
-        path = _path(where)
+    if surrogate:
+        path = _path(surrogate)
         raise ApiError(400, f"{path} has a lone surrogate, which is not a Unicode character", param=path)
     return content
 
@@ -55,7 +56,8 @@ def check_request(content: dict, kind: type[Request]) -> Request:
         path = _path(first["loc"])
         if first["type"] == "missing":
             raise ApiError(400, f"{path} is missing", param=path, code="missing_required_parameter") from None
-        raise ApiError(400, f"{path}: {first['msg']}", param=path, code="invalid_value") from None
+        said = first["msg"].replace(" after validation", "")
+        raise ApiError(400, f"{path}: {said}", param=path, code="invalid_value") from None
     except RecursionError:
         raise ApiError(400, "the body is nested too deeply") from None
     return request

@@ -209,10 +209,11 @@ class CompletionReply(Reply):
 
     def _scored(self, update: Update) -> list[Logprob]:
         """The prompt's tokens; of a text, without the one that we have put before it."""
-        prompt = self.request.prompts[update.choice // self.request.sequences]
-        if not update.prompt or not isinstance(prompt, str) or len(update.prompt) == 1:
+        is_text = isinstance(self.request.prompts[update.choice // self.request.sequences], str)
+        prefix = len(self.tokenizer.text_prefix) if is_text else 0
+        if not update.prompt or not prefix or len(update.prompt) == prefix:
             return update.prompt or []
-        first, *rest = update.prompt[1:]
+        first, *rest = update.prompt[prefix:]
         return [Logprob(first.token, None, None), *rest]
 
     def _top(self, logprob: Logprob) -> dict[str, float] | None:

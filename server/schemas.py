@@ -266,7 +266,9 @@ class ChatRequest(CommonRequest):
 def _switch(name: str, value: Any) -> bool | None:
     """On, off, or nothing said: true, {"type": "enabled"} (Anthropic, DeepSeek), "high" (Ollama's efforts)."""
     if isinstance(value, dict):
-        value = {"enabled": True, "adaptive": None, "disabled": False}.get(value.get("type"), value)
+        kind = value.get("type")
+        known = {"enabled": True, "adaptive": None, "disabled": False}
+        value = known[kind] if isinstance(kind, str) and kind in known else value
     elif isinstance(value, str):
         value = {"low": True, "medium": True, "high": True, "none": False}.get(value, value)
     if value is not None and not isinstance(value, bool):

@@ -157,7 +157,7 @@ class Service:
     def text_prompt(self, text: str | list[int]) -> list[int]:
         """Of a text, or of tokens as they are. Raises ApiError."""
         self._check_size(len(text), "prompt", longest=self.longest_token if isinstance(text, str) else 1)
-        return self.bot.encode(text) if isinstance(text, str) else self._checked(text)
+        return self._checked(self.bot.encode(text) if isinstance(text, str) else text)
 
     def _checked(self, ids: list[int]) -> list[int]:
         if unknown := [i for i in ids if not 0 <= i < self.vocab_size]:

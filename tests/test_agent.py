@@ -132,7 +132,7 @@ def test_calls_without_end_are_cut_off():
 def test_a_tool_that_always_fails_is_told_once(capsys):
     """One line for a step in which every call gets an error back; each of them may cost something."""
     tokenizer, failing = load_tokenizer(), said(("calculator", {"expression": "1 +"}))
-    play = ToolTurns(tokenizer, REWARDS["right"], SimpleNamespace(max_new_tokens=9, failed_call_cost=0.1))
+    play = ToolTurns(tokenizer, REWARDS["right"], SimpleNamespace(thinking=0, max_new_tokens=9, failed_call_cost=0.1))
     rollouts = [play_script([failing, {"role": "assistant", "content": "7"}], tokenizer)[0] for _ in range(20)]
     for _ in range(2):
         play.answer(SimpleNamespace(complete=lambda *args, **options: None), rollouts)
@@ -298,6 +298,17 @@ def test_the_engine_says_what_the_model_does(world):
         assert rollout.member or gap.isfinite().all()
         right = REWARDS["right"](rollout.question, rollout.messages) if not rollout.truncated else 0.0
         assert rollout.reward == right - 0.25 * rollout.failed_calls
+    # Where a result does not fit any more, the rollout ends at the last place that the trainer's rows have.
+    once = [rollout for rollout in rollouts if rollout.calls == 1 and rollout.member < 4]
+    longest, ends = max(len(rollout.ids) for rollout in once), set()
+    for room in range(longest - 30, longest, 3):
+        rollouts = [play.begin(question, i, member) for i, question in enumerate(questions) for member in range(4)]
+        with Generator(model, tokenizer, torch.float32, room) as generator:
+            play.answer(generator, rollouts)
+        assert all(len(rollout.ids) == len(rollout.trained) <= room for rollout in rollouts)
+        assert all(sum(rollout.trained) == len(rollout.log_probs) for rollout in rollouts)
+        ends |= {rollout.trained[-1] for rollout in rollouts if rollout.truncated and len(rollout.ids) == room}
+    assert False in ends  # within a result
 
 
 def test_a_run_learns_to_call_and_goes_on_after_a_kill(world, tmp_path):

@@ -380,6 +380,7 @@ def test_report_and_removed_rows(tmp_path):
         (["/nowhere.jsonl", "--out", "OUT"], 1, "nowhere"),
         (["/nowhere/*.jsonl", "--out", "OUT"], 1, "pattern"),
         (["EMPTY", "--out", "OUT"], 1, "empty"),
+        (["CUT", "--out", "OUT"], 1, "ended before"),
         (["EMPTY", "--kind", "sft", "--out", "OUT"], 1, "empty"),
         (["FOLDER", "--out", "OUT"], 1, "no data in this folder"),
         (["FILE", "--kind", "sft", "--out", "OUT"], 1, "none of the rows"),
@@ -390,9 +391,10 @@ def test_report_and_removed_rows(tmp_path):
 )
 def test_user_mistake_is_one_line_and_leaves_nothing(tmp_path, arguments, code, words, monkeypatch, capsys):
     names = {"FILE": tmp_path / "f.jsonl", "OUT": tmp_path / "out.jsonl", "EMPTY": tmp_path / "e.jsonl",
-             "FOLDER": tmp_path / "folder"}  # fmt: skip
+             "FOLDER": tmp_path / "folder", "CUT": tmp_path / "c.csv.gz"}  # fmt: skip
     names["FILE"].write_text('{"text": "A row that is good enough to stay."}\n{"text": "no"}\n')
     names["EMPTY"].touch()
+    names["CUT"].write_bytes(gzip.compress(b"text\nA row that is good enough to stay.\n")[:-8])
     names["FOLDER"].mkdir()
     names["OUT"].write_text("earlier\n")
     script = ["clean_data.py", *(str(names.get(argument, argument)) for argument in arguments)]
@@ -412,10 +414,13 @@ def test_full_disk_is_one_line(tmp_path):
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 
-    result = run(path, "--out", tmp_path / "out.jsonl", preexec_fn=limit)
+    removed = tmp_path / "removed.jsonl"
+    removed.write_text("earlier\n")
+    result = run(path, "--out", tmp_path / "out.jsonl", "--removed", removed, preexec_fn=limit)
     assert result.returncode == 1 and "Traceback" not in result.stderr
     assert "cannot be written: File too large" in result.stderr.splitlines()[-1]
-    assert [file.name for file in tmp_path.iterdir()] == ["f.jsonl"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["f.jsonl", "removed.jsonl"]
+    assert removed.read_text() == "earlier\n"
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")

@@ -1,6 +1,7 @@
 """scripts/compare_runs.py on records that real runs wrote, and whether its intervals hold what they promise."""
 
 import json
+import os
 import random
 import shutil
 import statistics
@@ -61,6 +62,11 @@ def test_seeds_are_a_group_and_groups_are_compared(runs, tmp_path):
     assert f"| val_bpb | {statistics.mean(pairs):+.4f} ± " in report and "2 pairs of seeds" in report
     assert "| optimizer | muon | adamw |" in report and "muon × 2" in report and "--seed 2" in report
     assert "| cmmlu accuracy | 0.2512 |" in report
+    results = runs / "muon_s1_64.eval.json"
+    os.utime(results, (1, 1))  # of weights that have been trained anew
+    done = Script(tmp_path, ["scripts/compare_runs.py", *names, "--out", text]).wait()
+    assert "of earlier weights" in done.err and "cmmlu" not in text.read_text()
+    os.utime(results)
 
 
 def test_mistakes_are_one_line(runs, tmp_path):

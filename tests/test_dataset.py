@@ -20,6 +20,7 @@ from dataset.lm_dataset import (
     DataError,
     batches,
     bytes_per_token,
+    cache_folders,
     collate,
     content_hash,
     default_cache_dir,
@@ -29,6 +30,7 @@ from dataset.lm_dataset import (
     summary,
     validation_batches,
 )
+from dataset.sources import parse_sources
 from tests.samples import messy_chats, messy_text
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -328,11 +330,26 @@ def test_old_entries_of_the_cache_make_room(tmp_path, tokenizer, capsys, monkeyp
     assert str(tmp_path / "cache") in built(0) and "cached" not in built(1)
     for age, entry in enumerate(sorted(filter(Path.is_dir, (tmp_path / "cache").iterdir()))):
         os.utime(entry, (100 + age, 100 + age))
+    others = [tmp_path / "cache" / name for name in ("photos", "compiled-0123456789ab", "sft-2024")]  # not the cache's
+    for other in others:
+        other.mkdir()
+        (other / "file").write_bytes(b"x" * 10**6)
+        os.utime(other, (1, 1))
     assert "cached" in built(0)  # used again, so that 1 is the oldest
-    size = cache.folder_size(tmp_path / "cache") / 2
+    size = (cache.folder_size(tmp_path / "cache") - 3 * 10**6) / 2
     monkeypatch.setenv("MINIMIND_CACHE_GB", str(2.5 * size / 1e9))
     assert "removed" in built(2)
     assert ["cached" in built(n) for n in (2, 0, 1)] == [True, True, False]
+    assert all((other / "file").exists() for other in others)
+    # What one run trains on stays until it begins, however little fits.
+    monkeypatch.setenv("MINIMIND_CACHE_GB", "0")
+    sources = parse_sources([str(tmp_path / "0.jsonl"), str(tmp_path / "1.jsonl")])
+    mixture = pretrain_dataset(sources, tokenizer, 48, cache_dir=tmp_path / "cache")
+    folders = cache_folders(mixture)
+    pretrain_dataset(tmp_path / "2.jsonl", tokenizer, 48, cache_dir=tmp_path / "cache", keep=folders)  # to validate on
+    assert len(folders) == 2 and all(folder.exists() for folder in folders)
+    pretrain_dataset(tmp_path / "0.jsonl", tokenizer, 64, cache_dir=tmp_path / "cache")
+    assert not any(folder.exists() for folder in folders)
     monkeypatch.setenv("MINIMIND_CACHE_GB", "much")
     with pytest.raises(DataError, match="MINIMIND_CACHE_GB"):
         built(3)

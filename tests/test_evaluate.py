@@ -268,6 +268,13 @@ def test_two_models_and_contamination(weights, tmp_path):
     # The same from the file of an earlier evaluation; a model does not differ from itself.
     same = evaluate("--model", weights / "full_sft_64.pth", "--against", tmp_path / "a.json", *options)
     assert "+0.000 points" in same.stdout, same.stderr
+    # The figures of one model are not kept in a file of another's; and a typing error costs no evaluation.
+    before = (tmp_path / "a.json").read_bytes()
+    other = evaluate("--model", pretrained, *options)
+    assert other.returncode == 2 and "full_sft_64.pth was measured at" in other.stderr
+    typo = evaluate("--model", weights / "full_sft_64.pth", "--against", tmp_path / "b.json", *options)
+    assert typo.returncode == 1 and "b.json: no such file" in typo.stderr and not typo.stdout
+    assert (tmp_path / "a.json").read_bytes() == before
 
 
 @pytest.mark.parametrize(
@@ -276,6 +283,7 @@ def test_two_models_and_contamination(weights, tmp_path):
         (("--tasks", "cmmlu"), 1, "--data"),
         (("--tasks", "cmmlu", "--data", "no_such_folder"), 1, "no such folder"),
         (("--tasks", "no_task"), 1, "no such task"),
+        (("--data", "."), 2, "no folder of cmmlu"),
         (("--model", "no_such.pth"), 1, "no_such.pth"),
         (("--shots", "-1"), 2, "at least 0"),
         (("--too_long", "refuse", "--max_seq_len", "16"), 1, "longer than the context"),

@@ -56,7 +56,16 @@ def test_a_folder_becomes_a_corpus(tmp_path):
         (lambda world: (world / "world.json").write_text("{"), "world.json: JSONDecodeError"),
         (lambda world: edit(world, lambda spec: spec.pop("declines")), "declines"),
         (lambda world: edit(world, lambda spec: spec["relations"]["port"].pop("short")), "short"),
-        (lambda world: edit(world, lambda spec: spec["relations"]["port"].update(questions=["{k}?"])), "port: needs"),
+        (
+            lambda world: edit(world, lambda spec: spec["relations"]["port"].update(questions=["{k}?"])),
+            "questions: needs",
+        ),
+        (lambda world: edit(world, lambda spec: spec["relations"]["port"].update(short="Hafen")), "port: short"),
+        (lambda world: edit(world, lambda spec: spec.update(declines="Nein.")), "declines: must be a list"),
+        (lambda world: edit(world, lambda spec: spec["identity"][0].update(answers=[])), "identity 1: answers: is"),
+        (lambda world: edit(world, lambda spec: spec.update(small_talk=[])), "small_talk: is empty"),
+        (lambda world: edit(world, lambda spec: spec.update(outside=["Was?"] * 3)), "outside: needs"),
+        (lambda world: edit(world, lambda spec: spec.update(relations=[])), "AttributeError"),
         (lambda world: edit(world, lambda spec: spec["relations"]["port"].update(value="hafn")), "hafn"),
     ],
 )

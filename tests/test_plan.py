@@ -66,7 +66,8 @@ def test_command(tmp_path):
     def plan(*flags):
         return subprocess.run([sys.executable, "scripts/plan.py", *flags], capture_output=True, text=True, cwd=ROOT)
 
-    (tmp_path / "data").write_bytes(bytes(8000))
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "a.jsonl").write_text('{"text": "' + "x" * 7987 + '"}\n')
     done = plan("--gpus", "8", "--price", "0.25", "--data_path", str(tmp_path / "data"), "--epochs", "2")
     assert done.returncode == 0, done.stderr
     assert all(f"\n{mode} " in done.stdout for mode in MODES)

@@ -50,6 +50,17 @@ def test_models_and_adapters(server):
     assert len(set(texts.values())) == 2
 
 
+@pytest.mark.parametrize("options", [(), ("--compile", "0"), ("--quantize", "int8"), ("--dtype", "bf16")])
+def test_adapters_are_served_in_every_precision(weights, options):
+    with running(weights, "--max_seq_len", "512", "--device", "cpu", *options) as server:
+        fields = dict(prompt="x", temperature=0, max_tokens=8)
+        texts = [
+            server.client.completions.create(model=model.id, **fields).choices[0].text
+            for model in server.client.models.list()
+        ]
+    assert len(texts) == len(set(texts)) == 2
+
+
 def test_a_completion_is_what_the_engine_gives(server, weights):
     model, _ = checkpoint.load(weights / "full_sft_64.pth")
     tokenizer = load_tokenizer()
@@ -379,6 +390,11 @@ BAD = {  # what is wrong with a chat: (its fields, the parameter that the error 
     "choice of another": (
         {"tools": [COLOUR], "tool_choice": {"type": "function", "function": {"name": "g"}}}, "tool_choice"
     ),
+    "choice by a word": ({"tools": [COLOUR], "tool_choice": "allowed_tools"}, "tool_choice"),
+    "choice of a list": (
+        {"tools": [COLOUR], "tool_choice": {"type": "allowed_tools", "allowed_tools": [5]}}, "tool_choice"
+    ),
+    "thinking of a list": ({"thinking": {"type": []}}, "thinking"),
     "tool schema": (
         {"tools": [{**COLOUR, "function": {"name": "f", "parameters": {"properties": 5}}}], "tool_choice": "required"},
         "tools",
@@ -393,6 +409,12 @@ BAD = {  # what is wrong with a chat: (its fields, the parameter that the error 
     "too long": ({"messages": [{"role": "user", "content": "cat " * 600}]}, "messages"),
     "much too long": ({"messages": [{"role": "user", "content": "cat " * 500_000}]}, "messages"),
 }  # fmt: skip
+
+
+def test_a_deep_body_with_an_emoji_is_named(server):
+    deep = "[" * 900 + json.dumps("\U0001f600") + "]" * 900
+    response = server.post(b'{"messages": ' + deep.encode() + b"}")
+    assert response.status_code == 400 and "\n" not in response.json()["error"]["message"]
 
 
 @pytest.mark.parametrize("fault", BAD)

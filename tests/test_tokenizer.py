@@ -173,8 +173,11 @@ def test_training_through_the_command_line(tmp_path):
 def test_weights_and_sample_size_thin_out_the_rows(tmp_path):
     data = write_rows(tmp_path / "data.jsonl", [{"text": f"row {n}"} for n in range(100)])
     texts = list(train_tokenizer.stream_texts([(data, 0.3), (data, 2.0)], "training"))
-    assert len(texts) == 30 + 200
-    assert texts[0] == "row 3" and texts[29] == "row 99" and texts[30:32] == ["row 0", "row 0"]
+    assert [times for _, times in texts] == [1] * 30 + [2] * 100
+    assert texts[0][0] == "row 3" and texts[29][0] == "row 99" and texts[30:32] == [("row 0", 2), ("row 1", 2)]
+    held_out = []
+    trained = list(train_tokenizer.training_texts([(data, 3.0)], held_out))
+    assert len(held_out) == 1 and len(trained) == 99 * 3 and not set(held_out) & set(trained)
     size = data.stat().st_size
     ((_, weight),) = train_tokenizer.weighted_files([str(data)], [1.0], size / 4 / 1e6)
     assert weight == pytest.approx(0.25)

@@ -198,7 +198,7 @@ def learning_rate_scale(progress: float, warmup: float = 0.02, final: float = 0.
     """
     if progress < warmup:
         return max(progress / warmup, 1e-3)
-    if progress < 1 - decay:
+    if not decay or progress < 1 - decay:
         return 1.0
     through = min((progress - (1 - decay)) / decay, 1.0)
     return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * through))

@@ -24,6 +24,7 @@ class Progress:
     seconds: float = 0.0
     skipped: int = 0  # batches without labels, and steps whose loss or gradient was not finite
     next_validation: float = 0.0  # share of the budget at which it is due
+    validated_step: int = -1  # at which the last validation was
     window: list[float] = field(default_factory=list)  # losses since the last line of the metrics log
     first_losses: list[float] = field(default_factory=list)  # of ten steps
     last_losses: list[float] = field(default_factory=list)

@@ -183,13 +183,14 @@ class Reporter:
                 self.say(f"warning: the tracker has failed ({error}); the training goes on without it")
                 self.tracker = None
 
-    def interrupted(self, progress: Progress) -> None:
+    def interrupted(self, progress: Progress, more: list[str]) -> None:
+        """more: arguments that the command has to have besides."""
         if not self.on:
             return
         self._write_record(progress, "interrupted")
         given = list(zip(["", *sys.argv], sys.argv, strict=False))  # each argument with the one before it
         argv = [text for before, text in given if "--from_resume" not in (before, text.partition("=")[0])]
-        argv += ["--from_resume", "1"]
+        argv += [*more, "--from_resume", "1"]
         machines = int(os.environ.get("GROUP_WORLD_SIZE", "1"))  # torchrun's word for its nodes
         launcher, where = "python", ""
         if "RANK" in os.environ:

@@ -64,6 +64,8 @@ def check_rollout_flags(args: argparse.Namespace) -> None:
             raise UsageError(f"--{name} {vars(args)[name]}: must be at least {low}")
     if not 0 <= args.start_share < 1:
         raise UsageError(f"--start_share {args.start_share}: must be at least 0 and below 1")
+    if args.eval_tasks:
+        raise UsageError("--eval_tasks: not with reinforcement learning; scripts/evaluate.py asks its weights")
     if args.accumulation_steps != 1:
         raise UsageError("--accumulation_steps: rollouts are cut into batches by --rows; leave it out")
     if args.from_weight == "none":

@@ -117,6 +117,8 @@ class Generator:
         def ask(rollout: Rollout) -> bool:
             if len(rollout.ids) >= self.max_len:
                 rollout.truncated = True
+                # The end of what somebody else has said: the trainer's rows have no room for it.
+                del rollout.ids[self.max_len :], rollout.trained[self.max_len :]
                 return False
             params = SamplingParams(
                 temperature=0.0 if greedy else 1.0, max_new_tokens=max_new_tokens, stop_token_ids=self.stop_ids,
@@ -247,9 +249,11 @@ class OneTurn:
 
     def __init__(self, tokenizer: ChatTokenizer, reward: Callable, args):
         self.tokenizer, self.reward, self.args = tokenizer, reward, args
+        # Ours thinks when it is asked to; templates of others, such as Qwen3's, unless they are asked not to.
+        self.thinking = True if args.thinking else False if tokenizer.has_own_template else None
 
     def begin(self, question: Question, prompt: int, member: int) -> Rollout:
-        return begin(self.tokenizer, question, prompt, member, True if self.args.thinking else None)
+        return begin(self.tokenizer, question, prompt, member, self.thinking)
 
     def answer(self, generator: Generator, rollouts: list[Rollout], **options) -> None:
         """Finishes and rewards them; options: of Generator.complete(). An answer that was cut off is worth 0, and so is

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from cli import find_device
-from dataset.lm_dataset import batches, bytes_per_token, row_count, summary, validation_batches
+from dataset.lm_dataset import batches, bytes_per_token, cache_folders, row_count, summary, validation_batches
 from dataset.mixing import Mixture
 from model import checkpoint
 from model.adapters import fingerprint
@@ -111,7 +111,8 @@ class Run:
         self.model.activation_checkpointing = bool(args.activation_checkpointing)
         if self.processes.rank:  # the weights are equal by now, what is dropped out must not be
             torch.manual_seed(args.seed + self.processes.rank)
-        self.probe = AnswerProbe(args.eval_tasks, self.tokenizer, stage != "pretrain") if args.eval_tasks else None
+        in_chat = stage not in ("pretrain", "unlikelihood")
+        self.probe = AnswerProbe(args.eval_tasks, self.tokenizer, in_chat) if args.eval_tasks else None
         self.progress, self.compiled = Progress(), None
         self.share = 0.0  # of the budget that is used up
         self.reporter = Reporter(self.stage, self.path(".pth"), self.processes, args.log_interval)
@@ -125,7 +126,10 @@ class Run:
         or of the starter corpus' files of that name."""
         paths = data_paths(self.args, starter)
         options = dict(seq_len=self.args.max_seq_len, cache_dir=self.cache_dir, quiet=not self.processes.is_main)
-        rows = [make(path, self.tokenizer, **options) if path else None for path in paths]
+        rows: list = []
+        for path in paths:
+            keep = set().union(*(cache_folders(part) for part in rows if part is not None))
+            rows.append(make(path, self.tokenizer, **options, keep=keep) if path else None)
         for flag, path, part in zip(("data_path", "val_path"), paths, rows, strict=True):
             figures = None if part is None else summary(part)  # not `part and`: its length may have to be waited for
             self.inputs[flag] = figures and figures["sha256"]
@@ -211,20 +215,20 @@ class Run:
 
     @property
     def validation_due(self) -> bool:
-        if self.args.val_interval:
-            return self.progress.step % self.args.val_interval == 0
+        if interval := self.args.val_interval:
+            return self.progress.step // interval > self.progress.validated_step // interval
         return self.share + 1e-9 >= self.progress.next_validation
 
     def validate(self, loss_fn: LossFn, rows) -> None:
         """Log what evaluate() finds, and how the questions of --eval_tasks go; without either, nothing."""
         figures = {} if rows is None else self.evaluate(loss_fn, rows)
         if self.probe:
-            model = self.parallel.model if self.parallel else self.model
-            figures |= self.probe.ask(model, self.dtype, self.reporter)
+            figures |= self.probe.ask(self._measured_model(), self.dtype, self.reporter)
         self.log_validation(figures)
 
     def log_validation(self, figures: dict[str, float]) -> None:
         """Log figures named val_..., and count this validation as done."""
+        self.progress.validated_step = self.progress.step
         self.progress.next_validation = 0.1 * (math.floor(self.share * 10 + 1e-6) + 1)
         if figures:
             self.reporter.validation(self.progress, figures)
@@ -301,7 +305,6 @@ class Run:
             self.load_state_dict(self.resume)
             self.resume = None  # frees half a gigabyte
         model, peak = self.parallel.model, matmul_peak(self.device, self.dtype)
-        install(model, self.dtype, self.device)  # again: an adapter may have come since
         expected, _ = processes.agree(self._expected_seconds(peak))
         wish = args.compile if self.compiled is None else str(int(self.compiled))
         self.compiled = compile_if_worth(model, wish, self.device, expected, self.reporter.say)
@@ -312,7 +315,8 @@ class Run:
         self.reporter.begin_record(self.progress, facts_of(self))
         self._interrupt, self._stop, self._bad_steps = Interrupt(), False, 0
         self._clock = time.perf_counter() - self.progress.seconds
-        self._last_save, self._pause, self._saved_step = self.progress.seconds, SAVE_SECONDS, self.progress.step
+        self._last_save, self._pause = self.progress.seconds, SAVE_SECONDS
+        self._saved_step = self._last_save_step = self.progress.step
         self.share = self.progress.share(self.budget, self._rows)
         if isinstance(rows, Mixture):
             self.reporter.say(f"sources of --data_path:\n{rows.describe(self._planned_rows())}")
@@ -324,6 +328,7 @@ class Run:
     def _distribute(self) -> None:
         """From here on `model` is what the processes share."""
         args = self.args
+        install(self.model, self.dtype, self.device)  # again: an adapter may have come since
         self._sizes = ModelSizes.of(self.model)  # of the whole, however it is shared out
         tokens = args.batch_size * args.accumulation_steps * args.max_seq_len * self.processes.count
         make = partial(
@@ -377,6 +382,12 @@ class Run:
                     weights[name].lerp_(before.to(weights[name]), share)
         return model
 
+    def _measured_model(self) -> nn.Module:
+        """What is validated: what is trained, and once a mean is to be written, the mean."""
+        if self._start is not None:
+            return self.whole_model().to(self.device)
+        return self.parallel.model if self.parallel else self.model
+
     def average_with(self, start: dict[str, Tensor], share: float) -> None:
         """From here on whole_model() gives, and finish() writes, share * start + (1 - share) * the weights, of those
         that start has: on the line between the weights of before and after a training most of what either can do is
@@ -401,7 +412,7 @@ class Run:
         """val_loss, val_bpb (bits per byte, if the loss is a mean over tokens) and val_<name> of each scalar metric,
         over the first rows, up to --val_tokens in all. Bits per byte are those of the metric `cross_entropy` if there
         is one, else of the loss."""
-        args, model = self.args, self.parallel.model if self.parallel else self.model
+        args, model = self.args, self._measured_model()
         if args.val_tokens:
             rows = rows.select(range(min(len(rows), max(1, args.val_tokens // args.max_seq_len))))
         bytes_of = bytes_per_token(self.tokenizer).to(self.device)
@@ -464,10 +475,13 @@ class Run:
 
     def _save_if_due(self) -> None:
         progress, interval = self.progress, self.args.save_interval
-        due = progress.step % interval == 0 if interval else progress.seconds - self._last_save > self._pause
+        if interval:  # several updates may lie between two looks
+            due = progress.step // interval > self._last_save_step // interval
+        else:
+            due = progress.seconds - self._last_save > self._pause
         if not due:
             return
-        self._last_save, start = progress.seconds, time.perf_counter()
+        self._last_save, self._last_save_step, start = progress.seconds, progress.step, time.perf_counter()
         try:
             self._save_resume()
             self._saved_step = progress.step
@@ -479,7 +493,10 @@ class Run:
     def _end_early(self) -> None:
         with self._remedy():
             self._save_resume()
-        self.reporter.interrupted(self.progress)
+        # Of weights that a stage's name stands for, others may be the newest by then.
+        by_name = self.began_at and self.began_at.stem.startswith(f"{self.args.from_weight}_")
+        size = ["--hidden_size", str(self.args.hidden_size)] if by_name and "--hidden_size" not in sys.argv else []
+        self.reporter.interrupted(self.progress, size)
         sys.exit(130)
 
     @contextlib.contextmanager

@@ -23,21 +23,23 @@ CALL_ROUNDS = 4  # calls, results, calls, ... for one question, at most: as in e
 OURS = {"calculate_math": "calculator", "unit_converter": "convert"}  # MiniMind's names of tools that we have
 
 
-def result_ids(tokenizer: ChatTokenizer, results: list[str]) -> list[int]:
+def result_ids(tokenizer: ChatTokenizer, results: list[str], thinking: bool | None = None) -> list[int]:
     """What the template writes behind an answer with calls: their results, and the beginning of the next answer.
-    DataError for a template that writes the calls in another way once results follow."""
-    call = {"name": "?", "arguments": {}}
-    talk = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "", "tool_calls": [call] * len(results)}]
-    before = render_chat(tokenizer, talk)[0]
-    end = max((i for i, token in enumerate(before) if token in tokenizer.stop_ids), default=-1) + 1
-    talk += [{"role": "tool", "content": result} for result in results]
-    after = render_chat(tokenizer, talk, add_generation_prompt=True)[0]
-    if not end or after[:end] != before[:end]:
-        raise DataError(f"{tokenizer.source}: its chat template has no turns of tools that can be appended")
-    return after[end:]
+    thinking: as render_chat's enable_thinking. DataError for a template that writes the calls in another way once
+    results follow."""
+    calls = {"role": "assistant", "content": "", "tool_calls": [{"name": "?", "arguments": {}}] * len(results)}
+    for thought in ({}, {"reasoning_content": "?"}):  # some write an empty thought before the last answer alone
+        talk = [{"role": "user", "content": "?"}, calls | thought]
+        before = render_chat(tokenizer, talk)[0]
+        end = max((i for i, token in enumerate(before) if token in tokenizer.stop_ids), default=-1) + 1
+        talk += [{"role": "tool", "content": result} for result in results]
+        after = render_chat(tokenizer, talk, add_generation_prompt=True, enable_thinking=thinking)[0]
+        if end and after[:end] == before[:end]:
+            return after[end:]
+    raise DataError(f"{tokenizer.source}: its chat template has no turns of tools that can be appended")
 
 
-def carry_out(rollout: Rollout, tokenizer: ChatTokenizer) -> bool:
+def carry_out(rollout: Rollout, tokenizer: ChatTokenizer, thinking: bool | None = None) -> bool:
     """Carries out the calls of the last answer and appends their results; False if that was the end: there are none, or
     it was call after call, and then the rollout counts as cut off."""
     calls = rollout.messages[-1].get("tool_calls", [])
@@ -48,7 +50,8 @@ def carry_out(rollout: Rollout, tokenizer: ChatTokenizer) -> bool:
         return False
     results = [run_tool(**call) for call in calls]
     rollout.failed_calls += sum("error" in json.loads(result) for result in results)
-    rollout.append(result_ids(tokenizer, results), [{"role": "tool", "content": result} for result in results])
+    said = [{"role": "tool", "content": result} for result in results]
+    rollout.append(result_ids(tokenizer, results, thinking), said)
     return True
 
 
@@ -57,7 +60,8 @@ class ToolTurns(OneTurn):
 
     def answer(self, generator: Generator, rollouts: list[Rollout], **options) -> None:
         """The reward is for the last answer alone, less --failed_call_cost for each call that got an error back."""
-        super().answer(generator, rollouts, next_turn=partial(carry_out, tokenizer=self.tokenizer), **options)
+        next_turn = partial(carry_out, tokenizer=self.tokenizer, thinking=self.thinking)
+        super().answer(generator, rollouts, next_turn=next_turn, **options)
         calls, failed = (sum(getattr(rollout, name) for rollout in rollouts) for name in ("calls", "failed_calls"))
         if failed == calls >= MANY:
             last = next(m["content"] for rollout in rollouts for m in rollout.messages if m["role"] == "tool")

@@ -449,7 +449,7 @@ def main() -> None:
         parser.error(f"--size {args.size}: give a number above 0 and at most 100")
     start = time.perf_counter()
     if args.world is not None:
-        if args.out == DEFAULT:
+        if args.out.resolve() == DEFAULT:
             parser.error("--world needs --out FOLDER, for the files that are made of it")
         try:
             write_own(args.world, args.out, args.size, args.seed)

@@ -17,6 +17,7 @@ from dataset.starter.skills import Item, ask_fact, is_held_out, pick_wording
 
 SHARES = {"facts": 66, "follow_up": 8, "identity": 8, "small_talk": 6, "outside": 12}  # per cent of the conversations
 HELD_OUT = 60  # questions of each subject, at most
+TRIES = 2000  # draws after which there is nothing on that side of the split
 LANG = "own"  # the registers know no words of it: their rules on letters, signs and case apply
 GUIDE = "docs/own_world.md says what a world is made of"
 
@@ -25,7 +26,7 @@ class World:
     """The tables and wordings of a folder. DataError names what is missing."""
 
     def __init__(self, folder: Path):
-        file = folder / "world.json"
+        self.file = file = folder / "world.json"
         try:
             spec = load_json("world", folder)
             self.another, self.declines = spec["another"], spec["declines"]
@@ -37,27 +38,39 @@ class World:
                 self.relations.append(
                     Relation(name, "facts", part["table"], part["key"], part["value"], *texts, folder=folder)
                 )
-            wanted = {name: part["questions"] for name, part in spec["relations"].items()}
-            wanted |= {talk["answers"][0]: talk["questions"] for talks in self.talks.values() for talk in talks}
+            lists = {name: spec[name] for name in ("another", "outside", "declines")}
+            lists |= {f"{r}: {which}": part[which] for r, part in spec["relations"].items()
+                      for which in ("questions", "told", "short")}  # fmt: skip
+            lists |= {f"{kind} {n}: {which}": talk[which] for kind, talks in self.talks.items()
+                      for n, talk in enumerate(talks, 1) for which in ("questions", "answers")}  # fmt: skip
+            rows = {relation.name: len(relation.rows[LANG]) for relation in self.relations}
         except OSError as error:
             raise DataError(f"{error.filename}: {error.strerror}; {GUIDE}") from None
-        except (KeyError, ValueError, TypeError) as error:
+        except (LookupError, ValueError, TypeError, AttributeError) as error:
             raise DataError(f"{file}: {type(error).__name__}: {error}; {GUIDE}") from None
-        for name, questions in wanted.items():
-            if len(questions) < 4:
-                raise DataError(
-                    f"{file}: {name}: needs at least four questions, of which the last two are kept for the end"
-                )
+        for name, texts in lists.items():
+            if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+                raise DataError(f"{file}: {name}: must be a list of texts; {GUIDE}")
+            if len(texts) < 4 and name.endswith(("questions", "outside")):
+                text = f"{file}: {name}: needs at least four questions, of which the last two are kept for the end"
+                raise DataError(text)
+            if not texts and not name.endswith("told"):
+                raise DataError(f"{file}: {name}: is empty; {GUIDE}")
+        if few := [name for name, n in rows.items() if n < 2]:
+            raise DataError(f"{file}: {few[0]}: its table needs at least two things of which it is told")
+        if empty := [name for name, part in {"relations": rows, **self.talks}.items() if not part]:
+            raise DataError(f"{file}: {empty[0]}: is empty; {GUIDE}")
 
     # ------------------------------------------------------------------------------------------------ one exchange
 
     def draw(self, rng: random.Random, subject: str, held: bool = False) -> Item:
-        """An Item that lies on the wanted side of the split."""
+        """An Item that lies on the wanted side of the split. DataError if there seems to be none."""
         makers = {"facts": self.fact, "follow_up": self.follow_up, "outside": self.unknown}
         make = makers.get(subject) or self.talk(subject)
-        while is_held_out((item := make(rng, held)).key) != held:
-            pass
-        return item
+        for _ in range(TRIES):
+            if is_held_out((item := make(rng, held)).key) == held:
+                return item
+        raise DataError(f"{self.file}: {subject}: too little to keep a part out of training; add things or wordings")
 
     def fact(self, rng: random.Random, held: bool) -> Item:
         relation = rng.choice(self.relations)
@@ -83,8 +96,9 @@ class World:
         return said
 
     def unknown(self, rng: random.Random, held: bool) -> Item:
-        question = rng.choice(self.outside)
-        return Item(question, rng.choice(self.declines), f"outside|{question}", accepted=self.declines)
+        kept = max(2, len(self.outside) // 10)
+        question = rng.choice(self.outside[-kept:] if held else self.outside[:-kept])
+        return Item(question, rng.choice(self.declines), f"new|{question}" if held else "", accepted=self.declines)
 
     # ------------------------------------------------------------------------------------------------ the files
 

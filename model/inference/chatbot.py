@@ -13,6 +13,7 @@ from functools import cached_property, partial
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from dataset.chat import parse_tool_calls, parse_tools, render_chat
 from dataset.tokenizer import THINK, TOOL_CALL, ChatTokenizer
@@ -64,6 +65,7 @@ def load_chatbot(
     *,
     tokenizer: str | Path | None = None,
     adapter: Path | None = None,
+    adapters: Path | None = None,
     quantized: str | None = None,
     compiled: bool | None = None,
     extrapolate: bool = False,
@@ -72,7 +74,8 @@ def load_chatbot(
 
     path: what checkpoint.load() takes. dtype None: the best one. tokenizer: the folder of one, for weights that do not
     say theirs. adapter: a .pth file, or FOLDER/NAME, which stands for FOLDER/NAME_<hidden>[_moe].pth; it is merged into
-    the weights. quantized: "int8" or "int4". compiled: decode by the faster step; None: wherever it works.
+    the weights. adapters: a folder of them, of which all that fit are added (Chatbot.adapters), none active. quantized:
+    "int8" or "int4". compiled: decode by the faster step; None: wherever it works.
     extrapolate: YaRN, for YARN_FACTOR times the context that the model was trained with. Raises CheckpointError.
     """
     path = Path(path)
@@ -95,11 +98,15 @@ def load_chatbot(
     if adapter:
         load_adapter(adapter_file(adapter, model.config), model, "chosen", base=path, tokenizer=own)
         merge_lora(model)
+    names = load_adapters(model, adapters, path, own) if adapters else []  # while the weights are those that they know
     trained_len = checkpoint.context_of(meta, own) or checkpoint.UNKNOWN_CONTEXT
     if extrapolate:
-        trained_len = extend_context(model, trained_len)
+        if model.config.rope_scaling:
+            raise CheckpointError(f"{path} has YaRN of its own: leave out --inference_rope_scaling")
+        native = checkpoint.context_of(meta, own, model.config.max_position_embeddings) or trained_len
+        trained_len = extend_context(model, native)
     compiled = set_precision(model, device, dtype, quantized, compiled)
-    return Chatbot(path, model, own, trained_len, settings, compiled)
+    return Chatbot(path, model, own, trained_len, settings, compiled, names)
 
 
 def adapter_file(adapter: Path, config) -> Path:
@@ -131,7 +138,7 @@ def set_precision(
     if quantized:
         quantize(model, quantized)
     elif not bf16_is_fine:
-        model.to(dtype)
+        _convert(model, dtype)
     try:
         works = step_works(model, compiled)
     except (OSError, RuntimeError, ValueError) as error:
@@ -139,12 +146,24 @@ def set_precision(
     if bf16_is_fine and works and device.type == "cpu":
         quantize(model, "bf16")
     elif bf16_is_fine:
-        model.to(dtype or compute_dtype(device))
+        _convert(model, dtype or compute_dtype(device))
     return works
 
 
-def load_adapters(bot: "Chatbot", folder: Path) -> list[str]:
-    """Adds all adapters in the folder that belong to the bot's weights, none of them active; returns their names.
+def _convert(model, dtype: torch.dtype) -> None:
+    """All but the adapters, which stay in fp32."""
+    exact = [(p, p.data) for p in adapter_parameters(model)]
+    model.to(dtype)
+    for p, data in exact:
+        p.data = data
+
+
+def adapter_parameters(model) -> list[nn.Parameter]:
+    return [p for layer in lora_layers(model).values() for name in layer.configs for p in layer.matrices(name)]
+
+
+def load_adapters(model, folder: Path, base: Path, tokenizer: ChatTokenizer) -> list[str]:
+    """Adds all adapters in the folder that belong to these weights, none of them active; returns their names.
 
     What is there and cannot be used is told on stderr."""
     names = []
@@ -153,11 +172,11 @@ def load_adapters(bot: "Chatbot", folder: Path) -> list[str]:
         try:
             if not re.fullmatch(r"[\w-]+", name) or name in names:
                 raise CheckpointError(f"{path}: its name is that of another adapter, or has more than letters, - and _")
-            load_adapter(path, bot.model, name, base=bot.name, tokenizer=bot.tokenizer)
+            load_adapter(path, model, name, base=base, tokenizer=tokenizer)
             names.append(name)
         except CheckpointError as error:
             print(f"note: adapter left out: {error}", file=sys.stderr)
-    for layer in lora_layers(bot.model).values():
+    for layer in lora_layers(model).values():
         layer.active = None
     return names
 
@@ -178,15 +197,17 @@ class Chatbot:
         trained_len: int,
         settings: AnswerSettings,
         compiled: bool | None = None,
+        adapters: Sequence[str] = (),
     ):
-        self.compiled = compiled
+        self.compiled, self.adapters = compiled, adapters
         self.model, self.tokenizer, self.settings = model, tokenizer, settings
         self.max_len = min(settings.max_seq_len or trained_len, model.config.max_position_embeddings)
         self.stop_ids = tokenizer.stop_ids | {model.config.eos_token_id}
         self.tokens = 0  # generated so far
         weight = model.model.norm.weight
         precision = quantized_kind(model) or str(weight.dtype).removeprefix("torch.")
-        size = f"{model.num_parameters() / 1e6:.1f} M parameters"
+        size = model.num_parameters() - sum(p.numel() for p in adapter_parameters(model))
+        size = f"{size / 1e6:.1f} M parameters"
         self.title = f"{path.name}: {size}, {precision} on {weight.device}, context {self.max_len} tokens"
         self.name = str(path)
 

@@ -45,8 +45,8 @@ class KVCache:
         if tokens > self.capacity:
             more = -(-(max(tokens, 2 * self.capacity) - self.capacity) // self.block)
             inner = (0, 0) * (self.k.ndim - 4)
-            self.k = torch.nn.functional.pad(self.k, (*inner, 0, more))
-            self.v = torch.nn.functional.pad(self.v, (*inner, 0, more))
+            # Both or, where memory runs out, neither: the capacity is that of the keys.
+            self.k, self.v = (torch.nn.functional.pad(cache, (*inner, 0, more)) for cache in (self.k, self.v))
 
     def copy(self, source: int, target: int, tokens: int) -> None:
         """The first tokens of one slot into another, which then holds these."""
