@@ -117,9 +117,9 @@ class MiniMindEvalLM(TemplateLM):
             context, asked = request.args
             until = asked.get("until") or []
             until = [until] if isinstance(until, str) else [stop for stop in until if stop]
-            # Where both do not fit, the answer is shortened first: a prompt without its question has none.
-            ids = self.tok_encode(context)[-(self.bot.max_len - 1) :]
+            # Where both do not fit, the answer keeps half of the context at most, and the prompt its end.
             new = int(asked.get("max_gen_toks", asked.get("max_tokens", ANSWER_TOKENS)))
+            ids = self.tok_encode(context)[-(self.bot.max_len - min(new, self.bot.max_len // 2)) :]
             new = min(new, self.bot.max_len - len(ids))
             sampled = asked.get("do_sample") and asked.get("temperature", 1.0)
             params.append(

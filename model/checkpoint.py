@@ -194,11 +194,10 @@ def run_arguments(meta: dict) -> dict:
     return meta.get("arguments") or meta.get("finished") or {}  # the second is the older name
 
 
-def context_of(meta: dict, tokenizer: ChatTokenizer, most: int = UNKNOWN_CONTEXT) -> int | None:
-    """For how many tokens weights were trained, from their meta; or as their folder says, at most so many, for memory's
-    sake; None where nothing does."""
+def context_of(meta: dict, tokenizer: ChatTokenizer) -> int | None:
+    """For how many tokens weights were trained, from their meta, or as their folder says; None where nothing does."""
     trained = meta.get("context") or run_arguments(meta).get("max_seq_len")  # the second is of older files
-    return trained or tokenizer.max_length and min(tokenizer.max_length, most)
+    return trained or tokenizer.max_length and min(tokenizer.max_length, UNKNOWN_CONTEXT)
 
 
 def is_ours(content: Any) -> bool:

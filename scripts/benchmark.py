@@ -278,7 +278,7 @@ def bits_per_byte(model: MiniMindLM, documents: list[list[int]], n_bytes: int, s
 
 
 def benchmark_quality(args: argparse.Namespace) -> dict:
-    tokenizer = checkpoint.tokenizer_of(args.model)
+    tokenizer = checkpoint.tokenizer_of(args.model, args.tokenizer)
     documents, n_bytes = read_documents(args.data_path, args.bytes, tokenizer)
     result: dict = {"model": args.model, "data": args.data_path, "bytes": n_bytes}
     for kind in (None, *FORMATS):
@@ -352,6 +352,7 @@ def main() -> None:
     quality = commands.add_parser("quality", help="bits per byte of quantised weights")
     add = quality.add_argument
     add("--model", required=True, metavar="PATH")
+    add("--tokenizer", metavar="FOLDER", help="of weights that do not say theirs")
     add("--device", default="cpu", help=argparse.SUPPRESS)
     add("--data_path", required=True, help='JSONL with "text"')
     add("--bytes", type=int, default=100_000, help="of the file's beginning")

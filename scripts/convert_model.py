@@ -233,9 +233,9 @@ def main() -> None:
         text = modelfile(args.dest.name, model.config, args.tokenizer, may_think(meta))
         beside = args.dest.with_suffix(".Modelfile")
         if beside.exists() and beside.read_bytes() != text.encode():
-            print(f"note: {beside} is there and is another one: left as it is", file=sys.stderr)
-        else:
-            files.write_bytes(beside, text.encode())
+            os.replace(beside, f"{beside}.1")
+            print(f"note: {beside} was another one: kept as {beside}.1", file=sys.stderr)
+        files.write_bytes(beside, text.encode())
     print(f"{verdict}: wrote {args.dest} ({args.to}, {args.dtype})")
 
 

@@ -45,6 +45,8 @@ def main() -> None:
         vars(args)[name] = vars(args)[name] and vars(args)[name].resolve()
     if args.val is None and args.raw is None:
         parser.error("--val is missing: the text that the models are compared on")
+    if args.val is not None and not args.val.exists():
+        parser.error(f"--val {args.val}: no such file")
     texts = [text for text in texts_of_file(args.text) if len(text) > 100]
     random.Random(0).shuffle(texts)
     rows, planted = messy(texts[: args.documents], random.Random(0))

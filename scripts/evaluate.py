@@ -7,6 +7,7 @@ python scripts/evaluate.py --model NEW.pth --against OLD.pth     # or OLD.eval.j
 """
 
 import argparse
+import itertools
 import json
 import os
 import sys
@@ -165,12 +166,13 @@ def read_earlier(file: Path, weights: Path, named: bool) -> dict | None:
 
 
 def write_result(file: Path, content: dict, earlier: dict | None) -> None:
-    """Tasks that were measured before in the same way stay in the file; else the file is kept as FILE.1."""
+    """Tasks that were measured before in the same way stay in the file; else the file is kept as FILE.1, .2, ..."""
     if earlier and all(earlier.get(name) == content[name] for name in ("chat", "context")):
         content = content | {part: earlier[part] | content[part] for part in ("tasks", "answers")}
     elif earlier:
-        os.replace(file, f"{file}.1")
-        print(f"note: {file} was measured in another way (chat, context): kept as {file}.1", file=sys.stderr)
+        copy = next(path for n in itertools.count(1) if not (path := Path(f"{file}.{n}")).exists())
+        os.replace(file, copy)
+        print(f"note: {file} was measured in another way (chat, context): kept as {copy}", file=sys.stderr)
     write_bytes(file, (json.dumps(content, ensure_ascii=False) + "\n").encode())
 
 
@@ -181,7 +183,8 @@ def main() -> None:
         raise CheckpointError(f"{path}: no such file or folder; check --model")
     tasks = read_tasks(args)
     out = Path(args.out) if args.out else result_path(path)
-    earlier, other = read_earlier(out, path, bool(args.out)), None
+    read_earlier(out, path, bool(args.out))  # a fault of it is told now, not after hours
+    other = None
     if args.against and args.against.endswith(".json"):
         other = report.read_result(args.against)
     elif args.against and not Path(args.against).exists():
@@ -189,7 +192,7 @@ def main() -> None:
     results, facts = evaluate_model(path, tasks, args)
     content = report.as_json(results, facts)
     print(report.as_text(results))
-    write_result(out, content, earlier)
+    write_result(out, content, read_earlier(out, path, bool(args.out)))
     if args.markdown:
         told = {"command": f"python scripts/evaluate.py {' '.join(sys.argv[1:])}"} | facts
         write_bytes(Path(args.markdown), report.as_markdown(results, path.name, told).encode())

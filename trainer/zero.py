@@ -174,7 +174,7 @@ class ZeroParallel:
             }
 
     def whole_model(self) -> MiniMindLM:
-        return filled(self.skeleton, self._weights()).to(self.processes.device)
+        return filled(self.skeleton, self._weights())
 
 
 def _on_cpu(value):

@@ -103,8 +103,7 @@ def load_chatbot(
     if extrapolate:
         if model.config.rope_scaling:
             raise CheckpointError(f"{path} has YaRN of its own: leave out --inference_rope_scaling")
-        native = checkpoint.context_of(meta, own, model.config.max_position_embeddings) or trained_len
-        trained_len = extend_context(model, native)
+        trained_len = extend_context(model, trained_len)
     compiled = set_precision(model, device, dtype, quantized, compiled)
     return Chatbot(path, model, own, trained_len, settings, compiled, names)
 
