@@ -157,11 +157,11 @@ def add_inference_flags(parser: argparse.ArgumentParser) -> None:
 def check_model_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     if args.model_path and not args.load:
         parser.error("--model_path FOLDER is for --load 1; --model takes any path")
-    others = ("weight", "load", "hidden_size", "use_moe")
-    if args.model and (given := [name for name in others if getattr(args, name) not in (None, 0)]):
-        parser.error(f"--model names the model: leave out --{given[0]}")
-    others = ("weight", "hidden_size", "use_moe")
-    if args.load and (given := [name for name in others if getattr(args, name) is not None]):
+    given = [name for name in ("weight", "hidden_size", "use_moe") if getattr(args, name) is not None]
+    chosen = [name for name in (*given, "load") if getattr(args, name)]
+    if args.model and chosen:
+        parser.error(f"--model names the model: leave out --{chosen[0]}")
+    if args.load and given:
         parser.error(f"--load 1 takes a folder: leave out --{given[0]}")
 
 

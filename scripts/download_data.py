@@ -82,14 +82,17 @@ def hubs_of(args: argparse.Namespace) -> list[Hub]:
     return [named[args.hub]()] if args.hub in named else [Hub("huggingface", args.hub.rstrip("/"))]
 
 
+def _hugging_face_of(args: argparse.Namespace) -> Hub:
+    """Where Hugging Face is asked: at the mirror of --hub URL, if one is given."""
+    return hubs_of(args)[0] if args.hub.startswith("http") else hugging_face()
+
+
 def wish_of(name: str, args: argparse.Namespace) -> Wish:
     """UsageError for what is nothing that can be fetched."""
     if page := PAGES.fullmatch(name.partition("?")[0]):
-        host = urlsplit(name)
-        own = Hub("huggingface", f"{host.scheme}://{host.netloc}")
-        hub = hubs_of(args)[0] if args.hub.startswith("http") else hugging_face()
+        hub, host = _hugging_face_of(args), urlsplit(name)
         if args.hub == "auto" and not os.environ.get("HF_ENDPOINT") and host.hostname != "huggingface.co":
-            hub = own  # the page of a mirror
+            hub = Hub("huggingface", f"{host.scheme}://{host.netloc}")  # the page of a mirror
         return Wish(name, [(hub, page[1])], glob.escape(unquote(page[2])))
     scheme, _, rest = name.partition(":")
     if scheme in ("http", "https"):
@@ -101,8 +104,11 @@ def wish_of(name: str, args: argparse.Namespace) -> Wish:
         repository, _, path = path.partition("/")
         if not (owner and repository and path) or ".." in path.split("/"):
             raise UsageError(f"{name}: give {scheme}:OWNER/NAME/FILE")
-        mirror = hubs_of(args)[0] if args.hub.startswith("http") else hugging_face()
-        return Wish(name, [(mirror if scheme == "hf" else model_scope(), f"{owner}/{repository}")], glob.escape(path))
+        return Wish(
+            name,
+            [(_hugging_face_of(args) if scheme == "hf" else model_scope(), f"{owner}/{repository}")],
+            glob.escape(path),
+        )
     try:
         entry = catalogue.find_entry(name)
     except UnknownName as error:
